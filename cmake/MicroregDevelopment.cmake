@@ -1,0 +1,35 @@
+# Shared by tests, examples and benchmarks: warnings, fmt, and one precompiled header, since torch/torch.h takes 20 s to
+# parse.
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
+set(CMAKE_CXX_EXTENSIONS OFF)
+if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+  set(CMAKE_BUILD_TYPE Release CACHE STRING "Build type" FORCE)
+endif()
+
+find_package(fmt REQUIRED)
+
+add_library(microreg_development INTERFACE)
+# Header-only fmt: the LibTorch wheel carries newer fmt headers in its include folder, which win over the system's and
+# must not meet a compiled fmt of another version.
+target_link_libraries(microreg_development INTERFACE microreg::microreg fmt::fmt-header-only)
+target_compile_options(
+  microreg_development
+  INTERFACE -Wall
+            -Wextra
+            -Wpedantic
+            -Wshadow
+            -Wconversion
+            $<$<BOOL:${MICROREG_WARNINGS_AS_ERRORS}>:-Werror>)
+
+# An object library whose precompiled header every other target reuses.
+file(WRITE "${CMAKE_BINARY_DIR}/precompiled.cpp" "")
+add_library(microreg_precompiled OBJECT "${CMAKE_BINARY_DIR}/precompiled.cpp")
+target_link_libraries(microreg_precompiled PRIVATE microreg_development)
+target_precompile_headers(microreg_precompiled PRIVATE <torch/torch.h> <fmt/format.h>)
+
+# microreg_executable(name source...): an executable with warnings and the precompiled header.
+function(microreg_executable name)
+  add_executable(${name} ${ARGN})
+  target_link_libraries(${name} PRIVATE microreg_development)
+  target_precompile_headers(${name} REUSE_FROM microreg_precompiled)
+endfunction()

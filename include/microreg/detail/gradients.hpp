@@ -1,0 +1,110 @@
+/// @file
+/// Thin wrappers of `torch::autograd::grad` and of the multi-tensor operations that the estimators share.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/util/StringUtil.h>
+#include <microreg/error.hpp>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <algorithm>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace microreg::detail {
+
+/// Says which operation stopped double backward and what can be done, for the errors that users meet most.
+[[noreturn]] inline void rethrow_with_remedy(const std::exception& error, std::string_view what) {
+  const std::string message = error.what();
+  const std::string first_line = message.substr(0, message.find('\n'));
+  std::string remedy;
+  if (message.find("scaled_dot_product") != std::string::npos || message.find("attention") != std::string::npos) {
+    remedy =
+        "only the math kernel of scaled_dot_product_attention can be differentiated twice: call "
+        "at::globalContext().setSDPUseFlash(false), setSDPUseMemEfficient(false) and setSDPUseCuDNN(false) once";
+  } else if (message.find("cudnn_rnn") != std::string::npos || message.find("CuDNN") != std::string::npos) {
+    remedy =
+        "cuDNN's recurrent networks cannot be differentiated twice: call at::globalContext().setUserEnabledCuDNN(false) "
+        "around the step";
+  } else if (message.find("is not implemented") != std::string::npos ||
+             message.find("not differentiable") != std::string::npos) {
+    remedy = "replace this operation by differentiable ones, or keep its parameters out with the option select";
+  } else {
+    throw;  // Not about differentiability: the original error says it best.
+  }
+  throw ModelError(c10::str(what, " needs a second derivative that LibTorch does not have: ", first_line, "; ", remedy));
+}
+
+/// d(sum of <outputs, seeds>)/d(inputs); undefined where an input does not take part.
+inline std::vector<at::Tensor> gradients(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& inputs,
+                                         const std::vector<at::Tensor>& seeds, bool retain_graph, bool create_graph,
+                                         std::string_view what) {
+  try {
+    return torch::autograd::grad(outputs, inputs, seeds, retain_graph, create_graph, /*allow_unused=*/true);
+  } catch (const std::exception& error) {
+    rethrow_with_remedy(error, what);
+  }
+}
+
+/// The defined ones among `tensors`.
+inline std::vector<at::Tensor> defined(const std::vector<at::Tensor>& tensors) {
+  std::vector<at::Tensor> result;
+  result.reserve(tensors.size());
+  std::copy_if(tensors.begin(), tensors.end(), std::back_inserter(result),
+               [](const at::Tensor& tensor) { return tensor.defined(); });
+  return result;
+}
+
+inline at::ScalarType accumulation_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+/// || tensors ||^2 over all of them jointly, without a graph, a scalar on the device; half types add up in float32.
+inline at::Tensor squared_norm(const std::vector<at::Tensor>& tensors, const at::TensorOptions& scalar_options) {
+  const at::NoGradGuard no_grad;
+  const std::vector<at::Tensor> terms = defined(tensors);
+  const at::ScalarType type = accumulation_type(c10::typeMetaToScalarType(scalar_options.dtype()));
+  if (terms.empty()) {
+    return at::zeros({}, scalar_options.dtype(type).requires_grad(false));
+  }
+  std::vector<at::Tensor> norms = at::_foreach_norm(terms, 2, type);
+  for (at::Tensor& norm : norms) {
+    if (norm.device() != norms.front().device() || norm.scalar_type() != type) {
+      norm = norm.to(norms.front().device(), type);
+    }
+  }
+  return at::stack(norms).square_().sum();
+}
+
+/// A tensor that may be written to without changing another: `gradient` itself if nothing else refers to it.
+inline at::Tensor owned(at::Tensor gradient) {
+  const at::Tensor plain = gradient.detach();
+  gradient.reset();
+  const bool exclusive = plain.layout() == at::kStrided && plain.storage().use_count() == 1 &&
+                         plain.is_non_overlapping_and_dense() && plain.storage_offset() == 0;
+  return exclusive ? plain : plain.clone();
+}
+
+/// sums[i] += factor * terms[i], where either may be undefined (zero). Writes only to tensors in `sums`.
+inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> terms, double factor = 1.0) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> into;
+  std::vector<at::Tensor> from;
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    if (!terms[i].defined()) {
+      continue;
+    }
+    if (!sums[i].defined()) {
+      sums[i] = factor == 1.0 ? owned(std::move(terms[i])) : terms[i] * factor;
+    } else {
+      into.push_back(sums[i]);
+      from.push_back(std::move(terms[i]));
+    }
+  }
+  if (!into.empty()) {
+    at::_foreach_add_(into, from, factor);
+  }
+}
+
+}  // namespace microreg::detail

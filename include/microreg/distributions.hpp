@@ -1,0 +1,113 @@
+/// @file
+/// Predictive distributions: how a model's output is read as a distribution over labels, for FisherTrace.
+///
+/// Dimension 1 of the output is the event (the classes, or the components of one prediction); every other position is
+/// a sample of its own. So [M, C] holds M samples and a dense output [M, C, H, W] holds M*H*W of them, and the negative
+/// log-likelihood is the sum over the event and the mean over samples, as LibTorch's cross_entropy has it.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <microreg/error.hpp>
+
+#include <concepts>
+#include <optional>
+#include <type_traits>
+#include <utility>
+
+namespace microreg {
+
+/// What FisherTrace needs of a distribution: labels drawn without a graph, and their mean negative log-likelihood with
+/// one.
+template <class D>
+concept PredictiveDistribution =
+    requires(const D& distribution, const at::Tensor& output, const std::optional<at::Generator>& generator) {
+      { distribution.sample(output, generator) } -> std::convertible_to<at::Tensor>;
+      { distribution.negative_log_likelihood(output, output) } -> std::convertible_to<at::Tensor>;
+    };
+
+namespace detail {
+/// Adds up dimension 1, the event, where there is one.
+inline at::Tensor event_sum(const at::Tensor& per_component) {
+  return per_component.dim() > 1 ? per_component.sum(1) : per_component;
+}
+}  // namespace detail
+
+/// Class labels from logits [M, C, ...] by softmax over dimension 1.
+struct Categorical {
+  /// Labels [M, ...] in int64. Drawn by the Gumbel-max rule: at::multinomial would synchronise a CUDA device to check
+  /// its input.
+  [[nodiscard]] at::Tensor sample(const at::Tensor& logits, const std::optional<at::Generator>& generator) const {
+    check(logits);
+    const at::NoGradGuard no_grad;
+    const at::ScalarType type = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const at::Tensor scores = logits.detach().to(type);
+    return (scores - at::empty_like(scores).exponential_(1.0, generator).log_()).argmax(1);
+  }
+  [[nodiscard]] at::Tensor negative_log_likelihood(const at::Tensor& logits, const at::Tensor& labels) const {
+    return at::cross_entropy_loss(logits, labels);
+  }
+
+ private:
+  static void check(const at::Tensor& logits) {
+    if (logits.dim() < 2) {
+      throw ModelError(c10::str("Categorical needs logits of shape [M, C, ...], got ", logits.sizes(),
+                                "; for one logit a sample use Bernoulli"));
+    }
+  }
+};
+
+/// Binary labels from logits of any shape, each component independent.
+struct Bernoulli {
+  [[nodiscard]] at::Tensor sample(const at::Tensor& logits, const std::optional<at::Generator>& generator) const {
+    const at::NoGradGuard no_grad;
+    return at::bernoulli(logits.detach().sigmoid(), generator);
+  }
+  [[nodiscard]] at::Tensor negative_log_likelihood(const at::Tensor& logits, const at::Tensor& labels) const {
+    return detail::event_sum(
+               at::binary_cross_entropy_with_logits(logits, labels, /*weight=*/{}, /*pos_weight=*/{}, at::Reduction::None))
+        .mean();
+  }
+};
+
+/// Real labels from predicted means of any shape, each component independent with the same standard deviation.
+struct Gaussian {
+  double standard_deviation = 1.0;  ///< in the units of the output; must be positive
+
+  [[nodiscard]] at::Tensor sample(const at::Tensor& mean, const std::optional<at::Generator>& generator) const {
+    if (!(standard_deviation > 0)) {
+      throw OptionError(c10::str("standard_deviation is ", standard_deviation, "; it must be positive"));
+    }
+    const at::NoGradGuard no_grad;
+    return mean.detach() + at::empty_like(mean).normal_(0, standard_deviation, generator);
+  }
+  /// Up to the constant log(standard_deviation * sqrt(2 pi)), which has no gradient.
+  [[nodiscard]] at::Tensor negative_log_likelihood(const at::Tensor& mean, const at::Tensor& labels) const {
+    return detail::event_sum((mean - labels).square()).mean() / (2 * standard_deviation * standard_deviation);
+  }
+};
+
+/// A distribution of your own from two callables: `sample(output, generator)` and `negative_log_likelihood(output,
+/// labels)`.
+///
+/// ```cpp
+/// microreg::FisherTrace penalty{microreg::Distribution{
+///     [](const torch::Tensor& rate, auto generator) { return torch::poisson(rate.exp(), generator); },
+///     [](const torch::Tensor& rate, const torch::Tensor& y) { return torch::poisson_nll_loss(rate, y, ...); }}};
+/// ```
+template <class Sample, class NegativeLogLikelihood>
+struct Distribution {
+  Sample sample_function;
+  NegativeLogLikelihood negative_log_likelihood_function;
+
+  [[nodiscard]] at::Tensor sample(const at::Tensor& output, const std::optional<at::Generator>& generator) const {
+    const at::NoGradGuard no_grad;
+    return sample_function(output.detach(), generator);
+  }
+  [[nodiscard]] at::Tensor negative_log_likelihood(const at::Tensor& output, const at::Tensor& labels) const {
+    return negative_log_likelihood_function(output, labels);
+  }
+};
+template <class Sample, class NegativeLogLikelihood>
+Distribution(Sample, NegativeLogLikelihood) -> Distribution<Sample, NegativeLogLikelihood>;
+
+}  // namespace microreg

@@ -1,0 +1,49 @@
+/// @file
+/// The errors that microreg throws. Each message says what was wrong, with which field, tensor or parameter, the
+/// value that was found, and what to do about it.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace microreg {
+
+/// Base of all errors of this library. Whoever catches it finds the model, its buffers, the `.grad` fields and the
+/// random number generators as they were before the call that threw.
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// An option has a value that cannot be used: the message names the field.
+class OptionError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// A mini-batch cannot be split: empty, first dimensions that differ, a tensor on the wrong device.
+class BatchError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// The model, its output, the loss or a probe cannot be differentiated as the penalty needs.
+class ModelError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// A loss, a penalty or a gradient is NaN or infinite.
+class NonFiniteError : public Error {
+ public:
+  NonFiniteError(const std::string& message, std::int64_t micro_batch) : Error(message), micro_batch_(micro_batch) {}
+
+  /// Index, within its mini-batch, of the first micro-batch that went wrong.
+  [[nodiscard]] std::int64_t micro_batch() const noexcept { return micro_batch_; }
+
+ private:
+  std::int64_t micro_batch_;
+};
+
+}  // namespace microreg

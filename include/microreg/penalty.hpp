@@ -1,0 +1,148 @@
+/// @file
+/// The one concept behind every penalty: the squared parameter-gradient norm of a scalar, the probe,
+///
+///     R_M(w) = || grad_w s_M(w) ||^2,
+///
+/// on a micro-batch M (arXiv:2211.15853, section 3). A penalty names its probe; the estimators differentiate it.
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/StringUtil.h>
+#include <microreg/error.hpp>
+#include <microreg/strength.hpp>
+
+#include <concepts>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace microreg {
+
+/// What a probe may read: one micro-batch after its forward pass. Output is what the model returned, loss the
+/// micro-batch's mean loss, a scalar with a graph. `generator` is the one to draw from, if the user named one.
+template <class Input, class Output, class Target>
+struct ForwardPass {
+  const Input& input;
+  const Output& output;
+  const Target& target;
+  const at::Tensor& loss;
+  const std::optional<at::Generator>& generator;
+};
+
+/// Checks that `output` is a floating-point tensor [M, ...] with a graph, and returns it; throws ModelError otherwise.
+/// `penalty` is named in messages.
+[[nodiscard]] inline const at::Tensor& differentiable_output(const at::Tensor& output, std::string_view penalty) {
+  if (!output.defined() || output.dim() == 0 || output.size(0) == 0) {
+    throw ModelError(c10::str(penalty, " needs an output of shape [M, ...] with at least one sample, got ",
+                              output.defined() ? c10::str("shape ", output.sizes()) : "an undefined tensor"));
+  }
+  if (!output.is_floating_point()) {
+    throw ModelError(c10::str(penalty, " needs a floating-point output, got ", c10::toString(output.scalar_type()),
+                              "; return the logits or predictions, not class indices"));
+  }
+  return output;
+}
+
+namespace detail {
+
+/// Calls a user's probe with what it takes: the whole ForwardPass, (output), or (output, target).
+template <class Function, class Pass>
+decltype(auto) call_probe(const Function& function, const Pass& pass) {
+  if constexpr (std::is_invocable_v<const Function&, const Pass&>) {
+    return function(pass);
+  } else if constexpr (std::is_invocable_v<const Function&, decltype(pass.output)>) {
+    return function(pass.output);
+  } else {
+    return function(pass.output, pass.target);
+  }
+}
+
+template <class Function, class Pass>
+concept ProbeCallable = std::is_invocable_v<const Function&, const Pass&> ||
+                        std::is_invocable_v<const Function&, decltype(std::declval<const Pass&>().output)> ||
+                        std::is_invocable_v<const Function&, decltype(std::declval<const Pass&>().output),
+                                            decltype(std::declval<const Pass&>().target)>;
+
+}  // namespace detail
+
+/// A penalty: it has a name, and `probe(pass)` returns a scalar tensor with a graph, or `probes(pass)` a vector of
+/// them, whose squared gradient norms are added up. (The members are templates over the pass; PenaltyFor checks them.)
+template <class P>
+concept Penalty = std::copy_constructible<P> && requires(const P& penalty) {
+  { penalty.name() } -> std::convertible_to<std::string_view>;
+};
+
+/// A penalty whose probe can be evaluated on `Pass`.
+template <class P, class Pass>
+concept PenaltyFor = Penalty<P> && (requires(const P& penalty, const Pass& pass) {
+                       { penalty.probe(pass) } -> std::convertible_to<at::Tensor>;
+                     } || requires(const P& penalty, const Pass& pass) {
+                       { penalty.probes(pass) } -> std::convertible_to<std::vector<at::Tensor>>;
+                     });
+
+/// A penalty with its own strength.
+template <Penalty P>
+struct Weighted {
+  Strength strength;
+  P penalty;
+};
+
+/// Several penalties at once, each with its own strength: `0.01 * GradientNorm{} + 1e-3 * UnitJacobian{}`.
+template <Penalty... P>
+struct PenaltySum {
+  std::tuple<Weighted<P>...> terms;
+};
+
+namespace detail {
+
+template <Penalty P>
+PenaltySum<P> as_sum(P penalty) {
+  return {{Weighted<P>{1.0, std::move(penalty)}}};
+}
+template <Penalty P>
+PenaltySum<P> as_sum(Weighted<P> term) {
+  return {{std::move(term)}};
+}
+template <Penalty... P>
+PenaltySum<P...> as_sum(PenaltySum<P...> sum) {
+  return sum;
+}
+
+template <class T>
+struct IsWeighted : std::false_type {};
+template <class P>
+struct IsWeighted<Weighted<P>> : std::true_type {};
+template <class T>
+struct IsPenaltySum : std::false_type {};
+template <class... P>
+struct IsPenaltySum<PenaltySum<P...>> : std::true_type {};
+
+}  // namespace detail
+
+/// A penalty, a weighted penalty, or a sum of them: what `Regularizer` takes as its third argument.
+template <class T>
+concept PenaltyExpression = Penalty<T> || detail::IsWeighted<T>::value || detail::IsPenaltySum<T>::value;
+
+/// Gives a penalty a strength of its own.
+template <Penalty P>
+[[nodiscard]] Weighted<P> operator*(Strength strength, P penalty) {
+  return {std::move(strength), std::move(penalty)};
+}
+
+/// Adds penalties up; a penalty without a strength of its own counts with 1.
+template <PenaltyExpression A, PenaltyExpression B>
+[[nodiscard]] auto operator+(A a, B b) {
+  auto left = detail::as_sum(std::move(a));
+  auto right = detail::as_sum(std::move(b));
+  return std::apply(
+      [](auto&&... terms) { return PenaltySum<decltype(terms.penalty)...>{{std::forward<decltype(terms)>(terms)...}}; },
+      std::tuple_cat(std::move(left.terms), std::move(right.terms)));
+}
+
+}  // namespace microreg
