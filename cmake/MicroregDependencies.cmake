@@ -1,11 +1,16 @@
 # What the headers need: LibTorch and OpenMP. LibTorch is looked for in CMAKE_PREFIX_PATH, then beside an importable
-# Python torch. The installed package config includes this file too.
-include(CMakeFindDependencyMacro)
+# Python torch (MICROREG_PYTHON, by default the first python3 on the PATH). The installed package config includes this
+# file too: there a missing dependency is reported through microreg_NOT_FOUND_MESSAGE, as find_package() expects.
+
+# In a project that adds microreg as a subdirectory, imported targets must be visible from the outer directories too.
+set(microreg_saved_targets_global "${CMAKE_FIND_PACKAGE_TARGETS_GLOBAL}")
+set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL ON)
+set(microreg_missing "")
 
 if(NOT TARGET torch)
   find_package(Torch QUIET)
   if(NOT Torch_FOUND)
-    find_program(MICROREG_PYTHON NAMES python3 python)
+    find_program(MICROREG_PYTHON NAMES python3 python DOC "A Python, best one that can import torch")
     if(MICROREG_PYTHON)
       execute_process(
         COMMAND "${MICROREG_PYTHON}" -c "import torch; print(torch.utils.cmake_prefix_path)"
@@ -18,13 +23,27 @@ if(NOT TARGET torch)
     find_package(Torch QUIET)
   endif()
   if(NOT Torch_FOUND)
-    message(
-      FATAL_ERROR
+    set(microreg_missing
         "microreg needs LibTorch, which was found neither through CMAKE_PREFIX_PATH nor through Python.\n"
         "Either:  pip install torch==2.13.0\n"
         "or:      cmake -DCMAKE_PREFIX_PATH=/path/to/libtorch ...")
   endif()
 endif()
-if(NOT OpenMP_CXX_FOUND)
-  find_dependency(OpenMP COMPONENTS CXX)
+if(NOT TARGET OpenMP::OpenMP_CXX)
+  find_package(OpenMP QUIET COMPONENTS CXX)
+  if(NOT OpenMP_CXX_FOUND)
+    list(APPEND microreg_missing
+         "microreg needs OpenMP for C++, which ${CMAKE_CXX_COMPILER} does not offer here.\n"
+         "g++ brings it along; for clang on Debian install libomp-<version>-dev.")
+  endif()
+endif()
+
+set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL "${microreg_saved_targets_global}")
+string(CONCAT microreg_missing ${microreg_missing})
+if(microreg_missing)
+  if(CMAKE_FIND_PACKAGE_NAME STREQUAL "microreg")
+    set(microreg_NOT_FOUND_MESSAGE "${microreg_missing}")
+  else()
+    message(FATAL_ERROR "${microreg_missing}")
+  endif()
 endif()

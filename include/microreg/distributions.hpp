@@ -91,8 +91,8 @@ struct Gaussian {
 ///
 /// ```cpp
 /// microreg::FisherTrace penalty{microreg::Distribution{
-///     [](const torch::Tensor& rate, auto generator) { return torch::poisson(rate.exp(), generator); },
-///     [](const torch::Tensor& rate, const torch::Tensor& y) { return torch::poisson_nll_loss(rate, y, ...); }}};
+///     [](const torch::Tensor& log_rate, auto generator) { return torch::poisson(log_rate.exp(), generator); },
+///     [](const torch::Tensor& log_rate, const torch::Tensor& y) { return (log_rate.exp() - y * log_rate).mean(); }}};
 /// ```
 template <class Sample, class NegativeLogLikelihood>
 struct Distribution {
@@ -100,10 +100,17 @@ struct Distribution {
   NegativeLogLikelihood negative_log_likelihood_function;
 
   [[nodiscard]] at::Tensor sample(const at::Tensor& output, const std::optional<at::Generator>& generator) const {
+    static_assert(std::is_invocable_r_v<at::Tensor, const Sample&, at::Tensor, const std::optional<at::Generator>&>,
+                  "microreg: the first callable of a Distribution must take (output, generator) and return labels as a "
+                  "torch::Tensor");
     const at::NoGradGuard no_grad;
     return sample_function(output.detach(), generator);
   }
   [[nodiscard]] at::Tensor negative_log_likelihood(const at::Tensor& output, const at::Tensor& labels) const {
+    static_assert(
+        std::is_invocable_r_v<at::Tensor, const NegativeLogLikelihood&, const at::Tensor&, const at::Tensor&>,
+        "microreg: the second callable of a Distribution must take (output, labels) and return the mean negative "
+        "log-likelihood as a torch::Tensor");
     return negative_log_likelihood_function(output, labels);
   }
 };

@@ -21,9 +21,10 @@ namespace microreg {
 ///                                 {.micro_batch_size = 128});
 /// double squared_norm = report.penalties[0].value.item<double>();
 /// ```
-template <class M, class Loss, class PenaltyOrSum, Batch Input, Batch Target>
+template <class M, class Loss, class PenaltyOrSum, class Input, class Target>
 [[nodiscard]] Report measure(M&& model, Loss loss, PenaltyOrSum penalty, const Input& input, const Target& target,
                              RegularizerOptions options = {}) {
+  detail::assert_batches<Input, Target>();
   detail::validate(options);
   auto handle = detail::make_handle(std::forward<M>(model));
   const auto terms = detail::as_terms(std::move(penalty));

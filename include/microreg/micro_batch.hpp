@@ -6,7 +6,9 @@
 /// becomes a batch by one function beside it, found by argument-dependent lookup:
 ///
 /// ```cpp
-/// struct Sentences { torch::Tensor tokens, mask; };
+/// struct Sentences {
+///   torch::Tensor tokens, mask;
+/// };
 /// auto microreg_fields(Sentences& s) { return std::tie(s.tokens, s.mask); }
 /// ```
 #pragma once
@@ -121,6 +123,21 @@ void for_each_tensor(Batch& batch, const std::string& path, const Visit& visit) 
 /// What `Regularizer::backward` takes as input and as target.
 template <class T>
 concept Batch = detail::is_batch<std::remove_cvref_t<T>>();
+
+namespace detail {
+
+/// The concept's message, where a constraint on a template parameter would only say that no function matches.
+template <class Input, class Target>
+constexpr void assert_batches() {
+  static_assert(Batch<Input>,
+                "microreg: the input is not a batch: pass a tensor, a tuple, pair, array, vector, optional or map of "
+                "batches, or give your type a function microreg_fields(T&) that returns std::tie of its fields");
+  static_assert(Batch<Target>,
+                "microreg: the target is not a batch: pass a tensor, a tuple, pair, array, vector, optional or map of "
+                "batches, or give your type a function microreg_fields(T&) that returns std::tie of its fields");
+}
+
+}  // namespace detail
 
 /// Number of samples: the first dimension that all tensors of `batch` share. `name` stands for the batch in messages.
 /// Throws BatchError for a batch without tensors, an undefined tensor, a scalar, or first dimensions that differ.

@@ -58,8 +58,9 @@ class Regularizer {
   /// Throws BatchError (empty, first dimensions that differ, wrong device), ModelError (no parameter to train, a loss
   /// that is no scalar, an output or operation that cannot be differentiated), OptionError (a strength schedule's
   /// value), NonFiniteError (see CheckFinite), and whatever model and loss throw.
-  template <Batch Input, Batch Target>
+  template <class Input, class Target>
   Report backward(const Input& input, const Target& target) {
+    detail::assert_batches<Input, Target>();
     const std::vector<double> strengths = detail::strengths_at(terms_, options_.strength, step_);
     detail::MicroBatchLoop loop(handle_, options_, input, target);
     try {

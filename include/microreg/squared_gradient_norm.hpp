@@ -131,6 +131,8 @@ struct SquaredGradientNorm {
   template <class Pass>
     requires detail::ProbeCallable<Probe, Pass>
   [[nodiscard]] at::Tensor probe(const Pass& pass) const {
+    static_assert(std::is_convertible_v<decltype(detail::call_probe(function, pass)), at::Tensor>,
+                  "microreg: the probe must return a scalar torch::Tensor that carries a graph");
     return detail::call_probe(function, pass);
   }
 

@@ -28,8 +28,12 @@ namespace microreg {
 /// microreg::FisherTrace<microreg::Bernoulli> penalty;
 /// auto value = penalty(model->forward(x), model->parameters());
 /// ```
-template <PredictiveDistribution D = Categorical>
+template <class D = Categorical>
 struct FisherTrace {
+  static_assert(PredictiveDistribution<D>,
+                "microreg: FisherTrace needs a distribution that offers sample(output, generator) and "
+                "negative_log_likelihood(output, labels), both returning a torch::Tensor: Categorical, Bernoulli, "
+                "Gaussian, or a Distribution of two callables");
   D distribution = {};
 
   [[nodiscard]] std::string_view name() const noexcept { return "fisher_trace"; }

@@ -1,0 +1,7 @@
+// expect: microreg: the loss cannot be called as loss(output, target)
+#include "step.hpp"
+
+void step(torch::nn::Linear& model) {
+  step_with(model, microreg::GradientNorm{}, [](const torch::Tensor& output) { return output.mean(); },
+            torch::ones({2, 3}));
+}

@@ -1,0 +1,7 @@
+// expect: microreg: this penalty cannot be evaluated on this model
+#include "step.hpp"
+
+void step(torch::nn::Linear& model) {
+  microreg::SquaredGradientNorm penalty{[](const std::string& text) { return torch::zeros(text.size()); }};
+  step_with(model, penalty, mse, torch::ones({2, 3}));
+}

@@ -1,0 +1,3 @@
+#pragma once
+
+double gradient_norm_in_first_unit();
