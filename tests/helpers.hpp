@@ -1,0 +1,134 @@
+/// @file
+/// Small helpers that the tests share: flat gradients, relative errors, messages of errors, and a watch on everything
+/// that a failed call must leave alone.
+#pragma once
+
+#include "catch.hpp"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <torch/torch.h>
+
+#include <string>
+#include <vector>
+
+namespace helpers {
+
+inline const torch::nn::CrossEntropyLoss cross_entropy{};
+
+inline at::Generator generator(std::uint64_t seed) { return at::make_generator<at::CPUGeneratorImpl>(seed); }
+
+inline void clear_grad(const std::vector<torch::Tensor>& parameters) {
+  for (const torch::Tensor& parameter : parameters) {
+    parameter.mutable_grad() = torch::Tensor();
+  }
+}
+
+/// All `.grad` fields in one float64 vector; zeros where there is none.
+inline torch::Tensor flat_grad(const std::vector<torch::Tensor>& parameters) {
+  std::vector<torch::Tensor> parts;
+  for (const torch::Tensor& parameter : parameters) {
+    const torch::Tensor grad = parameter.grad().defined() ? parameter.grad() : torch::zeros_like(parameter);
+    parts.push_back(grad.detach().to(torch::kCPU, torch::kFloat64).flatten());
+  }
+  return torch::cat(parts);
+}
+
+/// || a - b || / || b ||, in float64.
+inline double relative_error(const torch::Tensor& a, const torch::Tensor& b) {
+  const torch::Tensor exact = b.detach().to(torch::kCPU, torch::kFloat64);
+  const torch::Tensor other = a.detach().to(torch::kCPU, torch::kFloat64);
+  return (other - exact).norm().item<double>() / exact.norm().item<double>();
+}
+
+/// Same shape, same type, same bits.
+inline bool same_bits(const torch::Tensor& a, const torch::Tensor& b) {
+  if (!a.defined() || !b.defined()) {
+    return a.defined() == b.defined();
+  }
+  return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
+         at::equal(a.contiguous().view(torch::kUInt8), b.contiguous().view(torch::kUInt8));
+}
+
+/// The message of the `Error` that `call` throws; fails the test if it throws none.
+template <class Error, class Call>
+std::string message_of(const Call& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    UNSCOPED_INFO(error.what());
+    return error.what();
+  } catch (const std::exception& error) {
+    FAIL("an error of another type was thrown: " << error.what());
+  }
+  FAIL("no error was thrown");
+  return {};
+}
+
+/// Whether `text` contains every one of `parts`.
+inline bool has(const std::string& text, std::initializer_list<const char*> parts) {
+  for (const char* part : parts) {
+    if (text.find(part) == std::string::npos) {
+      UNSCOPED_INFO("missing \"" << part << "\" in: " << text);
+      return false;
+    }
+  }
+  return true;
+}
+
+inline std::vector<torch::Tensor> clones(const std::vector<torch::Tensor>& tensors) {
+  std::vector<torch::Tensor> result;
+  for (const torch::Tensor& tensor : tensors) {
+    result.push_back(tensor.defined() ? tensor.detach().clone() : tensor);
+  }
+  return result;
+}
+
+/// Remembers parameters, buffers, `.grad`, training mode and the default generator of a module, to tell whether
+/// anything has changed since.
+class Watch {
+ public:
+  explicit Watch(const torch::nn::Module& module) : module_(module), state_(read()) {}
+
+  [[nodiscard]] bool unchanged() const {
+    const State now = read();
+    bool same = true;
+    const auto compare = [&](const auto& before, const auto& after, const char* what) {
+      for (std::size_t i = 0; i < before.size(); ++i) {
+        if (!same_bits(before[i], after[i])) {
+          UNSCOPED_INFO("changed: " << what << " " << i);
+          same = false;
+        }
+      }
+    };
+    compare(state_.parameters, now.parameters, "parameter");
+    compare(state_.buffers, now.buffers, "buffer");
+    compare(state_.grads, now.grads, "grad of parameter");
+    compare(state_.random, now.random, "default generator");
+    return same && state_.training == now.training;
+  }
+
+ private:
+  struct State {
+    std::vector<torch::Tensor> parameters, buffers, grads, random;
+    std::vector<bool> training;
+  };
+
+  [[nodiscard]] State read() const {
+    State state;
+    state.parameters = clones(module_.parameters());
+    state.buffers = clones(module_.buffers());
+    for (const torch::Tensor& parameter : module_.parameters()) {
+      state.grads.push_back(parameter.grad().defined() ? parameter.grad().clone() : torch::Tensor());
+    }
+    state.random.push_back(at::globalContext().defaultGenerator(at::kCPU).get_state());
+    for (const auto& submodule : module_.modules()) {
+      state.training.push_back(submodule->is_training());
+    }
+    return state;
+  }
+
+  const torch::nn::Module& module_;
+  State state_;
+};
+
+}  // namespace helpers

@@ -1,0 +1,139 @@
+// What a device changes. Each test says "skipped: no CUDA device" where there is none, and ctest counts it as skipped.
+#include "helpers.hpp"
+#include "networks.hpp"
+
+#include <microreg/microreg.hpp>
+
+#include <iostream>
+
+using namespace helpers;
+
+namespace {
+
+bool no_device() {
+  if (torch::cuda::is_available()) {
+    return false;
+  }
+  std::cout << "skipped: no CUDA device" << std::endl;
+  SUCCEED();
+  return true;
+}
+
+/// One step with `penalty` on `device`, from the same weights and data each time.
+template <class Penalty>
+std::pair<torch::Tensor, torch::Tensor> step_on(c10::Device device, networks::Norm norm, const Penalty& penalty) {
+  torch::manual_seed(3);
+  networks::Cnn model(norm, networks::Activation::kinked);
+  const torch::Tensor x = torch::randn({10, 2, 6, 6});
+  const torch::Tensor y = torch::randint(networks::classes, {10});
+  model->to(device);
+  microreg::Regularizer regularizer(model, cross_entropy, penalty, {.strength = 0.1, .micro_batch_size = 4});
+  const microreg::Report report = regularizer.backward(x.to(device), y.to(device));
+  CHECK(report.loss.device().type() == device.type());
+  CHECK(report.penalties[0].value.device().type() == device.type());
+  CHECK(report.gradient_norm.device().type() == device.type());
+  return {flat_grad(model->parameters()), report.penalties[0].value.cpu()};
+}
+
+template <class Penalty>
+void agrees(networks::Norm norm, const Penalty& penalty) {
+  const auto [grad, value] = step_on(torch::kCUDA, norm, penalty);
+  const auto [cpu_grad, cpu_value] = step_on(torch::kCPU, norm, penalty);
+  CHECK(relative_error(grad, cpu_grad) < 1e-4);
+  CHECK(relative_error(value, cpu_value) < 1e-4);
+}
+
+}  // namespace
+
+TEST_CASE("penalties on CUDA agree with the CPU", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  at::globalContext().setAllowTF32CuDNN(false);
+  at::globalContext().setAllowTF32CuBLAS(false);
+  const auto norm = GENERATE(networks::Norm::none, networks::Norm::batch);
+  SECTION("gradient norm") { agrees(norm, microreg::GradientNorm{}); }
+  SECTION("average Jacobian") { agrees(norm, microreg::AverageJacobian{}); }
+  SECTION("Fisher trace, given labels") {
+    agrees(norm, microreg::FisherTrace{microreg::Distribution{
+                     [](const torch::Tensor& output, const auto&) {
+                       return torch::arange(output.size(0), output.options().dtype(torch::kInt64));
+                     },
+                     [](const torch::Tensor& output, const torch::Tensor& y) {
+                       return torch::cross_entropy_loss(output, y);
+                     }}});
+  }
+  SECTION("unit Jacobian, given direction") {
+    agrees(norm, microreg::SquaredGradientNorm{[](const torch::Tensor& output) {
+             const torch::Tensor mean = output.mean(0);
+             const torch::Tensor u = torch::arange(1, mean.size(0) + 1, mean.options().requires_grad(false));
+             return mean.dot(u / u.norm());
+           }});
+  }
+}
+
+TEST_CASE("labels and directions come from the device's generator", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  const auto run = [](std::uint64_t seed) {
+    networks::Mlp model;
+    torch::manual_seed(5);
+    for (torch::Tensor& parameter : model->parameters()) {
+      torch::nn::init::uniform_(parameter, -1, 1);
+    }
+    model->to(torch::kCUDA);
+    const torch::Tensor x = torch::ones({8, 6}, torch::kCUDA);
+    torch::manual_seed(seed);
+    at::Generator device = at::globalContext().defaultGenerator(x.device());
+    const auto before = device.get_state();
+    const auto on_host = at::globalContext().defaultGenerator(at::kCPU).get_state();
+    microreg::Regularizer regularizer(model, cross_entropy, microreg::FisherTrace{} + microreg::UnitJacobian{},
+                                      {.micro_batch_size = 4});
+    (void)regularizer.backward(x, torch::zeros({8}, x.options().dtype(torch::kInt64)));
+    CHECK_FALSE(same_bits(before, device.get_state()));
+    CHECK(same_bits(on_host, at::globalContext().defaultGenerator(at::kCPU).get_state()));
+    return flat_grad(model->parameters());
+  };
+  CHECK(same_bits(run(1), run(1)));
+  CHECK_FALSE(same_bits(run(1), run(2)));
+}
+
+TEST_CASE("an error on CUDA leaves the device's generator as it was", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  networks::Mlp model;
+  model->to(torch::kCUDA);
+  int calls = 0;
+  microreg::Regularizer regularizer(
+      model,
+      [&](const torch::Tensor& output, const torch::Tensor& y) {
+        if (++calls == 2) {
+          throw std::runtime_error("second micro-batch");
+        }
+        return torch::cross_entropy_loss(output, y);
+      },
+      microreg::FisherTrace{}, {.micro_batch_size = 4});
+  const torch::Tensor x = torch::randn({8, 6}, torch::kCUDA);
+  at::Generator device = at::globalContext().defaultGenerator(x.device());
+  const auto before = device.get_state();
+  CHECK_THROWS_AS(regularizer.backward(x, torch::zeros({8}, x.options().dtype(torch::kInt64))), std::runtime_error);
+  CHECK(same_bits(before, device.get_state()));
+}
+
+TEST_CASE("a batch or a generator on another device than the model is named", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  networks::Mlp model;
+  model->to(torch::kCUDA);
+  const torch::Tensor x = torch::randn({8, 6});
+  const torch::Tensor y = torch::zeros({8}, torch::kInt64);
+  microreg::Regularizer plain(model, cross_entropy, microreg::GradientNorm{});
+  CHECK(has(message_of<microreg::BatchError>([&] { (void)plain.backward(x, y); }), {"input", "cpu", "cuda", ".to("}));
+  CHECK(has(message_of<microreg::BatchError>([&] { (void)plain.backward(x.cuda(), y); }), {"target", "cpu", "cuda"}));
+  microreg::Regularizer drawing(model, cross_entropy, microreg::UnitJacobian{}, {.generator = generator(1)});
+  CHECK(has(message_of<microreg::OptionError>([&] { (void)drawing.backward(x.cuda(), y.cuda()); }),
+            {"generator", "cpu", "cuda"}));
+}

@@ -1,0 +1,153 @@
+// Every penalty, through Regularizer and through the functor, against Python's autograd (oracle/generate.py).
+#include "helpers.hpp"
+#include "networks.hpp"
+#include "oracle_file.hpp"
+
+#include <microreg/microreg.hpp>
+
+#include <memory>
+
+using namespace helpers;
+
+namespace {
+
+constexpr std::int64_t micro_batch_size = 4;
+constexpr std::uint64_t direction_seed = 11;
+
+const OracleFile& oracle() {
+  static const OracleFile file(std::string(MICROREG_TESTS_DIR) + "/oracle/penalties.txt");
+  return file;
+}
+
+/// Labels that stand in the file instead of drawn ones, handed out micro-batch by micro-batch.
+auto given_labels(const torch::Tensor& labels) {
+  auto position = std::make_shared<std::int64_t>(0);
+  return microreg::Distribution{
+      [labels, position](const torch::Tensor& output, const auto&) {
+        const torch::Tensor part = labels.narrow(0, *position % labels.size(0), output.size(0));
+        *position += output.size(0);
+        return part;
+      },
+      [](const torch::Tensor& output, const torch::Tensor& y) { return torch::cross_entropy_loss(output, y); }};
+}
+
+template <class Model>
+struct Case {
+  std::string network;
+  Model model;
+  torch::ScalarType type;
+  microreg::Weighting weighting;
+
+  [[nodiscard]] double tolerance() const { return type == torch::kFloat64 ? 1e-10 : 1e-4; }
+  [[nodiscard]] std::vector<torch::Tensor> parameters() const { return model->parameters(); }
+
+  void load() {
+    const torch::NoGradGuard no_grad;
+    model->to(type);
+    for (auto& item : model->named_parameters()) {
+      item.value().copy_(oracle().at(network + "/" + item.key()));
+    }
+  }
+
+  void compare_gradient(const std::string& key) const {
+    std::vector<torch::Tensor> expected;
+    for (const auto& item : model->named_parameters()) {
+      expected.push_back(oracle().at(key + "/grad/" + item.key()).flatten());
+    }
+    CHECK(relative_error(flat_grad(parameters()), torch::cat(expected)) < tolerance());
+  }
+};
+
+/// `functor(output, loss)` is the penalty in the form that users compose with.
+template <class Model, class Penalty, class Functor>
+void check(Case<Model>& test, const std::string& penalty_name, double strength, const Penalty& penalty,
+           const Functor& functor) {
+  const std::string weighting = test.weighting == microreg::Weighting::samples ? "samples" : "reference";
+  const std::string values = test.network + "/" + penalty_name;
+  const std::string key = values + "/" + weighting;
+  INFO(key << " in " << test.type);
+  const torch::Tensor data = oracle().at(test.network + "/data").to(test.type);
+  const torch::Tensor targets = oracle().at("targets").to(torch::kInt64);
+
+  clear_grad(test.parameters());
+  microreg::Regularizer regularizer(test.model, cross_entropy, penalty,
+                                    {.strength = strength,
+                                     .micro_batch_size = micro_batch_size,
+                                     .weighting = test.weighting,
+                                     .generator = generator(direction_seed)});
+  const microreg::Report report = regularizer.backward(data, targets);
+  test.compare_gradient(key);
+  CHECK(relative_error(report.loss, oracle().at(key + "/loss")) < test.tolerance());
+  CHECK(relative_error(report.penalties[0].value, oracle().at(key + "/value")) < test.tolerance());
+  CHECK(relative_error(report.penalties[0].micro_batch_norms.square(), oracle().at(values + "/micro_batch_values")) <
+        test.tolerance());
+  CHECK(report.penalties[0].name == penalty_name);
+
+  clear_grad(test.parameters());
+  const std::int64_t samples = data.size(0);
+  const std::int64_t count = (samples + micro_batch_size - 1) / micro_batch_size;
+  torch::Tensor objective = torch::zeros({}, test.type);
+  torch::Tensor value = torch::zeros({}, test.type);
+  for (std::int64_t begin = 0; begin < samples; begin += micro_batch_size) {
+    const std::int64_t size = std::min(micro_batch_size, samples - begin);
+    const torch::Tensor output = test.model->forward(data.narrow(0, begin, size));
+    const torch::Tensor loss = torch::cross_entropy_loss(output, targets.narrow(0, begin, size));
+    const torch::Tensor squared = functor(output, loss);
+    const double weight = test.weighting == microreg::Weighting::samples
+                              ? static_cast<double>(size) / static_cast<double>(samples)
+                              : 1.0 / static_cast<double>(count);
+    objective = objective + weight * (loss + strength * squared);
+    value = value + weight * squared.detach();
+  }
+  objective.backward();
+  test.compare_gradient(key);
+  CHECK(relative_error(value, oracle().at(key + "/value")) < test.tolerance());
+}
+
+template <class Model>
+void check_all(Case<Model> test) {
+  test.load();
+  const auto parameters = test.parameters();
+  check(test, "gradient_norm", 0.3, microreg::GradientNorm{}, [&](const torch::Tensor&, const torch::Tensor& loss) {
+    return microreg::GradientNorm{}(loss, parameters);
+  });
+  const torch::Tensor drawn = oracle().at("drawn").to(torch::kInt64);
+  check(test, "fisher_trace", 0.2, microreg::FisherTrace{given_labels(drawn)},
+        [&, fisher = microreg::FisherTrace{given_labels(drawn)}](const torch::Tensor& output, const torch::Tensor&) {
+          return fisher(output, parameters);
+        });
+  check(test, "average_jacobian", 0.05, microreg::AverageJacobian{},
+        [&](const torch::Tensor& output, const torch::Tensor&) {
+          return microreg::AverageJacobian{}(output, parameters);
+        });
+  check(test, "unit_jacobian", 0.4, microreg::UnitJacobian{},
+        [&, directions = generator(direction_seed)](const torch::Tensor& output, const torch::Tensor&) {
+          return microreg::UnitJacobian{}(output, parameters, directions);
+        });
+}
+
+}  // namespace
+
+TEST_CASE("penalties agree with Python's autograd", "[oracle]") {
+  const auto type = GENERATE(torch::kFloat64, torch::kFloat32);
+  const auto weighting = GENERATE(microreg::Weighting::samples, microreg::Weighting::reference);
+  SECTION("MLP") { check_all(Case<networks::Mlp>{"mlp", networks::Mlp(), type, weighting}); }
+  SECTION("CNN") { check_all(Case<networks::Cnn>{"cnn", networks::Cnn(networks::Norm::none), type, weighting}); }
+  SECTION("CNN with BatchNorm") {
+    check_all(Case<networks::Cnn>{"cnn_batch_norm", networks::Cnn(networks::Norm::batch), type, weighting});
+  }
+}
+
+TEST_CASE("the oracle's directions are what UnitJacobian draws from the same seed", "[oracle]") {
+  at::Generator directions = generator(direction_seed);
+  const torch::Tensor stored = oracle().at("directions");
+  for (std::int64_t k = 0; k < stored.size(0); ++k) {
+    const torch::Tensor w = torch::ones({networks::classes}, torch::dtype(torch::kFloat64).requires_grad(true));
+    // With output = w, a single sample, the probe's gradient is the direction itself.
+    const torch::Tensor value = microreg::UnitJacobian{}((w * w / 2).unsqueeze(0), {w}, directions);
+    CHECK(value.item<double>() == Approx(1.0).epsilon(1e-12));
+    // R(w) = sum of (u_c w_c)^2, so dR/dw_c at 1 is 2 u_c^2.
+    value.backward();
+    CHECK(relative_error(w.grad(), 2 * stored[k].square()) < 1e-12);
+  }
+}
