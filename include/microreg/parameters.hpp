@@ -24,7 +24,7 @@ struct NamedParameter {
 /// Says whether a parameter's gradient counts in the squared norm of a penalty. Empty: all of them count.
 ///
 /// ```cpp
-/// options.select = [](const std::string& name, const at::Tensor& p) { return p.dim() > 1; };  // no biases, no norms
+/// options.select = [](const std::string&, const at::Tensor& p) { return p.dim() > 1; };  // no biases, no norms
 /// ```
 using ParameterSelection = std::function<bool(const std::string& name, const at::Tensor& parameter)>;
 
