@@ -7,6 +7,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <microreg/error.hpp>
 
 #include <concepts>
@@ -63,8 +64,8 @@ struct Bernoulli {
     return at::bernoulli(logits.detach().sigmoid(), generator);
   }
   [[nodiscard]] at::Tensor negative_log_likelihood(const at::Tensor& logits, const at::Tensor& labels) const {
-    return detail::event_sum(
-               at::binary_cross_entropy_with_logits(logits, labels, /*weight=*/{}, /*pos_weight=*/{}, at::Reduction::None))
+    return detail::event_sum(at::binary_cross_entropy_with_logits(logits, labels, /*weight=*/{}, /*pos_weight=*/{},
+                                                                  at::Reduction::None))
         .mean();
   }
 };

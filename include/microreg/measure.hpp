@@ -31,10 +31,10 @@ template <class M, class Loss, class PenaltyOrSum, class Input, class Target>
   detail::MicroBatchLoop loop(handle, options, input, target);
   const std::vector<double> strengths = detail::strengths_at(terms, options.strength, 0);
   try {
-    Report report = loop.run(loss, terms, strengths,
-                             [&](const auto& pass, double, std::vector<at::Tensor>& squared_norms) {
-                               detail::squared_norms(pass, terms, loop.parameters(), squared_norms);
-                             });
+    Report report =
+        loop.run(loss, terms, strengths, [&](const auto& pass, double, std::vector<at::Tensor>& squared_norms) {
+          detail::squared_norms(pass, terms, loop.parameters(), squared_norms);
+        });
     loop.restore();
     return report;
   } catch (...) {

@@ -151,15 +151,17 @@ template <Batch B>
       throw BatchError(c10::str(path, " is an undefined tensor; assign it, or make it a std::optional that is empty"));
     }
     if (tensor.dim() == 0) {
-      throw BatchError(c10::str(path, " is a scalar tensor, it has no first dimension to split; pass a number instead, "
-                                      "or expand it to one value per sample"));
+      throw BatchError(c10::str(path,
+                                " is a scalar tensor, it has no first dimension to split; pass a number instead, "
+                                "or expand it to one value per sample"));
     }
     if (count < 0) {
       count = tensor.size(0);
       first = path;
     } else if (tensor.size(0) != count) {
       throw BatchError(c10::str("first dimensions differ: ", first, " has ", count, " samples, ", path, " has ",
-                                tensor.size(0), " (shape ", tensor.sizes(), "); the first dimension of every tensor "
+                                tensor.size(0), " (shape ", tensor.sizes(),
+                                "); the first dimension of every tensor "
                                 "must be the sample dimension"));
     }
   });

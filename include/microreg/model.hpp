@@ -3,13 +3,13 @@
 /// reference to a `torch::nn::Module` subclass, `AnyModule`, `torch::jit::Module`, or a FunctionModel.
 #pragma once
 
-#include <microreg/error.hpp>
-#include <microreg/micro_batch.hpp>
-#include <microreg/parameters.hpp>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/nn/module.h>
 #include <torch/nn/modules/container/any.h>
 #include <torch/nn/pimpl.h>
+#include <microreg/error.hpp>
+#include <microreg/micro_batch.hpp>
+#include <microreg/parameters.hpp>
 
 #include <memory>
 #include <string>
@@ -183,9 +183,9 @@ template <class M>
 inline constexpr bool is_module_holder = std::is_base_of_v<torch::detail::ModuleHolderIndicator, M>;
 
 template <class M>
-inline constexpr bool is_model = is_module_holder<M> || std::is_base_of_v<torch::nn::Module, M> ||
-                                 IsSharedModule<M>::value || std::is_same_v<M, torch::nn::AnyModule> ||
-                                 std::is_same_v<M, torch::jit::Module> || IsFunctionModel<M>::value;
+inline constexpr bool is_model =
+    is_module_holder<M> || std::is_base_of_v<torch::nn::Module, M> || IsSharedModule<M>::value ||
+    std::is_same_v<M, torch::nn::AnyModule> || std::is_same_v<M, torch::jit::Module> || IsFunctionModel<M>::value;
 
 /// One interface to every kind of model: forward(input), parameters(), buffers().
 template <class M>

@@ -51,8 +51,8 @@ namespace detail {
 /// Throws OptionError with the field, its value and the remedy.
 inline void validate(const RegularizerOptions& options) {
   if (options.micro_batch_size < 1) {
-    throw OptionError(c10::str("micro_batch_size is ", options.micro_batch_size,
-                               "; it must be at least 1 (the paper uses 128)"));
+    throw OptionError(
+        c10::str("micro_batch_size is ", options.micro_batch_size, "; it must be at least 1 (the paper uses 128)"));
   }
   if (options.generator.has_value() && !options.generator->defined()) {
     throw OptionError("generator is undefined; make one with at::make_generator, or leave the option empty");

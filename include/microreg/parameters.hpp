@@ -62,9 +62,10 @@ struct Parameters {
                               " given); unfreeze at least one with parameter.requires_grad_(true)"));
   }
   if (result.selected.empty()) {
-    throw ModelError(c10::str("the option select chose none of the ", result.tensors.size(),
-                              " parameters that require a gradient, so every penalty would be zero; the first is named ",
-                              result.names.front()));
+    throw ModelError(
+        c10::str("the option select chose none of the ", result.tensors.size(),
+                 " parameters that require a gradient, so every penalty would be zero; the first is named ",
+                 result.names.front()));
   }
   return result;
 }

@@ -66,8 +66,7 @@ class Regularizer {
     try {
       std::vector<at::Tensor> sums(loop.parameters().tensors.size());
       Report report = loop.run(
-          loss_, terms_, strengths,
-          [&](const auto& pass, double weight, std::vector<at::Tensor>& squared_norms) {
+          loss_, terms_, strengths, [&](const auto& pass, double weight, std::vector<at::Tensor>& squared_norms) {
             detail::double_backward(pass, terms_, strengths, weight, loop.parameters(), sums, squared_norms);
           });
       report.step = step_;

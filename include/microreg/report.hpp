@@ -25,9 +25,9 @@ struct PenaltyReport {
 
 /// The outcome of `Regularizer::backward` (and, without gradients, of `measure`).
 struct Report {
-  std::int64_t step = 0;      ///< counted from 0
-  std::int64_t samples = 0;   ///< |B|
-  at::Tensor loss;            ///< sum over M of weight(M) * L_M: the mean loss over B; scalar
+  std::int64_t step = 0;          ///< counted from 0
+  std::int64_t samples = 0;       ///< |B|
+  at::Tensor loss;                ///< sum over M of weight(M) * L_M: the mean loss over B; scalar
   at::Tensor micro_batch_losses;  ///< L_M, one per micro-batch; [K]
   std::vector<PenaltyReport> penalties;
   at::Tensor gradient_norm;  ///< norm of what this step added to the `.grad` fields; scalar; undefined in `measure`
@@ -63,8 +63,8 @@ struct Report {
       check(penalty.micro_batch_norms, c10::str("the gradient norm of penalty ", penalty.name));
     }
     if (gradient_norm.defined() && !std::isfinite(gradient_norm.item<double>())) {
-      throw NonFiniteError(c10::str("the gradient of the objective is ", gradient_norm.item<double>(), " at step ", step,
-                                    " although every loss and penalty is finite; ", remedy),
+      throw NonFiniteError(c10::str("the gradient of the objective is ", gradient_norm.item<double>(), " at step ",
+                                    step, " although every loss and penalty is finite; ", remedy),
                            0);
     }
   }
@@ -78,9 +78,9 @@ struct Report {
     const double* data = on_host.const_data_ptr<double>();
     for (std::int64_t i = 0; i < on_host.numel(); ++i) {
       if (!std::isfinite(data[i])) {
-        throw NonFiniteError(
-            c10::str(what, " is ", data[i], " in micro-batch ", i, " of ", on_host.numel(), " at step ", step, "; ", remedy),
-            i);
+        throw NonFiniteError(c10::str(what, " is ", data[i], " in micro-batch ", i, " of ", on_host.numel(),
+                                      " at step ", step, "; ", remedy),
+                             i);
       }
     }
   }

@@ -2,10 +2,11 @@
 /// The functor form of every penalty: a scalar tensor that carries a graph, for users who compose their own loss.
 #pragma once
 
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <microreg/detail/gradients.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/penalty.hpp>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <string>
 #include <string_view>
@@ -78,8 +79,8 @@ inline void check_probe(const at::Tensor& probe, std::string_view penalty) {
                               ", it must be a scalar; reduce it with .mean() or .sum()"));
   }
   if (!probe.is_floating_point()) {
-    throw ModelError(c10::str(penalty, ": the probe is ", c10::toString(probe.scalar_type()),
-                              ", it must be floating-point"));
+    throw ModelError(
+        c10::str(penalty, ": the probe is ", c10::toString(probe.scalar_type()), ", it must be floating-point"));
   }
   if (!probe.requires_grad()) {
     throw ModelError(c10::str(penalty,
@@ -97,7 +98,8 @@ inline void check_probe(const at::Tensor& probe, std::string_view penalty) {
 /// result is differentiated; the probe's graph is kept. Throws ModelError if the probe is no floating-point scalar with
 /// a graph, or if no parameter requires a gradient. Differentiating the result a second time (create_graph) throws
 /// where LibTorch's third derivative is wrong.
-[[nodiscard]] inline at::Tensor squared_gradient_norm(const at::Tensor& probe, const std::vector<at::Tensor>& parameters,
+[[nodiscard]] inline at::Tensor squared_gradient_norm(const at::Tensor& probe,
+                                                      const std::vector<at::Tensor>& parameters,
                                                       std::string_view penalty = "squared_gradient_norm") {
   detail::check_probe(probe, penalty);
   std::vector<NamedParameter> named;

@@ -55,7 +55,7 @@ class Strength {
 /// options.strength = microreg::LinearWarmUp{.peak = 0.01, .steps = 500};
 /// ```
 struct LinearWarmUp {
-  double peak = 1.0;        ///< the strength once warm
+  double peak = 1.0;         ///< the strength once warm
   std::int64_t steps = 100;  ///< how many steps it takes; 0 or less means warm at once
 
   [[nodiscard]] double operator()(std::int64_t step) const noexcept {

@@ -2,6 +2,6 @@
 #include "step.hpp"
 
 void step(torch::nn::Linear& model) {
-  step_with(model, microreg::GradientNorm{}, [](const torch::Tensor& output) { return output.mean(); },
-            torch::ones({2, 3}));
+  step_with(
+      model, microreg::GradientNorm{}, [](const torch::Tensor& output) { return output.mean(); }, torch::ones({2, 3}));
 }

@@ -1,7 +1,7 @@
 /// @file
 /// One regularized step, as a project that finds microreg would take it.
-#include <microreg/microreg.hpp>
 #include <torch/nn/modules/linear.h>
+#include <microreg/microreg.hpp>
 
 #include <iostream>
 

@@ -2,9 +2,9 @@
 /// One of two translation units that include every header: a function that is not inline would be defined twice.
 #include "first.hpp"
 
+#include <torch/nn/modules/linear.h>
 #include <microreg/format.hpp>
 #include <microreg/microreg.hpp>
-#include <torch/nn/modules/linear.h>
 
 double gradient_norm_in_first_unit() {
   torch::nn::Linear model(2, 1);

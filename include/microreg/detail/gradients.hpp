@@ -3,9 +3,10 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/util/StringUtil.h>
-#include <microreg/error.hpp>
 #include <torch/csrc/autograd/autograd.h>
+#include <microreg/error.hpp>
 
 #include <algorithm>
 #include <string>
@@ -25,7 +26,8 @@ namespace microreg::detail {
         "at::globalContext().setSDPUseFlash(false), setSDPUseMemEfficient(false) and setSDPUseCuDNN(false) once";
   } else if (message.find("cudnn_rnn") != std::string::npos || message.find("CuDNN") != std::string::npos) {
     remedy =
-        "cuDNN's recurrent networks cannot be differentiated twice: call at::globalContext().setUserEnabledCuDNN(false) "
+        "cuDNN's recurrent networks cannot be differentiated twice: call "
+        "at::globalContext().setUserEnabledCuDNN(false) "
         "around the step";
   } else if (message.find("is not implemented") != std::string::npos ||
              message.find("not differentiable") != std::string::npos) {
@@ -33,7 +35,8 @@ namespace microreg::detail {
   } else {
     throw;  // Not about differentiability: the original error says it best.
   }
-  throw ModelError(c10::str(what, " needs a second derivative that LibTorch does not have: ", first_line, "; ", remedy));
+  throw ModelError(
+      c10::str(what, " needs a second derivative that LibTorch does not have: ", first_line, "; ", remedy));
 }
 
 /// d(sum of <outputs, seeds>)/d(inputs); undefined where an input does not take part.
@@ -56,9 +59,7 @@ inline std::vector<at::Tensor> defined(const std::vector<at::Tensor>& tensors) {
   return result;
 }
 
-inline at::ScalarType accumulation_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
+inline at::ScalarType accumulation_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 /// || tensors ||^2 over all of them jointly, without a graph, a scalar on the device; half types add up in float32.
 inline at::Tensor squared_norm(const std::vector<at::Tensor>& tensors, const at::TensorOptions& scalar_options) {

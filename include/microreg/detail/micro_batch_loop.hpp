@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <microreg/detail/snapshot.hpp>
 #include <microreg/micro_batch.hpp>
 #include <microreg/model.hpp>
@@ -36,7 +37,8 @@ using TermsFor = decltype(as_terms(std::declval<Expression>()));
 template <class... P>
 std::vector<double> strengths_at(const std::tuple<Weighted<P>...>& terms, const Strength& factor, std::int64_t step) {
   const double common = factor.at(step);
-  return std::apply([&](const auto&... term) { return std::vector<double>{common * term.strength.at(step)...}; }, terms);
+  return std::apply([&](const auto&... term) { return std::vector<double>{common * term.strength.at(step)...}; },
+                    terms);
 }
 
 /// The device that all of `tensors` share, if they do.
@@ -104,7 +106,7 @@ class MicroBatchLoop {
       const at::Tensor mean_loss = evaluate(loss, output, target, size);
       std::vector<at::Tensor> squared(sizeof...(P));
       differentiate(ForwardPass<Input, std::remove_cvref_t<decltype(output)>, Target>{input, output, target, mean_loss,
-                                                                                     options_.generator},
+                                                                                      options_.generator},
                     micro_batches_.weight(i), squared);
       losses.push_back(mean_loss.detach());
       for (std::size_t p = 0; p < squared.size(); ++p) {
@@ -152,13 +154,17 @@ class MicroBatchLoop {
 
   template <class Loss, class Output>
   at::Tensor evaluate(Loss& loss, const Output& output, const Target& target, std::int64_t size) const {
-    static_assert(requires { { loss(output, target) } -> std::convertible_to<at::Tensor>; },
-                  "microreg: the loss cannot be called as loss(output, target) with what the model returns and the "
-                  "target batch, or it does not return a torch::Tensor");
+    static_assert(
+        requires {
+          { loss(output, target) } -> std::convertible_to<at::Tensor>;
+        },
+        "microreg: the loss cannot be called as loss(output, target) with what the model returns and the "
+        "target batch, or it does not return a torch::Tensor");
     if constexpr (is_tensor<Output>) {
       if (output.defined() && !output.is_floating_point() && !output.is_complex()) {
         throw ModelError(c10::str("the model's output is ", c10::toString(output.scalar_type()), " of shape ",
-                                  output.sizes(), ", which has no gradient; return floating-point logits or "
+                                  output.sizes(),
+                                  ", which has no gradient; return floating-point logits or "
                                   "predictions"));
       }
     }
@@ -178,15 +184,15 @@ class MicroBatchLoop {
 
   template <class... P>
   Report report(const std::tuple<Weighted<P>...>& terms, std::span<const double> strengths,
-                const std::vector<at::Tensor>& losses, const std::vector<std::vector<at::Tensor>>& squared_norms) const {
+                const std::vector<at::Tensor>& losses,
+                const std::vector<std::vector<at::Tensor>>& squared_norms) const {
     const at::NoGradGuard no_grad;
     Report result;
     result.samples = micro_batches_.begin(micro_batches_.count() - 1) + micro_batches_.size(micro_batches_.count() - 1);
     result.micro_batch_losses = at::stack(losses);
     result.loss = weighted_sum(result.micro_batch_losses);
-    const std::vector<std::string> names =
-        std::apply([](const auto&... term) { return std::vector<std::string>{std::string(term.penalty.name())...}; },
-                   terms);
+    const std::vector<std::string> names = std::apply(
+        [](const auto&... term) { return std::vector<std::string>{std::string(term.penalty.name())...}; }, terms);
     for (std::size_t p = 0; p < names.size(); ++p) {
       const at::Tensor squared = at::stack(squared_norms[p]);
       result.penalties.push_back({names[p], strengths[p], weighted_sum(squared), squared.sqrt()});

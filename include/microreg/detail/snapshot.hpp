@@ -5,6 +5,7 @@
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/core/Generator.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/Device.h>
 
 #include <mutex>

@@ -2,6 +2,7 @@
 /// Exact differentiation of penalties by double backward.
 #pragma once
 
+#include <ATen/core/grad_mode.h>
 #include <microreg/detail/gradients.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/penalty.hpp>

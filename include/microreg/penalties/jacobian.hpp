@@ -5,6 +5,7 @@
 /// Outputs of more dimensions are read as one vector a sample, so C is the number of output values per sample.
 #pragma once
 
+#include <ATen/core/grad_mode.h>
 #include <microreg/squared_gradient_norm.hpp>
 
 #include <concepts>
@@ -25,8 +26,8 @@ concept HasTensorOutput = std::convertible_to<decltype(std::declval<const Pass&>
 ///     R_M(w) = || grad_w sum over c of mean over x in M of f_c(x) ||^2 = || 1^T J-bar ||^2.
 ///
 /// As in the authors' code (arXiv:2211.15853, section 3, "average Jacobian") this is the norm of the sum of the rows of
-/// J-bar, not its Frobenius norm. The output must be floating-point, [M, ...]. Cost in `Regularizer`: 3.0 plain steps in
-/// exact arithmetic. Neither labels nor the loss are used.
+/// J-bar, not its Frobenius norm. The output must be floating-point, [M, ...]. Cost in `Regularizer`: 3.0 plain steps
+/// in exact arithmetic. Neither labels nor the loss are used.
 ///
 /// ```cpp
 /// auto value = microreg::AverageJacobian{}(model->forward(x), model->parameters());

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Compiles every header under include/ alone, with all warnings as errors: a user may include them in any order.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../cmake/bootstrap.sh"
+
+microreg_bootstrap
+microreg_build microreg_check_headers
+echo "$(find "$microreg_root/include" -name '*.hpp' | wc -l) headers are self-contained"
