@@ -1,6 +1,7 @@
 # Checks the documentation against the code (cmake -P, nothing else needed):
 # - every ```cpp block in README.md, docs/*.md and in a doc comment stands, word for word, in a test or an example;
-# - every relative link in a Markdown file leads to a file that is there.
+# - every relative link in a Markdown file leads to a file that is there;
+# - README.md names every option of the CIFAR trainer.
 cmake_minimum_required(VERSION 3.25)
 get_filename_component(root "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
 set(failures 0)
@@ -89,6 +90,17 @@ foreach(header IN LISTS headers)
   file(READ "${root}/${header}" text)
   string(REGEX REPLACE "\n */// ?" "\n" text "${text}")
   check_blocks("${header}" "${text}")
+endforeach()
+
+file(READ "${root}/README.md" readme)
+file(READ "${root}/examples/cifar/command_line.cpp" command_line)
+string(REGEX MATCHALL "\"--[a-z-]+" options "${command_line}")
+foreach(option IN LISTS options)
+  string(REPLACE "\"" "" option "${option}")
+  string(REGEX MATCH "`${option}[ `]" named "${readme}")
+  if(named STREQUAL "" AND NOT option STREQUAL "--version")
+    message(SEND_ERROR "README.md does not name the trainer's option ${option}")
+  endif()
 endforeach()
 
 if(blocks LESS 20 OR links LESS 20)
