@@ -9,8 +9,8 @@
 
 namespace microreg {
 
-/// Base of all errors of this library. Whoever catches it finds the model, its buffers, the `.grad` fields and the
-/// random number generators as they were before the call that threw.
+/// Base of all errors of this library. When `Regularizer::backward` or `measure` throws one, the model, its buffers,
+/// the `.grad` fields and the random number generators are as they were before the call.
 class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
