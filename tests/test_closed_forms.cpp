@@ -74,11 +74,10 @@ TEST_CASE("linear regression by hand", "[closed_form]") {
     const double scale = 1.0 / (samples * deviation * deviation);
     const torch::Tensor g = scale * (r.prediction - drawn).t().matmul(r.design);
     const microreg::Gaussian gaussian{deviation};
-    const microreg::Distribution given{
-        [&](const torch::Tensor&, const auto&) { return drawn; },
-        [&](const torch::Tensor& mean, const torch::Tensor& labels) {
-          return gaussian.negative_log_likelihood(mean, labels);
-        }};
+    const microreg::Distribution given{[&](const torch::Tensor&, const auto&) { return drawn; },
+                                       [&](const torch::Tensor& mean, const torch::Tensor& labels) {
+                                         return gaussian.negative_log_likelihood(mean, labels);
+                                       }};
     r.check(mse, y, microreg::FisherTrace{given}, loss_gradient, squared(g), 2 * scale * g.matmul(moment));
   }
   SECTION("average Jacobian: linear in the parameters, so its gradient vanishes") {
@@ -144,8 +143,8 @@ TEST_CASE("Jacobians of a two-layer linear network by hand", "[closed_form]") {
   const auto no_loss = [](const torch::Tensor& output, const torch::Tensor&) { return (output * 0).sum(); };
   const auto check = [&](const auto& penalty, const torch::Tensor& v) {
     clear_grad({w1, w2});
-    microreg::Regularizer regularizer(
-        model, no_loss, penalty, {.strength = strength, .micro_batch_size = samples, .generator = generator(9)});
+    microreg::Regularizer regularizer(model, no_loss, penalty,
+                                      {.strength = strength, .micro_batch_size = samples, .generator = generator(9)});
     const microreg::Report report = regularizer.backward(x, x);
     const torch::NoGradGuard no_grad;
     const torch::Tensor mean = x.mean(0);

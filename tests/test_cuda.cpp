@@ -55,13 +55,13 @@ TEST_CASE("penalties on CUDA agree with the CPU", "[cuda]") {
   SECTION("gradient norm") { agrees(norm, microreg::GradientNorm{}); }
   SECTION("average Jacobian") { agrees(norm, microreg::AverageJacobian{}); }
   SECTION("Fisher trace, given labels") {
-    agrees(norm, microreg::FisherTrace{microreg::Distribution{
-                     [](const torch::Tensor& output, const auto&) {
-                       return torch::arange(output.size(0), output.options().dtype(torch::kInt64));
-                     },
-                     [](const torch::Tensor& output, const torch::Tensor& y) {
-                       return torch::cross_entropy_loss(output, y);
-                     }}});
+    agrees(
+        norm,
+        microreg::FisherTrace{microreg::Distribution{
+            [](const torch::Tensor& output, const auto&) {
+              return torch::arange(output.size(0), output.options().dtype(torch::kInt64));
+            },
+            [](const torch::Tensor& output, const torch::Tensor& y) { return torch::cross_entropy_loss(output, y); }}});
   }
   SECTION("unit Jacobian, given direction") {
     agrees(norm, microreg::SquaredGradientNorm{[](const torch::Tensor& output) {
@@ -106,15 +106,14 @@ TEST_CASE("an error on CUDA leaves the device's generator as it was", "[cuda]") 
   networks::Mlp model;
   model->to(torch::kCUDA);
   int calls = 0;
-  microreg::Regularizer regularizer(
-      model,
-      [&](const torch::Tensor& output, const torch::Tensor& y) {
-        if (++calls == 2) {
-          throw std::runtime_error("second micro-batch");
-        }
-        return torch::cross_entropy_loss(output, y);
-      },
-      microreg::FisherTrace{}, {.micro_batch_size = 4});
+  microreg::Regularizer regularizer(model,
+                                    [&](const torch::Tensor& output, const torch::Tensor& y) {
+                                      if (++calls == 2) {
+                                        throw std::runtime_error("second micro-batch");
+                                      }
+                                      return torch::cross_entropy_loss(output, y);
+                                    },
+                                    microreg::FisherTrace{}, {.micro_batch_size = 4});
   const torch::Tensor x = torch::randn({8, 6}, torch::kCUDA);
   at::Generator device = at::globalContext().defaultGenerator(x.device());
   const auto before = device.get_state();

@@ -86,9 +86,8 @@ TEST_CASE("the Fisher trace, averaged over every set of labels, is tr(F) / |M|",
 TEST_CASE("the Fisher trace, averaged over its own draws, is tr(F) / |M|", "[expectation]") {
   const Tiny tiny;
   at::Generator draws = generator(32);
-  const auto [mean, error] = monte_carlo(3000, [&] {
-    return microreg::FisherTrace{}(tiny.output, tiny.model->parameters(), draws).item<double>();
-  });
+  const auto [mean, error] = monte_carlo(
+      3000, [&] { return microreg::FisherTrace{}(tiny.output, tiny.model->parameters(), draws).item<double>(); });
   CHECK(error < 0.05 * mean);
   CHECK(std::abs(mean - exact_fisher_trace(tiny)) < 4.5 * error);
 }
@@ -118,9 +117,8 @@ TEST_CASE("the unit Jacobian, averaged over directions, is ||J-bar||_F^2 / C", "
     frobenius += gradient(tiny.output.mean(0)[c], tiny.model->parameters()).square().sum().item<double>();
   }
   at::Generator draws = generator(34);
-  const auto [mean, error] = monte_carlo(3000, [&] {
-    return microreg::UnitJacobian{}(tiny.output, tiny.model->parameters(), draws).item<double>();
-  });
+  const auto [mean, error] = monte_carlo(
+      3000, [&] { return microreg::UnitJacobian{}(tiny.output, tiny.model->parameters(), draws).item<double>(); });
   CHECK(error < 0.05 * mean);
   CHECK(std::abs(mean - frobenius / outcomes) < 4.5 * error);
 }

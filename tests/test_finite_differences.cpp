@@ -69,9 +69,7 @@ void check_networks(const Penalty& penalty) {
 TEST_CASE("gradient norm against finite differences", "[finite_difference]") {
   check_networks(microreg::GradientNorm{});
 }
-TEST_CASE("Fisher trace against finite differences", "[finite_difference]") {
-  check_networks(microreg::FisherTrace{});
-}
+TEST_CASE("Fisher trace against finite differences", "[finite_difference]") { check_networks(microreg::FisherTrace{}); }
 TEST_CASE("average Jacobian against finite differences", "[finite_difference]") {
   check_networks(microreg::AverageJacobian{});
 }

@@ -36,13 +36,6 @@ torch::Tensor expected(networks::Mlp mlp) {
   return flat_grad(mlp->parameters());
 }
 
-void copy_parameters(const std::vector<torch::Tensor>& from, const std::vector<torch::Tensor>& to) {
-  const torch::NoGradGuard no_grad;
-  for (std::size_t i = 0; i < from.size(); ++i) {
-    to[i].copy_(from[i]);
-  }
-}
-
 /// Two inputs, so that a tuple is spread over the arguments.
 struct BilinearImpl : torch::nn::Module {
   torch::Tensor forward(const torch::Tensor& a, const torch::Tensor& b) { return layer(torch::cat({a, b}, 1)); }
@@ -136,20 +129,19 @@ TEST_CASE("a model that returns a tuple", "[model]") {
 TEST_CASE("FunctionModel's buffers are put back after an error", "[model]") {
   const torch::Tensor w = torch::ones({6, 3}).requires_grad_(true);
   torch::Tensor calls = torch::zeros({});
-  microreg::Regularizer regularizer(
-      microreg::FunctionModel{[&](const torch::Tensor& x) {
-                                calls += 1;
-                                return x.matmul(w);
-                              },
-                              {w},
-                              {calls}},
-      [&](const torch::Tensor& output, const torch::Tensor&) -> torch::Tensor {
-        if (calls.item<float>() > 1) {
-          throw std::runtime_error("second micro-batch");
-        }
-        return output.mean();
-      },
-      microreg::GradientNorm{}, {.micro_batch_size = 2});
+  microreg::Regularizer regularizer(microreg::FunctionModel{[&](const torch::Tensor& x) {
+                                                              calls += 1;
+                                                              return x.matmul(w);
+                                                            },
+                                                            {w},
+                                                            {calls}},
+                                    [&](const torch::Tensor& output, const torch::Tensor&) -> torch::Tensor {
+                                      if (calls.item<float>() > 1) {
+                                        throw std::runtime_error("second micro-batch");
+                                      }
+                                      return output.mean();
+                                    },
+                                    microreg::GradientNorm{}, {.micro_batch_size = 2});
   CHECK_THROWS_AS(regularizer.backward(torch::ones({4, 6}), torch::ones({4})), std::runtime_error);
   CHECK(calls.item<float>() == 0);
   CHECK_FALSE(w.grad().defined());

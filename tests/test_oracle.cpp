@@ -108,9 +108,8 @@ template <class Model>
 void check_all(Case<Model> test) {
   test.load();
   const auto parameters = test.parameters();
-  check(test, "gradient_norm", 0.3, microreg::GradientNorm{}, [&](const torch::Tensor&, const torch::Tensor& loss) {
-    return microreg::GradientNorm{}(loss, parameters);
-  });
+  check(test, "gradient_norm", 0.3, microreg::GradientNorm{},
+        [&](const torch::Tensor&, const torch::Tensor& loss) { return microreg::GradientNorm{}(loss, parameters); });
   const torch::Tensor drawn = oracle().at("drawn").to(torch::kInt64);
   check(test, "fisher_trace", 0.2, microreg::FisherTrace{given_labels(drawn)},
         [&, fisher = microreg::FisherTrace{given_labels(drawn)}](const torch::Tensor& output, const torch::Tensor&) {

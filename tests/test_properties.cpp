@@ -41,17 +41,17 @@ torch::Tensor plain_gradient(networks::Mlp model, const networks::Samples& batch
 }  // namespace
 
 TEST_CASE("a micro-batch of the whole batch's size, or larger, is the unsplit penalty", "[property]") {
-  const auto model = networks::seeded_mlp();
+  auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(9);
   const auto size = GENERATE(9, 10, 1000000);
-  const Outcome split = step(model, cross_entropy, microreg::GradientNorm{}, batch,
-                             {.strength = 0.4, .micro_batch_size = size});
+  const Outcome split =
+      step(model, cross_entropy, microreg::GradientNorm{}, batch, {.strength = 0.4, .micro_batch_size = size});
   CHECK(split.report.micro_batches() == 1);
   CHECK(relative_error(split.grad, unsplit_gradient(model, batch, 0.4, 0, 9)) < 1e-13);
 }
 
 TEST_CASE("the order of samples inside a micro-batch does not matter", "[property]") {
-  const auto cnn = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
+  auto cnn = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
   const auto batch = networks::images(8);
   // Permutes within [0, 4) and within [4, 8).
   const torch::Tensor order = torch::tensor({2, 0, 3, 1, 7, 4, 6, 5});
@@ -74,17 +74,16 @@ TEST_CASE("the order of samples inside a micro-batch does not matter", "[propert
 }
 
 TEST_CASE("a ragged last micro-batch counts by its samples, or fully with the reference weights", "[property]") {
-  const auto model = networks::seeded_mlp();
+  auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(10);
   const torch::Tensor first = unsplit_gradient(model, batch, 0.4, 0, 4);
   const torch::Tensor second = unsplit_gradient(model, batch, 0.4, 4, 4);
   const torch::Tensor last = unsplit_gradient(model, batch, 0.4, 8, 2);
-  const Outcome samples = step(model, cross_entropy, microreg::GradientNorm{}, batch,
-                               {.strength = 0.4, .micro_batch_size = 4});
+  const Outcome samples =
+      step(model, cross_entropy, microreg::GradientNorm{}, batch, {.strength = 0.4, .micro_batch_size = 4});
   CHECK(relative_error(samples.grad, 0.4 * first + 0.4 * second + 0.2 * last) < 1e-13);
-  const Outcome reference =
-      step(model, cross_entropy, microreg::GradientNorm{}, batch,
-           {.strength = 0.4, .micro_batch_size = 4, .weighting = microreg::Weighting::reference});
+  const Outcome reference = step(model, cross_entropy, microreg::GradientNorm{}, batch,
+                                 {.strength = 0.4, .micro_batch_size = 4, .weighting = microreg::Weighting::reference});
   CHECK(relative_error(reference.grad, (first + second + last) / 3) < 1e-13);
   CHECK(reference.report.micro_batches() == 3);
   CHECK(reference.report.samples == 10);
@@ -95,7 +94,7 @@ TEST_CASE("a ragged last micro-batch counts by its samples, or fully with the re
 }
 
 TEST_CASE("every penalty changes the gradient, in proportion to its strength", "[property]") {
-  const auto model = networks::seeded_mlp();
+  auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(10);
   const torch::Tensor plain = plain_gradient(model, batch);
   const auto check = [&](const auto& penalty) {
@@ -117,7 +116,7 @@ TEST_CASE("every penalty changes the gradient, in proportion to its strength", "
 }
 
 TEST_CASE("several penalties at once are the sum of each", "[property]") {
-  const auto model = networks::seeded_mlp();
+  auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(10);
   const torch::Tensor plain = plain_gradient(model, batch);
   const auto alone = [&](const auto& penalty, double strength) {
@@ -125,11 +124,11 @@ TEST_CASE("several penalties at once are the sum of each", "[property]") {
   };
   const microreg::SquaredGradientNorm custom{[](const torch::Tensor& output) { return output.logsumexp(1).mean(); }};
   // 2.0 is the common factor, on top of each one's own strength.
-  const Outcome sum = step(model, cross_entropy,
-                           0.3 * microreg::GradientNorm{} + 0.02 * microreg::AverageJacobian{} + custom, batch,
-                           {.strength = 2.0, .micro_batch_size = 4});
-  const torch::Tensor expected = plain + alone(microreg::GradientNorm{}, 0.6) +
-                                 alone(microreg::AverageJacobian{}, 0.04) + alone(custom, 2.0);
+  const Outcome sum =
+      step(model, cross_entropy, 0.3 * microreg::GradientNorm{} + 0.02 * microreg::AverageJacobian{} + custom, batch,
+           {.strength = 2.0, .micro_batch_size = 4});
+  const torch::Tensor expected =
+      plain + alone(microreg::GradientNorm{}, 0.6) + alone(microreg::AverageJacobian{}, 0.04) + alone(custom, 2.0);
   CHECK(relative_error(sum.grad, expected) < 1e-12);
   CHECK(sum.report.penalties.size() == 3);
   CHECK(sum.report.penalty("average_jacobian").strength == Approx(0.04));
@@ -139,14 +138,13 @@ TEST_CASE("several penalties at once are the sum of each", "[property]") {
                                                     0.04 * found.penalties[1].value + 2 * found.penalties[2].value)
                                                        .item<double>()));
   // The same penalty twice counts twice.
-  const Outcome twice =
-      step(model, cross_entropy, 0.1 * microreg::GradientNorm{} + 0.2 * microreg::GradientNorm{}, batch,
-           {.micro_batch_size = 4});
+  const Outcome twice = step(model, cross_entropy, 0.1 * microreg::GradientNorm{} + 0.2 * microreg::GradientNorm{},
+                             batch, {.micro_batch_size = 4});
   CHECK(relative_error(twice.grad, plain + alone(microreg::GradientNorm{}, 0.3)) < 1e-12);
 }
 
 TEST_CASE("an existing .grad is added to", "[property]") {
-  const auto model = networks::seeded_mlp();
+  auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(10);
   const torch::Tensor once = step(model, cross_entropy, microreg::GradientNorm{}, batch, {.micro_batch_size = 4}).grad;
   clear_grad(model->parameters());
@@ -165,7 +163,7 @@ TEST_CASE("an existing .grad is added to", "[property]") {
 }
 
 TEST_CASE("a loss that sums gives the same as one that averages", "[property]") {
-  const auto model = networks::seeded_mlp();
+  auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(10);
   const torch::nn::CrossEntropyLoss sum(torch::nn::CrossEntropyLossOptions().reduction(torch::kSum));
   const auto penalty = 0.5 * microreg::GradientNorm{} + 0.1 * microreg::AverageJacobian{};
@@ -178,7 +176,7 @@ TEST_CASE("a loss that sums gives the same as one that averages", "[property]") 
 }
 
 TEST_CASE("channels-last inputs and weights give the same gradient", "[property]") {
-  const auto cnn = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
+  auto cnn = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
   const auto batch = networks::images(10);
   const Outcome contiguous = step(cnn, cross_entropy, microreg::GradientNorm{}, batch, {.micro_batch_size = 4});
   {

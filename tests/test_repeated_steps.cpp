@@ -2,8 +2,8 @@
 #include "helpers.hpp"
 #include "networks.hpp"
 
-#include <microreg/microreg.hpp>
 #include <unistd.h>
+#include <microreg/microreg.hpp>
 
 #include <fstream>
 
@@ -24,10 +24,10 @@ std::vector<torch::Tensor> train(std::uint64_t seed, int steps) {
   torch::manual_seed(seed);
   networks::Cnn model(networks::Norm::batch);
   torch::optim::SGD optimizer(model->parameters(), 0.05);
-  microreg::Regularizer regularizer(
-      model, cross_entropy, 0.1 * microreg::GradientNorm{} + 0.1 * microreg::FisherTrace{} +
-                                0.01 * microreg::UnitJacobian{} + 0.01 * microreg::AverageJacobian{},
-      {.micro_batch_size = 4});
+  microreg::Regularizer regularizer(model, cross_entropy,
+                                    0.1 * microreg::GradientNorm{} + 0.1 * microreg::FisherTrace{} +
+                                        0.01 * microreg::UnitJacobian{} + 0.01 * microreg::AverageJacobian{},
+                                    {.micro_batch_size = 4});
   std::vector<torch::Tensor> history;
   for (int i = 0; i < steps; ++i) {
     optimizer.zero_grad();
