@@ -12,4 +12,5 @@ configure_package_config_file("${PROJECT_SOURCE_DIR}/cmake/microregConfig.cmake.
 write_basic_package_version_file("${PROJECT_BINARY_DIR}/microregConfigVersion.cmake" COMPATIBILITY SameMinorVersion
                                  ARCH_INDEPENDENT)
 install(FILES "${PROJECT_BINARY_DIR}/microregConfig.cmake" "${PROJECT_BINARY_DIR}/microregConfigVersion.cmake"
-              "${PROJECT_SOURCE_DIR}/cmake/MicroregDependencies.cmake" DESTINATION "${microreg_config_dir}")
+              "${PROJECT_SOURCE_DIR}/cmake/MicroregDependencies.cmake"
+              "${PROJECT_SOURCE_DIR}/cmake/MicroregTorchWithoutToolkit.cmake" DESTINATION "${microreg_config_dir}")

@@ -81,16 +81,8 @@ microreg_torch_in_prefix_path() {
   return 1
 }
 
-# Prints the prefix of the torch that Python $1 can import, if LibTorch can be linked from there: a CUDA build is of no
-# use to CMake without the CUDA toolkit.
-microreg_torch_of_python() {
-  "$1" - 2>/dev/null <<'PYTHON'
-import shutil, sys, os
-import torch
-toolkit = shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc")
-sys.exit(1) if torch.version.cuda and not toolkit else print(torch.utils.cmake_prefix_path)
-PYTHON
-}
+# Prints the prefix of the torch that Python $1 can import.
+microreg_torch_of_python() { "$1" -c "import torch; print(torch.utils.cmake_prefix_path)" 2>/dev/null; }
 
 # LibTorch from pip, in a virtual environment inside the build tree.
 microreg_torch_from_pip() {
@@ -107,11 +99,11 @@ microreg_torch_from_pip() {
   rm -rf "$venv"
   mkdir -p "$microreg_root/build"
   python3 -m venv "$venv" || /usr/bin/python3 -m venv "$venv" || microreg_fail "python3 -m venv failed"
-  # Without a CUDA toolkit, prefer the CPU build from PyTorch's own index, where that can be reached: PyPI's brings
-  # gigabytes of CUDA libraries along, and CMake could not use it.
+  # Without a GPU, prefer the CPU build from PyTorch's own index, where that can be reached: PyPI's brings gigabytes of
+  # CUDA libraries along.
   local -a index=()
   local cpu_index="https://download.pytorch.org/whl/cpu"
-  if ! command -v nvcc >/dev/null 2>&1 && [ ! -x /usr/local/cuda/bin/nvcc ] &&
+  if ! command -v nvidia-smi >/dev/null 2>&1 &&
     "$microreg_python" -c "import urllib.request as u; u.urlopen('$cpu_index/torch/', timeout=5)" >/dev/null 2>&1; then
     index=(--extra-index-url "$cpu_index")
   fi
@@ -120,8 +112,7 @@ microreg_torch_from_pip() {
     microreg_fail "pip could not install torch==$microreg_torch_version. Install LibTorch by hand
 (https://pytorch.org/get-started/locally) and start this script again with CMAKE_PREFIX_PATH=/path/to/libtorch."
   microreg_torch_prefix="$(microreg_torch_of_python "$microreg_python")" ||
-    microreg_fail "the torch in build/venv cannot be used: it does not import, or it is a CUDA build and there is no
-CUDA toolkit (nvcc). Start this script again with CMAKE_PREFIX_PATH=/path/to/libtorch."
+    microreg_fail "the torch in build/venv cannot be imported; see $microreg_python -c 'import torch'"
 }
 
 # Sets microreg_python, and microreg_torch_prefix unless CMAKE_PREFIX_PATH says it all.
