@@ -1,0 +1,119 @@
+#include "command_line.hpp"
+
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <microreg/version.hpp>
+
+#include <algorithm>
+#include <iostream>
+#include <vector>
+
+namespace cifar {
+
+namespace {
+
+template <class Enum, std::size_t N>
+std::vector<std::string> strings(const std::array<Named<Enum>, N>& names) {
+  std::vector<std::string> result;
+  std::transform(names.begin(), names.end(), std::back_inserter(result),
+                 [](const auto& named) { return std::string(named.name); });
+  return result;
+}
+
+/// An option whose value is one of `names`.
+template <class Enum, std::size_t N>
+CLI::Option* add_choice(CLI::App* group, const std::string& option, Enum& value,
+                        const std::array<Named<Enum>, N>& names, const std::string& description) {
+  return group
+      ->add_option_function<std::string>(
+          option,
+          [&value, &names](const std::string& text) {
+            value = std::find_if(names.begin(), names.end(), [&](const auto& named) { return named.name == text; })->value;
+          },
+          description)
+      ->type_name("")
+      ->check(CLI::IsMember(strings(names)))
+      ->default_str(std::string(name_of(names, value)));
+}
+
+}  // namespace
+
+std::optional<Options> parse_command_line(int argc, const char* const* argv) {
+  Options options;
+  std::optional<double> strength;
+  std::optional<std::int64_t> batch_size;
+
+  CLI::App app{"Trains a small network on CIFAR with large batches, with or without an explicit regularizer."};
+  app.name("microreg_cifar");
+  app.option_defaults()->always_capture_default();
+  app.set_version_flag("--version", std::string("microreg_cifar ") + microreg::version);
+  app.get_formatter()->column_width(38);
+
+  auto* data = app.add_option_group("Data");
+  data->add_option("--data", options.data,
+                   "'synthetic', or a folder with the official binary files (or its parent folder)")
+      ->type_name("synthetic|DIR");
+  add_choice(data, "--dataset", options.dataset, dataset_names, "Which files to read from the folder");
+  data->add_option("--train-size", options.train_size, "Training images; 0: all (synthetic: 2000)")->type_name("N");
+  data->add_option("--test-size", options.test_size, "Test images; 0: all (synthetic: 2000)")->type_name("N");
+  data->add_option("--image-size", options.image_size, "32, or 16 to pool the images by 2")
+      ->type_name("PIXELS")
+      ->check(CLI::IsMember({16, 32}));
+  data->add_flag("--augment,!--no-augment", options.augment, "Random crop (padding an eighth) and horizontal flip");
+
+  auto* training = app.add_option_group("Training");
+  add_choice(training, "--model", options.model, architecture_names, "Network");
+  add_choice(training, "--method", options.method, method_names, "What is added to SGD, see below");
+  training
+      ->add_option("--strength", strength,
+                   "Factor on the penalty [0.01 gradient-norm, fisher-trace; 0.001 the Jacobians]")
+      ->type_name("LAMBDA");
+  training->add_option("--batch-size", batch_size, "Samples in a step [512; sgd: the micro-batch size]")->type_name("N");
+  training->add_option("--micro-batch-size", options.micro_batch_size, "Samples in a micro-batch")->type_name("N");
+  training->add_option("--learning-rate", options.learning_rate, "Constant, without momentum or weight decay")
+      ->type_name("ETA");
+  training->add_option("--steps", options.steps, "Updates of the weights")->type_name("N");
+
+  auto* run = app.add_option_group("Run");
+  run->add_option("--seed", options.seed, "Same seed, device and threads: the same run")->type_name("N");
+  run->add_option("--device", options.device, "cpu, cuda, cuda:1, or auto: cuda where there is one")->type_name("NAME");
+  run->add_option("--threads", options.threads, "CPU threads; 0: LibTorch's choice")->type_name("N");
+
+  auto* records = app.add_option_group("Records");
+  records->add_option("--log-every", options.log_every, "Steps between records")->type_name("N");
+  records
+      ->add_option("--output", options.output,
+                   "Folder for metrics.jsonl, config.json and summary.json; without it nothing is written")
+      ->type_name("DIR")
+      ->always_capture_default(false);
+  records->add_flag("--overwrite", options.overwrite, "Replace the records of another run in DIR");
+
+  app.footer(
+      "Methods:\n"
+      "  sgd               small-batch SGD: one micro-batch a step\n"
+      "  large-batch       SGD with the large batch\n"
+      "  gradient-norm     large batch, penalises the norm of each micro-batch's loss gradient\n"
+      "  fisher-trace      large batch, as gradient-norm with labels drawn from the model\n"
+      "  average-jacobian  large batch, penalises the gradient of the summed mean output\n"
+      "  unit-jacobian     large batch, penalises the gradient along a random output direction\n"
+      "\n"
+      "Example:\n"
+      "  microreg_cifar --method gradient-norm --image-size 16 --steps 300 --output runs/gradient-norm");
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::Success)) {
+      app.exit(error);  // Prints the help or the version.
+      return std::nullopt;
+    }
+    throw UsageError(std::string(error.what()) + "\nRun with --help for all options.");
+  }
+  options.strength = strength.value_or(default_strength(options.method));
+  options.batch_size = batch_size.value_or(default_batch_size(options.method, options.micro_batch_size));
+  validate(options);
+  return options;
+}
+
+}  // namespace cifar

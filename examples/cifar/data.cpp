@@ -1,0 +1,70 @@
+#include "data.hpp"
+
+#include <fmt/format.h>
+
+#include "binary_files.hpp"
+#include "synthetic.hpp"
+
+namespace cifar {
+
+namespace {
+
+constexpr std::int64_t synthetic_size = 2000;
+constexpr std::int64_t full_image_size = 32;
+
+std::int64_t or_default(std::int64_t size) { return size == 0 ? synthetic_size : size; }
+
+void check_available(std::string_view option, std::int64_t asked, std::int64_t available) {
+  if (asked > available) {
+    throw UsageError(fmt::format("{} is {}, but the data hold {} images; lower it, or leave it out for all of them",
+                                 option, asked, available));
+  }
+}
+
+}  // namespace
+
+Images first(const Images& images, std::int64_t count) {
+  // Cloned, so that the whole set can be freed.
+  return count == 0 || count == images.size()
+             ? images
+             : Images{images.pixels.narrow(0, 0, count).clone(), images.labels.narrow(0, 0, count).clone()};
+}
+
+torch::Tensor pool(const torch::Tensor& pixels, std::int64_t factor) {
+  const std::int64_t chunk = 4096;  // Bounds the memory of the floats.
+  std::vector<torch::Tensor> parts;
+  for (const torch::Tensor& part : pixels.split(chunk)) {
+    parts.push_back(torch::avg_pool2d(part.to(torch::kFloat), factor).round_().to(torch::kUInt8));
+  }
+  return torch::cat(parts);
+}
+
+torch::Tensor normalized(const torch::Tensor& pixels, const Normalization& normalization) {
+  std::vector<torch::Tensor> channels = pixels.to(torch::kFloat).unbind(1);
+  for (std::size_t c = 0; c < channels.size(); ++c) {
+    const double scale = 1 / (255 * normalization.deviation[c]);
+    channels[c] = channels[c].mul(scale).sub_(normalization.mean[c] / normalization.deviation[c]);
+  }
+  return torch::stack(channels, 1);
+}
+
+Data load_data(const Options& options) {
+  Data data;
+  if (options.data == "synthetic") {
+    data = synthetic_data(or_default(options.train_size), or_default(options.test_size), options.seed);
+  } else {
+    data = read_binary_files(options.data, options.dataset);
+    check_available("--train-size", options.train_size, data.train.size());
+    check_available("--test-size", options.test_size, data.test.size());
+    data.train = first(data.train, options.train_size);
+    data.test = first(data.test, options.test_size);
+  }
+  if (options.image_size != full_image_size) {
+    data.train.pixels = pool(data.train.pixels, full_image_size / options.image_size);
+    data.test.pixels = pool(data.test.pixels, full_image_size / options.image_size);
+  }
+  check_available("--batch-size", options.batch_size, data.train.size());
+  return data;
+}
+
+}  // namespace cifar

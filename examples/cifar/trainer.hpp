@@ -1,0 +1,17 @@
+/// @file
+/// A training run from options to records.
+#pragma once
+
+#include "options.hpp"
+#include "progress.hpp"
+#include "records.hpp"
+
+namespace cifar {
+
+/// Trains as `options` say and returns what came out, which is also in the records.
+///
+/// Throws UsageError, DataError, std::runtime_error if a record cannot be written, and microreg::NonFiniteError if the
+/// run diverges: by then the summary is written with status "diverged".
+Summary train(const Options& options, Progress& progress);
+
+}  // namespace cifar
