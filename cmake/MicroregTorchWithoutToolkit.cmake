@@ -22,7 +22,7 @@ macro(microreg_torch_without_toolkit)
   microreg_find_torch_prefix(microreg_torch_root)
   if(microreg_torch_root AND EXISTS "${microreg_torch_root}/lib/libtorch_cuda.so")
     find_package(CUDAToolkit QUIET)
-    if(NOT CUDAToolkit_FOUND)
+    if(NOT TARGET CUDA::cudart)  # also where there is a compiler but not the rest
       message(STATUS "LibTorch for CUDA without the CUDA toolkit: using ${microreg_torch_root} without its CMake package")
       set(TORCH_INSTALL_PREFIX "${microreg_torch_root}")
       add_library(torch INTERFACE IMPORTED GLOBAL)
