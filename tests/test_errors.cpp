@@ -14,7 +14,7 @@ using microreg::OptionError;
 
 namespace {
 
-constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
 constexpr double infinity = std::numeric_limits<double>::infinity();
 
 torch::Tensor loss_of(const torch::Tensor& output, const torch::Tensor& y) {
@@ -107,14 +107,14 @@ TEST_CASE("options out of range", "[errors]") {
   CHECK(has(build({.micro_batch_size = 0}), {"micro_batch_size", "is 0", "at least 1"}));
   CHECK(has(build({.micro_batch_size = -3}), {"micro_batch_size", "is -3", "at least 1"}));
   CHECK(has(build({.generator = at::Generator()}), {"generator", "undefined", "make_generator"}));
-  for (const double strength : {nan, infinity, -0.5}) {
+  for (const double strength : {not_a_number, infinity, -0.5}) {
     const std::string message =
         message_of<OptionError>([&] { microreg::RegularizerOptions options{.strength = strength}; });
     CHECK(has(message, {"strength", c10::str(strength).c_str(), "finite"}));
     CHECK(has(message_of<OptionError>([&] { (void)(strength * microreg::GradientNorm{}); }), {"strength", "finite"}));
   }
   // A schedule is asked, and judged, at its step.
-  const auto schedule = [](std::int64_t step) { return step < 3 ? 0.1 : nan; };
+  const auto schedule = [](std::int64_t step) { return step < 3 ? 0.1 : not_a_number; };
   CHECK(has(s.fails<OptionError>(loss_of, drawing, s.batch.input, s.batch.target, {.strength = schedule}),
             {"strength", "at step 3", "nan", "finite"}));
 }
@@ -143,12 +143,12 @@ TEST_CASE("a model that cannot be penalised", "[errors]") {
       parameter.requires_grad_(false);
     }
     CHECK(has(s.fails<ModelError>(loss_of, drawing, s.batch.input, s.batch.target),
-              {"no parameter requires a gradient", "14 given", "requires_grad_(true)"}));
+              {"no parameter requires a gradient", "10 given", "requires_grad_(true)"}));
   }
   SECTION("select leaves nothing") {
     CHECK(has(s.fails<ModelError>(loss_of, drawing, s.batch.input, s.batch.target,
                                   {.select = [](const std::string&, const torch::Tensor&) { return false; }}),
-              {"select", "none of the 14", "conv1.weight"}));
+              {"select", "none of the 10", "conv1.weight"}));
   }
   SECTION("complex parameter") {
     const torch::Tensor w = torch::randn({6, 2}, torch::kComplexFloat).requires_grad_(true);
@@ -187,7 +187,7 @@ TEST_CASE("a probe that cannot be differentiated", "[errors]") {
 TEST_CASE("values that are not finite", "[errors]") {
   Scene s;
   SECTION("NaN in the third micro-batch") {
-    s.batch.input[9] = nan;
+    s.batch.input[9] = not_a_number;
     microreg::Regularizer regularizer(s.model, loss_of, drawing, {.micro_batch_size = 4});
     const Watch watch(*s.model);
     try {
@@ -203,10 +203,10 @@ TEST_CASE("values that are not finite", "[errors]") {
     const auto probe = [](const torch::Tensor& o) { return (o * 1e200).square().sum(); };
     CHECK(has(
         s.fails<NonFiniteError>(loss_of, microreg::SquaredGradientNorm{probe, "steep"}, s.batch.input, s.batch.target),
-        {"steep", "inf", "micro-batch 0"}));
+        {"steep", "micro-batch 0 of 3"}));
   }
   SECTION("not looked for if the user says so") {
-    s.batch.input[9] = nan;
+    s.batch.input[9] = not_a_number;
     microreg::Regularizer regularizer(s.model, loss_of, microreg::GradientNorm{},
                                       {.micro_batch_size = 4, .check_finite = microreg::CheckFinite::never});
     const auto report = regularizer.backward(s.batch.input, s.batch.target);

@@ -80,11 +80,11 @@ TEST_CASE("a shared parameter counts once, with the sum of its gradients", "[par
 }
 
 TEST_CASE("parameters whose gradients are one and the same tensor", "[parameters]") {
-  // Both biases have the gradient of the sum; neither may be written through the other.
+  // Both have the gradient of their sum, in one tensor; neither may be written through the other.
   torch::manual_seed(92);
   const torch::Tensor a = torch::randn({3}, torch::kFloat64).requires_grad_(true);
   const torch::Tensor b = torch::randn({3}, torch::kFloat64).requires_grad_(true);
-  const microreg::FunctionModel model{[&](const torch::Tensor& x) { return (x + a + b).tanh(); }, {a, b}};
+  const microreg::FunctionModel model{[&](const torch::Tensor& x) { return (x + (a + b)).tanh(); }, {a, b}};
   const torch::Tensor x = torch::randn({6, 3}, torch::kFloat64);
   microreg::Regularizer regularizer(
       model, [](const torch::Tensor& o, const torch::Tensor& y) { return torch::mse_loss(o, y); },
@@ -93,7 +93,7 @@ TEST_CASE("parameters whose gradients are one and the same tensor", "[parameters
   const torch::Tensor grad = flat_grad({a, b});
   CHECK_FALSE(a.grad().storage().is_alias_of(b.grad().storage()));
   clear_grad({a, b});
-  const torch::Tensor loss = torch::mse_loss((x + a + b).tanh(), 2 * x);
+  const torch::Tensor loss = torch::mse_loss((x + (a + b)).tanh(), 2 * x);
   const auto parts = torch::autograd::grad({loss}, {a, b}, {}, true, true);
   (loss + parts[0].square().sum() + parts[1].square().sum()).backward();
   CHECK(relative_error(grad, flat_grad({a, b})) < 1e-13);
