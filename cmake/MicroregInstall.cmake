@@ -13,4 +13,4 @@ write_basic_package_version_file("${PROJECT_BINARY_DIR}/microregConfigVersion.cm
                                  ARCH_INDEPENDENT)
 install(FILES "${PROJECT_BINARY_DIR}/microregConfig.cmake" "${PROJECT_BINARY_DIR}/microregConfigVersion.cmake"
               "${PROJECT_SOURCE_DIR}/cmake/MicroregDependencies.cmake"
-              "${PROJECT_SOURCE_DIR}/cmake/MicroregTorchWithoutToolkit.cmake" DESTINATION "${microreg_config_dir}")
+              "${PROJECT_SOURCE_DIR}/cmake/MicroregLibTorch.cmake" DESTINATION "${microreg_config_dir}")
