@@ -26,6 +26,7 @@ file(WRITE "${CMAKE_BINARY_DIR}/precompiled.cpp" "")
 add_library(microreg_precompiled OBJECT "${CMAKE_BINARY_DIR}/precompiled.cpp")
 target_link_libraries(microreg_precompiled PRIVATE microreg_development)
 target_precompile_headers(microreg_precompiled PRIVATE <torch/torch.h> <fmt/format.h>)
+set_target_properties(microreg_precompiled PROPERTIES CXX_CLANG_TIDY "")  # nothing of ours in it
 
 # microreg_executable(name source...): an executable with warnings and the precompiled header.
 function(microreg_executable name)
