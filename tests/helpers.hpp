@@ -46,7 +46,7 @@ inline bool same_bits(const torch::Tensor& a, const torch::Tensor& b) {
     return a.defined() == b.defined();
   }
   return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
-         at::equal(a.contiguous().view(torch::kUInt8), b.contiguous().view(torch::kUInt8));
+         at::equal(a.flatten().view(torch::kUInt8), b.flatten().view(torch::kUInt8));
 }
 
 /// The message of the `Error` that `call` throws; fails the test if it throws none.

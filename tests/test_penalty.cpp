@@ -31,7 +31,7 @@ torch::Tensor gradient(const networks::Mlp& model, const networks::Samples& batc
 static_assert(microreg::Penalty<microreg::GradientNorm>);
 static_assert(microreg::Penalty<TwoProbes>);
 static_assert(!microreg::Penalty<int>);
-static_assert(!microreg::PenaltyExpression<torch::Tensor>);
+static_assert(!microreg::PenaltyExpression<double>);
 
 TEST_CASE("a probe takes the pass, the output, or the output and the target", "[penalty]") {
   auto model = networks::seeded_mlp();
