@@ -19,7 +19,7 @@ torch::Tensor crop_and_flip(const torch::Tensor& pixels, std::int64_t padding, c
   const torch::Tensor column = torch::arange(width, indices).unsqueeze(0);
   const torch::Tensor mirrored = torch::where(draw.flip.unsqueeze(1), width - 1 - column, column);
   const torch::Tensor rows = draw.top.unsqueeze(1) + torch::arange(height, indices).unsqueeze(0);  // [N, H]
-  const torch::Tensor columns = draw.left.unsqueeze(1) + mirrored;                                // [N, W]
+  const torch::Tensor columns = draw.left.unsqueeze(1) + mirrored;                                 // [N, W]
   const torch::Tensor image = torch::arange(pixels.size(0), indices).view({-1, 1, 1, 1});
   const torch::Tensor channel = torch::arange(pixels.size(1), indices).view({1, -1, 1, 1});
   return padded.index({image, channel, rows.view({-1, 1, height, 1}), columns.view({-1, 1, 1, width})});

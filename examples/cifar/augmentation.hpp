@@ -18,8 +18,8 @@ struct CropAndFlip {
 /// Draws uniformly, on the generator's device.
 [[nodiscard]] CropAndFlip draw_crop_and_flip(std::int64_t count, std::int64_t padding, const at::Generator& generator);
 
-/// Pads `pixels` [N, C, H, W] by `padding` zeros on each side, cuts out H x W at (top, left) and mirrors: one gather for
-/// the whole batch, on its device.
+/// Pads `pixels` [N, C, H, W] by `padding` zeros on each side, cuts out H x W at (top, left) and mirrors: one gather
+/// for the whole batch, on its device.
 [[nodiscard]] torch::Tensor crop_and_flip(const torch::Tensor& pixels, std::int64_t padding, const CropAndFlip& draw);
 
 }  // namespace cifar

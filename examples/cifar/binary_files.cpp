@@ -52,9 +52,10 @@ Layout layout_of(DatasetName dataset) {
 
 std::filesystem::path find_folder(const std::filesystem::path& given, const Layout& layout) {
   if (!std::filesystem::exists(given)) {
-    throw DataError(fmt::format("{}: no such folder; --data expects {} or the folder that holds it (download.sh fetches "
-                                "the official archives)",
-                                given.string(), layout.folder));
+    throw DataError(
+        fmt::format("{}: no such folder; --data expects {} or the folder that holds it (download.sh fetches "
+                    "the official archives)",
+                    given.string(), layout.folder));
   }
   for (const auto& folder : {given / layout.folder, given}) {
     if (std::filesystem::exists(folder / layout.test_file)) {
@@ -81,15 +82,17 @@ std::vector<char> read_bytes(const std::filesystem::path& file) {
 
 void check_size(const std::filesystem::path& file, std::int64_t bytes, std::int64_t official, const Layout& layout) {
   const std::int64_t record = layout.record_bytes();
-  const std::string expected = fmt::format("expected whole records of {} bytes ({} of labels, {} of pixels), {} bytes in "
-                                           "the official file",
-                                           record, layout.label_bytes(), pixel_bytes, official * record);
+  const std::string expected = fmt::format(
+      "expected whole records of {} bytes ({} of labels, {} of pixels), {} bytes in "
+      "the official file",
+      record, layout.label_bytes(), pixel_bytes, official * record);
   if (bytes == 0) {
     throw DataError(fmt::format("{}: the file is empty; {}", file.string(), expected));
   }
   if (bytes % record != 0) {
-    throw DataError(fmt::format("{}: the record at offset {} stops after {} bytes, at the end of the file ({} bytes); {}",
-                                file.string(), bytes - bytes % record, bytes % record, bytes, expected));
+    throw DataError(
+        fmt::format("{}: the record at offset {} stops after {} bytes, at the end of the file ({} bytes); {}",
+                    file.string(), bytes - bytes % record, bytes % record, bytes, expected));
   }
 }
 

@@ -29,7 +29,8 @@ CLI::Option* add_choice(CLI::App* group, const std::string& option, Enum& value,
       ->add_option_function<std::string>(
           option,
           [&value, &names](const std::string& text) {
-            value = std::find_if(names.begin(), names.end(), [&](const auto& named) { return named.name == text; })->value;
+            value =
+                std::find_if(names.begin(), names.end(), [&](const auto& named) { return named.name == text; })->value;
           },
           description)
       ->type_name("")
@@ -69,7 +70,8 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv) {
       ->add_option("--strength", strength,
                    "Factor on the penalty [0.01 gradient-norm, fisher-trace; 0.001 the Jacobians]")
       ->type_name("LAMBDA");
-  training->add_option("--batch-size", batch_size, "Samples in a step [512; sgd: the micro-batch size]")->type_name("N");
+  training->add_option("--batch-size", batch_size, "Samples in a step [512; sgd: the micro-batch size]")
+      ->type_name("N");
   training->add_option("--micro-batch-size", options.micro_batch_size, "Samples in a micro-batch")->type_name("N");
   training->add_option("--learning-rate", options.learning_rate, "Constant, without momentum or weight decay")
       ->type_name("ETA");

@@ -24,7 +24,8 @@ torch::Tensor DataOrder::batch(std::int64_t step) {
 
 const torch::Tensor& DataOrder::epoch(std::int64_t number) {
   if (number != epoch_number_) {
-    epoch_order_ = torch::randperm(samples_, stream_generator(torch::kCPU, seed_, Stream::order, number), torch::kInt64);
+    epoch_order_ =
+        torch::randperm(samples_, stream_generator(torch::kCPU, seed_, Stream::order, number), torch::kInt64);
     epoch_number_ = number;
   }
   return epoch_order_;

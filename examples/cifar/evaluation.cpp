@@ -23,10 +23,9 @@ double accuracy(ImageClassifier& model, const Images& images, const Normalizatio
 
 double micro_batch_gradient_norm(const std::shared_ptr<ImageClassifier>& model, const Images& images,
                                  const Normalization& normalization, std::int64_t micro_batch_size) {
-  const microreg::Report report =
-      microreg::measure(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
-                        normalized(images.pixels, normalization), images.labels,
-                        {.micro_batch_size = micro_batch_size, .check_finite = microreg::CheckFinite::never});
+  const microreg::Report report = microreg::measure(
+      model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{}, normalized(images.pixels, normalization),
+      images.labels, {.micro_batch_size = micro_batch_size, .check_finite = microreg::CheckFinite::never});
   return report.penalties.front().value.item<double>();
 }
 

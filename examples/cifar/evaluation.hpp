@@ -10,8 +10,8 @@ namespace cifar {
 /// The share of `images` that the network classifies correctly, in evaluation mode, augmentation off.
 [[nodiscard]] double accuracy(ImageClassifier& model, const Images& images, const Normalization& normalization);
 
-/// The paper's average micro-batch gradient norm: the mean over micro-batches M of || grad_w L_M ||^2, the squared norm,
-/// on `images`, in training mode, augmentation off. BatchNorm statistics and random numbers stay as they are.
+/// The paper's average micro-batch gradient norm: the mean over micro-batches M of || grad_w L_M ||^2, the squared
+/// norm, on `images`, in training mode, augmentation off. BatchNorm statistics and random numbers stay as they are.
 [[nodiscard]] double micro_batch_gradient_norm(const std::shared_ptr<ImageClassifier>& model, const Images& images,
                                                const Normalization& normalization, std::int64_t micro_batch_size);
 

@@ -5,8 +5,7 @@ namespace cifar {
 namespace {
 
 torch::nn::Conv2d convolution(std::int64_t in, std::int64_t out, std::int64_t kernel, std::int64_t stride) {
-  return torch::nn::Conv2d(
-      torch::nn::Conv2dOptions(in, out, kernel).stride(stride).padding(kernel / 2).bias(false));
+  return torch::nn::Conv2d(torch::nn::Conv2dOptions(in, out, kernel).stride(stride).padding(kernel / 2).bias(false));
 }
 
 class BasicBlock : public torch::nn::Module {
@@ -17,8 +16,8 @@ class BasicBlock : public torch::nn::Module {
     convolution2_ = register_module("convolution2", convolution(out, out, 3, 1));
     norm2_ = register_module("norm2", torch::nn::BatchNorm2d(out));
     if (stride != 1 || in != out) {
-      shortcut_ = register_module(
-          "shortcut", torch::nn::Sequential(convolution(in, out, 1, stride), torch::nn::BatchNorm2d(out)));
+      shortcut_ = register_module("shortcut",
+                                  torch::nn::Sequential(convolution(in, out, 1, stride), torch::nn::BatchNorm2d(out)));
     }
   }
 

@@ -45,7 +45,8 @@ void validate(const Options& options) {
   require_at_least("--train-size", options.train_size, 0);
   require_at_least("--test-size", options.test_size, 0);
   if (options.image_size != 32 && options.image_size != 16) {
-    throw UsageError(fmt::format("--image-size is {}; it must be 32, or 16 to pool the images by 2", options.image_size));
+    throw UsageError(
+        fmt::format("--image-size is {}; it must be 32, or 16 to pool the images by 2", options.image_size));
   }
   if (!std::isfinite(options.learning_rate) || options.learning_rate <= 0) {
     throw UsageError(fmt::format("--learning-rate is {}; it must be a finite number above 0", options.learning_rate));
@@ -54,9 +55,10 @@ void validate(const Options& options) {
     throw UsageError(fmt::format("--strength is {}; it must be a finite number, at least 0", options.strength));
   }
   if (!has_penalty(options.method) && options.strength != 0) {
-    throw UsageError(fmt::format("--strength is {}, but --method {} has no penalty; leave it out, or choose a method "
-                                 "with a penalty such as gradient-norm",
-                                 options.strength, name_of(method_names, options.method)));
+    throw UsageError(
+        fmt::format("--strength is {}, but --method {} has no penalty; leave it out, or choose a method "
+                    "with a penalty such as gradient-norm",
+                    options.strength, name_of(method_names, options.method)));
   }
   if (options.data == "synthetic" && options.dataset != DatasetName::cifar10) {
     throw UsageError("--dataset cifar100 needs --data DIR: the synthetic images have 10 classes");

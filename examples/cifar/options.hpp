@@ -11,7 +11,7 @@
 namespace cifar {
 
 enum class Method { sgd, large_batch, gradient_norm, fisher_trace, average_jacobian, unit_jacobian };
-enum class Architecture { cnn, resnet18 };
+enum class Architecture { cnn, resnet18, vgg11, vgg16_bn };
 enum class DatasetName { cifar10, cifar100 };
 
 /// An enumerator and the name it goes by on the command line and in the records.
@@ -32,6 +32,8 @@ inline constexpr std::array method_names{
 inline constexpr std::array architecture_names{
     Named{Architecture::cnn, "cnn"},
     Named{Architecture::resnet18, "resnet18"},
+    Named{Architecture::vgg11, "vgg11"},
+    Named{Architecture::vgg16_bn, "vgg16_bn"},
 };
 inline constexpr std::array dataset_names{
     Named{DatasetName::cifar10, "cifar10"},
@@ -64,7 +66,7 @@ struct Options {
   bool augment = false;
 
   Architecture model = Architecture::cnn;
-  std::int64_t width = 0;  ///< channels of the first stage; 0: 16 for cnn, 64 for resnet18
+  std::int64_t width = 0;  ///< channels of the first stage; 0: 16 for cnn, 64 for the others
 
   Method method = Method::gradient_norm;
   double strength = 0.01;

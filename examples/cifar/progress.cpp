@@ -41,16 +41,18 @@ void Progress::step(std::int64_t step, std::int64_t steps) {
 
 void Progress::record(const Metrics& metrics, std::int64_t steps) {
   last_record_ = fmt::format(", loss {:.3f}, test accuracy {:.1f} %", metrics.train_loss, 100 * metrics.test_accuracy);
-  say(fmt::format("step {:>{}}/{}  loss {:<7.4f}  test accuracy {:5.2f} %  micro-batch gradient norm {:<8.4g}  penalty "
+  say(
+      fmt::format("step {:>{}}/{}  loss {:<7.4f}  test accuracy {:5.2f} %  micro-batch gradient norm {:<8.4g}  penalty "
                   "{:<8.3g}  {:6.1f} s",
                   metrics.step, fmt::formatted_size("{}", steps), steps, metrics.train_loss,
                   100 * metrics.test_accuracy, metrics.micro_batch_gradient_norm, metrics.penalty, metrics.seconds));
 }
 
 void Progress::finish(const Summary& summary) {
-  say(fmt::format("{} after {} steps in {:.1f} s ({:.0f} ms a step): best test accuracy {:.2f} % at step {}, final {:.2f} %",
-                  summary.status, summary.steps, summary.seconds, 1000 * summary.seconds_per_step,
-                  100 * summary.best_test_accuracy, summary.best_step, 100 * summary.final_test_accuracy));
+  say(fmt::format(
+      "{} after {} steps in {:.1f} s ({:.0f} ms a step): best test accuracy {:.2f} % at step {}, final {:.2f} %",
+      summary.status, summary.steps, summary.seconds, 1000 * summary.seconds_per_step, 100 * summary.best_test_accuracy,
+      summary.best_step, 100 * summary.final_test_accuracy));
 }
 
 }  // namespace cifar

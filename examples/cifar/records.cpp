@@ -53,9 +53,10 @@ Records::Records(std::filesystem::path folder, bool overwrite) : folder_(std::mo
   }
   const std::filesystem::path metrics = folder_ / "metrics.jsonl";
   if (!overwrite && std::filesystem::exists(metrics, error)) {
-    throw UsageError(fmt::format("--output {}: holds the records of another run ({}); choose another folder, or add "
-                                 "--overwrite to replace them",
-                                 folder_.string(), metrics.string()));
+    throw UsageError(
+        fmt::format("--output {}: holds the records of another run ({}); choose another folder, or add "
+                    "--overwrite to replace them",
+                    folder_.string(), metrics.string()));
   }
   std::filesystem::remove(folder_ / "summary.json", error);
   metrics_.open(metrics, std::ios::trunc);

@@ -8,11 +8,11 @@
 
 namespace cifar {
 
-/// 32x32 RGB images in 10 classes: five patterns (horizontal stripes, vertical stripes, checks, rings, rays), each coarse
-/// or fine. The pattern fills a soft window of random place, size, colour, phase and contrast, before a second, fainter
-/// window with the pattern of another class, a colour gradient and noise. A tenth of the training labels is wrong, so
-/// that a network which memorises them pays on the test images. The classes survive a horizontal flip. Deterministic in
-/// the seed.
+/// 32x32 RGB images in 10 classes: five patterns (horizontal stripes, vertical stripes, checks, rings, rays), each
+/// coarse or fine. The pattern fills a soft window of random place, size, colour, phase and contrast over a blob of
+/// colour that hints at the pattern, before a second, fainter window of another class, a gradient and noise. 15 % of
+/// the training labels are drawn at random, so that a network which memorises them pays on the test images, which are
+/// labelled right. The classes survive a horizontal flip. Deterministic in the seed.
 [[nodiscard]] Data synthetic_data(std::int64_t train_size, std::int64_t test_size, std::int64_t seed);
 
 }  // namespace cifar

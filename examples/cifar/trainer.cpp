@@ -39,13 +39,12 @@ torch::Device device_of(const std::string& name) {
     }
     return device;
   } catch (const c10::Error& error) {
-    throw UsageError(fmt::format("--device is {}: {}; use cpu, cuda, cuda:1 or auto", name, error.what_without_backtrace()));
+    throw UsageError(
+        fmt::format("--device is {}: {}; use cpu, cuda, cuda:1 or auto", name, error.what_without_backtrace()));
   }
 }
 
-Images on(const Images& images, torch::Device device) {
-  return {images.pixels.to(device), images.labels.to(device)};
-}
+Images on(const Images& images, torch::Device device) { return {images.pixels.to(device), images.labels.to(device)}; }
 
 /// A sum that stays on the device until it is read.
 class RunningMean {
@@ -78,8 +77,8 @@ class Run {
         order_(data.train.size(), options.batch_size, options.seed) {
     torch::manual_seed(stream_seed(options.seed, Stream::weights));
     // Made on the CPU, so that the weights are the same on every device.
-    model_ = make_model(options.model,
-                        {.classes = data.classes, .image_size = options.image_size, .width = options.width});
+    model_ =
+        make_model(options.model, {.classes = data.classes, .image_size = options.image_size, .width = options.width});
     model_->to(device);
     step_ = make_step(options.method, model_,
                       std::make_shared<torch::optim::SGD>(model_->parameters(), options.learning_rate),
@@ -136,8 +135,7 @@ class Run {
       const auto generator = stream_generator(device_, options_.seed, Stream::augmentation, step);
       pixels = crop_and_flip(pixels, padding, draw_crop_and_flip(pixels.size(0), padding, generator));
     }
-    const microreg::Report report =
-        step_(normalized(pixels, normalization_), train_.labels.index_select(0, indices));
+    const microreg::Report report = step_(normalized(pixels, normalization_), train_.labels.index_select(0, indices));
     loss_.add(report.loss);
     penalty_.add(report.penalties.front().value * report.penalties.front().strength);
     step_seconds_ += since(begin);
@@ -207,10 +205,10 @@ Summary train(const Options& options, Progress& progress) {
                            name_of(architecture_names, options.model),
                            options.data == "synthetic" ? "synthetic images" : name_of(dataset_names, options.dataset),
                            data.train.size(), data.test.size(), options.image_size, options.image_size, data.classes));
-  progress.say(fmt::format("{}, strength {}, batch {} in micro-batches of {}, learning rate {}, seed {}, {}, {} threads",
-                           name_of(method_names, options.method), options.strength, options.batch_size,
-                           options.micro_batch_size, options.learning_rate, options.seed, device.str(),
-                           torch::get_num_threads()));
+  progress.say(
+      fmt::format("{}, strength {}, batch {} in micro-batches of {}, learning rate {}, seed {}, {}, {} threads",
+                  name_of(method_names, options.method), options.strength, options.batch_size, options.micro_batch_size,
+                  options.learning_rate, options.seed, device.str(), torch::get_num_threads()));
   return Run(resolved, device, data, records, progress)();
 }
 

@@ -1,0 +1,103 @@
+#include "command_line.hpp"
+
+#include <initializer_list>
+#include <vector>
+
+#include "catch.hpp"
+
+namespace {
+
+cifar::Options parse(std::initializer_list<const char*> arguments) {
+  std::vector<const char*> argv{"microreg_cifar"};
+  argv.insert(argv.end(), arguments);
+  return cifar::parse_command_line(static_cast<int>(argv.size()), argv.data()).value();
+}
+
+using Catch::Matchers::Contains;
+
+}  // namespace
+
+TEST_CASE("defaults follow the method") {
+  CHECK(parse({"--method", "sgd"}).batch_size == 32);
+  CHECK(parse({"--method", "sgd", "--micro-batch-size", "64"}).batch_size == 64);
+  CHECK(parse({"--method", "sgd", "--batch-size", "100"}).batch_size == 100);
+  CHECK(parse({"--method", "large-batch"}).batch_size == 512);
+  CHECK(parse({"--method", "large-batch"}).strength == 0);
+  CHECK(parse({"--method", "gradient-norm"}).strength == 0.01);
+  CHECK(parse({"--method", "fisher-trace"}).strength == 0.01);
+  CHECK(parse({"--method", "average-jacobian"}).strength == 0.001);
+  CHECK(parse({"--method", "unit-jacobian"}).strength == 0.001);
+  CHECK(parse({"--method", "unit-jacobian", "--strength", "0.5"}).strength == 0.5);
+}
+
+TEST_CASE("every option reaches its field") {
+  const auto options = parse({"--data",
+                              "folder",
+                              "--dataset",
+                              "cifar100",
+                              "--model",
+                              "resnet18",
+                              "--method",
+                              "fisher-trace",
+                              "--batch-size",
+                              "256",
+                              "--micro-batch-size",
+                              "64",
+                              "--learning-rate",
+                              "0.25",
+                              "--strength",
+                              "0.125",
+                              "--steps",
+                              "7",
+                              "--seed",
+                              "3",
+                              "--device",
+                              "cpu",
+                              "--train-size",
+                              "1000",
+                              "--test-size",
+                              "500",
+                              "--image-size",
+                              "16",
+                              "--augment",
+                              "--log-every",
+                              "2",
+                              "--output",
+                              "runs/a",
+                              "--threads",
+                              "1",
+                              "--overwrite"});
+  CHECK(options.data == "folder");
+  CHECK(options.dataset == cifar::DatasetName::cifar100);
+  CHECK(options.model == cifar::Architecture::resnet18);
+  CHECK(options.method == cifar::Method::fisher_trace);
+  CHECK(options.batch_size == 256);
+  CHECK(options.micro_batch_size == 64);
+  CHECK(options.learning_rate == 0.25);
+  CHECK(options.strength == 0.125);
+  CHECK(options.steps == 7);
+  CHECK(options.seed == 3);
+  CHECK(options.device == "cpu");
+  CHECK(options.train_size == 1000);
+  CHECK(options.test_size == 500);
+  CHECK(options.image_size == 16);
+  CHECK(options.augment);
+  CHECK(options.log_every == 2);
+  CHECK(options.output == "runs/a");
+  CHECK(options.threads == 1);
+  CHECK(options.overwrite);
+  CHECK_FALSE(parse({"--no-augment"}).augment);
+}
+
+TEST_CASE("requests that cannot be run are refused by name") {
+  CHECK_THROWS_WITH(parse({"--batch-size", "0"}), Contains("--batch-size is 0; it must be at least 1"));
+  CHECK_THROWS_WITH(parse({"--micro-batch-size", "-4"}), Contains("--micro-batch-size is -4"));
+  CHECK_THROWS_WITH(parse({"--learning-rate", "nan"}), Contains("--learning-rate is nan"));
+  CHECK_THROWS_WITH(parse({"--strength", "-1"}), Contains("--strength is -1"));
+  CHECK_THROWS_WITH(parse({"--method", "sgd", "--strength", "0.1"}), Contains("--method sgd has no penalty"));
+  CHECK_THROWS_WITH(parse({"--dataset", "cifar100"}), Contains("--dataset cifar100 needs --data DIR"));
+  CHECK_THROWS_WITH(parse({"--method", "adam"}), Contains("--method") && Contains("adam"));
+  CHECK_THROWS_WITH(parse({"--image-size", "24"}), Contains("--image-size"));
+  CHECK_THROWS_WITH(parse({"--steps", "many"}), Contains("--steps"));
+  CHECK_THROWS_AS(parse({"--unknown"}), cifar::UsageError);
+}
