@@ -14,10 +14,11 @@ runs=(
 )
 common=(--data synthetic --model cnn --seed 1)
 steps=100
+records=10
 
 case "${1:-}" in
   "") ;;
-  --quick) steps=4 ;;
+  --quick) steps=4 records=2 ;;
   -h | --help)
     sed -n '2,6s/^# \{0,1\}//p' "$0"
     exit
@@ -32,7 +33,8 @@ if ! [[ "$steps" =~ ^[1-9][0-9]*$ ]]; then
   echo "error: MICROREG_DEMO_STEPS is '$steps'; it must be a number of steps, at least 1" >&2
   exit 2
 fi
-log_every=$(((steps + 9) / 10))
+# A record costs an evaluation: ten of them, two of a quick run.
+log_every=$(((steps + records - 1) / records))
 
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/bootstrap.sh"
 microreg_bootstrap
