@@ -351,3 +351,15 @@ TEST_CASE("docs: batch normalisation moves once per micro-batch", "[docs]") {
   CHECK(report.samples == 256);
   CHECK(tracked() == 4);
 }
+
+TEST_CASE("docs: a fused scope around the functor", "[docs]") {
+  auto model = small_network();
+  const torch::Tensor x = images();
+  const torch::Tensor y = labels();
+
+  const microreg::FusedScope fused;
+  auto loss = torch::nn::functional::cross_entropy(model->forward(x), y);
+  (loss + 0.01 * microreg::GradientNorm{}(loss, model->parameters())).backward();
+
+  CHECK(model->parameters()[0].grad().defined());
+}

@@ -74,7 +74,7 @@ concept ProbeCallable = std::is_invocable_v<const Function&, const Pass&> ||
 /// A penalty: it has a name, and `probe(pass)` returns a scalar tensor with a graph, or `probes(pass)` a vector of
 /// them, whose squared gradient norms are added up. (The members are templates over the pass; PenaltyFor checks them.)
 template <class P>
-concept Penalty = std::copy_constructible<P> && requires(const P& penalty) {
+concept Penalty = std::copy_constructible<P> && !std::is_base_of_v<at::Tensor, P> && requires(const P& penalty) {
   { penalty.name() } -> std::convertible_to<std::string_view>;
 };
 

@@ -4,12 +4,14 @@
 
 #include <microreg/detail/micro_batch_loop.hpp>
 #include <microreg/estimators/double_backward.hpp>
+#include <microreg/fused/scope.hpp>
 #include <microreg/model.hpp>
 #include <microreg/options.hpp>
 #include <microreg/penalty.hpp>
 #include <microreg/report.hpp>
 
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -63,6 +65,10 @@ class Regularizer {
     detail::assert_batches<Input, Target>();
     const std::vector<double> strengths = detail::strengths_at(terms_, options_.strength, step_);
     detail::MicroBatchLoop loop(handle_, options_, input, target);
+    std::optional<FusedScope> fused;
+    if (options_.fused) {
+      fused.emplace();
+    }
     try {
       std::vector<at::Tensor> sums(loop.parameters().tensors.size());
       Report report = loop.run(

@@ -35,7 +35,8 @@ inline bool has_batch_norm_double_backward(const torch::autograd::variable_list&
     torch::autograd::Node* node = open.back();
     open.pop_back();
     const std::string name = node->name();
-    if (name.find("BatchNormBackward") != std::string::npos && name.find("BackwardBackward") != std::string::npos) {
+    const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
+    if (has("BatchNormBackward") && (has("BackwardBackward") || has("microreg::detail"))) {  // LibTorch's, ours
       return true;
     }
     for (const auto& edge : node->next_edges()) {

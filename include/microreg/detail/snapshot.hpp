@@ -26,7 +26,7 @@ class Snapshot {
       copies_.push_back(buffer.defined() ? buffer.clone() : buffer);
     }
     save(at::globalContext().defaultGenerator(c10::kCPU));
-    if (!device.is_cpu()) {
+    if (!device.is_cpu() && !device.is_meta()) {
       save(at::globalContext().defaultGenerator(device));
     }
     if (generator.has_value()) {

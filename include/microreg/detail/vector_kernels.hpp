@@ -1,0 +1,71 @@
+/// @file
+/// Loops compiled for several instruction sets and chosen at run time, so that nobody has to ask for -march.
+///
+/// A kernel is a template `template <class Lanes> static void run(arguments...)`, written with the fixed-width vectors
+/// below, that is inlined into one wrapper per instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+#define MICROREG_MULTIVERSION 1
+#else
+#define MICROREG_MULTIVERSION 0
+#endif
+
+#define MICROREG_ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace microreg::detail {
+
+/// 64 bytes of T: one register with AVX-512, several with less.
+template <class T>
+struct Lanes {
+  static constexpr std::int64_t count = 64 / static_cast<std::int64_t>(sizeof(T));
+  typedef T type __attribute__((vector_size(64)));  // NOLINT(modernize-use-using): the attribute needs a typedef
+};
+
+/// How many lanes fit; loads and stores need no alignment. By reference: a vector argument by value would depend on the
+/// instruction set that the caller was compiled for.
+template <class T>
+MICROREG_ALWAYS_INLINE void load(typename Lanes<T>::type& lanes, const T* from) {
+  std::memcpy(&lanes, from, sizeof(lanes));
+}
+template <class T>
+MICROREG_ALWAYS_INLINE void store(T* to, const typename Lanes<T>::type& lanes) {
+  std::memcpy(to, &lanes, sizeof(lanes));
+}
+
+#if MICROREG_MULTIVERSION
+template <class Kernel, class... Arguments>
+__attribute__((target("avx512f,avx512vl,avx512dq,fma"))) void run_avx512(Arguments... arguments) {
+  Kernel::run(arguments...);
+}
+template <class Kernel, class... Arguments>
+__attribute__((target("avx2,fma"))) void run_avx2(Arguments... arguments) {
+  Kernel::run(arguments...);
+}
+#endif
+
+/// Calls Kernel::run with the widest instruction set that this processor has.
+template <class Kernel, class... Arguments>
+void run_widest(Arguments... arguments) {
+#if MICROREG_MULTIVERSION
+  static const int level = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      return 2;
+    }
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+  }();
+  if (level == 2) {
+    return run_avx512<Kernel>(arguments...);
+  }
+  if (level == 1) {
+    return run_avx2<Kernel>(arguments...);
+  }
+#endif
+  Kernel::run(arguments...);
+}
+
+}  // namespace microreg::detail

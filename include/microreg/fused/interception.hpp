@@ -1,0 +1,63 @@
+/// @file
+/// How a scope gets between autograd and LibTorch's kernels: functions registered on a dispatch key that nothing else
+/// uses and that falls through for every other operation. The key is included per thread by the scope; the autograd
+/// engine carries it into its worker threads. Nothing of LibTorch is overridden, and the stock kernel stays reachable
+/// by excluding the key.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/DispatchKey.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include <initializer_list>
+#include <memory>
+
+namespace microreg::detail {
+
+inline constexpr c10::DispatchKey interception_key = c10::DispatchKey::TESTING_ONLY_GenericMode;
+
+/// Sends calls below to the stock kernels.
+class StockKernels {
+ private:
+  c10::impl::ExcludeDispatchKeyGuard guard_{interception_key};
+};
+
+/// Whether a tensor is one that our formulas were written for: a dense, real float32 or float64 tensor on the CPU or on
+/// CUDA, no wrapper of a functorch transform, no subclass, no forward-mode tangent.
+inline bool is_plain(const at::Tensor& tensor) {
+  if (!tensor.defined()) {
+    return true;
+  }
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet special({DispatchKey::Python, DispatchKey::FuncTorchBatched,
+                                            DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize,
+                                            DispatchKey::Conjugate, DispatchKey::Negative});
+  return (tensor.is_cpu() || tensor.is_cuda()) && tensor.layout() == at::kStrided &&
+         (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble) &&
+         !tensor.key_set().has_any(special) && !tensor._fw_grad(0).defined();
+}
+
+/// Whether an intercepted backward operation should be recorded with a formula of ours for its own derivative.
+inline bool should_fuse(std::initializer_list<at::Tensor> tensors) {
+  if (!at::GradMode::is_enabled()) {
+    return false;
+  }
+  bool differentiable = false;
+  at::ScalarType type = at::ScalarType::Undefined;
+  for (const at::Tensor& tensor : tensors) {
+    if (!tensor.defined()) {
+      continue;
+    }
+    if (!is_plain(tensor) || (type != at::ScalarType::Undefined && tensor.scalar_type() != type)) {
+      return false;
+    }
+    type = tensor.scalar_type();
+    differentiable = differentiable || tensor.requires_grad();
+  }
+  return differentiable;
+}
+
+}  // namespace microreg::detail

@@ -1,0 +1,100 @@
+/// @file
+/// Second derivatives with and without FusedScope, for the tests that compare the two.
+#pragma once
+
+#include "helpers.hpp"
+
+#include <microreg/fused/scope.hpp>
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+namespace helpers {
+
+using Function = std::function<torch::Tensor(const std::vector<torch::Tensor>&)>;
+
+/// Whether the graph behind `roots` holds a node whose name contains `part`.
+inline bool graph_has(const std::vector<torch::Tensor>& roots, const std::string& part) {
+  std::vector<torch::autograd::Node*> open;
+  std::unordered_set<torch::autograd::Node*> seen;
+  for (const torch::Tensor& root : roots) {
+    if (root.defined() && root.grad_fn()) {
+      open.push_back(root.grad_fn().get());
+    }
+  }
+  while (!open.empty()) {
+    torch::autograd::Node* node = open.back();
+    open.pop_back();
+    if (node == nullptr || !seen.insert(node).second) {
+      continue;
+    }
+    if (node->name().find(part) != std::string::npos) {
+      return true;
+    }
+    for (const auto& edge : node->next_edges()) {
+      open.push_back(edge.function.get());
+    }
+  }
+  return false;
+}
+
+inline std::vector<torch::Tensor> differentiable(const std::vector<torch::Tensor>& inputs) {
+  std::vector<torch::Tensor> result;
+  for (const torch::Tensor& input : inputs) {
+    if (input.defined() && input.requires_grad()) {
+      result.push_back(input);
+    }
+  }
+  return result;
+}
+
+struct SecondDerivatives {
+  std::vector<torch::Tensor> first;   // with a graph
+  std::vector<torch::Tensor> second;  // of sum of <first, fixed random directions>
+};
+
+/// First derivatives of sum y sin y for y = function(inputs), and the derivatives of a random combination of them.
+inline SecondDerivatives second_derivatives(const Function& function, const std::vector<torch::Tensor>& inputs,
+                                            bool fused, bool create_graph = false) {
+  std::optional<microreg::FusedScope> scope;
+  if (fused) {
+    scope.emplace();
+  }
+  const torch::Tensor y = function(inputs);
+  const auto wanted = differentiable(inputs);
+  SecondDerivatives result;
+  result.first = torch::autograd::grad({(y * y.sin()).sum()}, wanted, {}, true, true);
+  torch::manual_seed(7);
+  torch::Tensor combination = torch::zeros({}, wanted.front().options());
+  for (const torch::Tensor& gradient : result.first) {
+    combination = combination + (gradient * torch::randn_like(gradient)).sum();
+  }
+  result.second = torch::autograd::grad({combination}, wanted, {}, true, create_graph, true);
+  return result;
+}
+
+/// The largest relative difference between fused and stock second derivatives. Tensors of norm below `floor` times the
+/// largest are compared with that floor: where the exact value is zero, rounding is all there is.
+inline double fused_error(const Function& function, const std::vector<torch::Tensor>& inputs) {
+  const auto fused = second_derivatives(function, inputs, true).second;
+  const auto stock = second_derivatives(function, inputs, false).second;
+  double scale = 0;
+  for (const torch::Tensor& tensor : stock) {
+    scale = std::max(scale, tensor.defined() ? tensor.norm().item<double>() : 0.0);
+  }
+  double worst = 0;
+  for (std::size_t i = 0; i < stock.size(); ++i) {
+    const torch::Tensor exact = stock[i].defined() ? stock[i] : torch::zeros_like(inputs[i]);
+    const torch::Tensor other = fused[i].defined() ? fused[i] : torch::zeros_like(exact);
+    worst =
+        std::max(worst, (other - exact).norm().item<double>() / std::max(exact.norm().item<double>(), 1e-2 * scale));
+  }
+  return worst;
+}
+
+inline double tolerance(torch::Dtype type) { return type == torch::kFloat64 ? 1e-9 : 1e-4; }
+
+}  // namespace helpers

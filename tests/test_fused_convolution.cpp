@@ -1,0 +1,135 @@
+// Double backward of convolution inside a FusedScope against LibTorch's own.
+#include "fused_helpers.hpp"
+
+#include <array>
+
+using namespace helpers;
+
+namespace {
+
+struct Case {
+  std::string name;
+  int dimensions;
+  std::int64_t batch, in, out, size, kernel, stride, padding, dilation, groups;
+  bool transposed = false;
+  std::int64_t output_padding = 0;
+};
+
+const std::vector<Case> cases = {
+    {"plain 1d", 1, 3, 4, 6, 9, 3, 1, 1, 1, 1},
+    {"plain 2d", 2, 3, 4, 6, 7, 3, 1, 1, 1, 1},
+    {"plain 3d", 3, 2, 4, 6, 4, 3, 1, 1, 1, 1},
+    {"strided", 2, 3, 4, 6, 8, 3, 2, 1, 1, 1},
+    {"strided, pixels left over", 2, 2, 4, 6, 8, 3, 3, 0, 1, 1},
+    {"dilated", 2, 3, 4, 6, 9, 3, 1, 2, 2, 1},
+    {"grouped", 2, 3, 4, 6, 7, 3, 1, 1, 1, 2},
+    {"depthwise", 2, 3, 4, 4, 7, 3, 1, 1, 1, 4},
+    {"depthwise, two outputs a channel", 2, 3, 4, 8, 7, 3, 2, 1, 1, 4},
+    {"pointwise", 2, 3, 4, 6, 5, 1, 1, 0, 1, 1},
+    {"pointwise, strided", 2, 3, 4, 6, 6, 1, 2, 0, 1, 1},
+    {"1x1 map", 2, 3, 4, 6, 1, 3, 1, 1, 1, 1},
+    {"batch of 1", 2, 1, 4, 6, 6, 3, 1, 1, 1, 1},
+    {"one channel", 2, 2, 1, 1, 6, 3, 1, 1, 1, 1},
+    {"sixteen channels", 2, 2, 16, 32, 6, 3, 1, 1, 1, 1},
+    {"transposed", 2, 3, 4, 6, 5, 3, 1, 1, 1, 1, true},
+    {"transposed, strided, output padding", 2, 3, 4, 6, 5, 3, 2, 1, 1, 1, true, 1},
+    {"transposed, grouped", 2, 3, 4, 6, 5, 3, 2, 0, 1, 2, true},
+    {"transposed 1d", 1, 3, 4, 6, 5, 3, 2, 1, 1, 1, true},
+    {"transposed 3d", 3, 2, 4, 6, 3, 3, 2, 1, 1, 1, true, 1},
+};
+
+enum class Layout { contiguous, channels_last, strided };
+
+torch::Tensor with_layout(torch::Tensor tensor, Layout layout) {
+  if (layout == Layout::channels_last && tensor.dim() >= 4) {
+    return tensor.contiguous(tensor.dim() == 4 ? torch::MemoryFormat::ChannelsLast
+                                               : torch::MemoryFormat::ChannelsLast3d);
+  }
+  if (layout == Layout::strided) {
+    return torch::stack({tensor, tensor}, -1).select(-1, 0);  // every other element of a larger tensor
+  }
+  return tensor;
+}
+
+std::vector<torch::Tensor> inputs_of(const Case& c, torch::Dtype type, Layout layout, bool bias,
+                                     std::array<bool, 3> requires_grad) {
+  torch::manual_seed(3);
+  std::vector<std::int64_t> x_shape{c.batch, c.in};
+  std::vector<std::int64_t> w_shape = c.transposed ? std::vector<std::int64_t>{c.in, c.out / c.groups}
+                                                   : std::vector<std::int64_t>{c.out, c.in / c.groups};
+  for (int d = 0; d < c.dimensions; ++d) {
+    x_shape.push_back(c.size);
+    w_shape.push_back(c.kernel);
+  }
+  std::vector<torch::Tensor> inputs{with_layout(torch::randn(x_shape, type), layout),
+                                    with_layout(torch::randn(w_shape, type) * 0.3, layout)};
+  if (bias) {
+    inputs.push_back(torch::randn({c.out}, type));
+  }
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    inputs[i] = inputs[i].detach().requires_grad_(requires_grad[i]);
+  }
+  return inputs;
+}
+
+Function convolution(const Case& c) {
+  return [c](const std::vector<torch::Tensor>& in) {
+    const std::vector<std::int64_t> stride(static_cast<std::size_t>(c.dimensions), c.stride);
+    const std::vector<std::int64_t> padding(static_cast<std::size_t>(c.dimensions), c.padding);
+    const std::vector<std::int64_t> dilation(static_cast<std::size_t>(c.dimensions), c.dilation);
+    const std::vector<std::int64_t> output_padding(static_cast<std::size_t>(c.dimensions), c.output_padding);
+    const auto bias = in.size() > 2 ? std::optional(in[2]) : std::nullopt;
+    return at::convolution(in[0], in[1], bias, stride, padding, dilation, c.transposed, output_padding, c.groups);
+  };
+}
+
+}  // namespace
+
+TEST_CASE("fused convolution equals stock over geometries, layouts and types", "[fused]") {
+  for (const Case& c : cases) {
+    for (const torch::Dtype type : {torch::kFloat64, torch::kFloat32}) {
+      for (const Layout layout : {Layout::contiguous, Layout::channels_last, Layout::strided}) {
+        for (const bool bias : {true, false}) {
+          INFO(c.name << ", " << type << ", layout " << static_cast<int>(layout) << ", bias " << bias);
+          CHECK(fused_error(convolution(c), inputs_of(c, type, layout, bias, {true, true, true})) < tolerance(type));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("fused convolution gives the gradients of any subset of its inputs", "[fused]") {
+  for (const std::size_t index : {1U, 6U, 15U}) {
+    const Case& c = cases[index];
+    for (unsigned subset = 1; subset < 8; ++subset) {
+      INFO(c.name << ", subset " << subset);
+      const std::array<bool, 3> requires_grad{(subset & 1) != 0, (subset & 2) != 0, (subset & 4) != 0};
+      const auto inputs = inputs_of(c, torch::kFloat64, Layout::contiguous, true, requires_grad);
+      CHECK(fused_error(convolution(c), inputs) < 1e-9);
+    }
+  }
+}
+
+TEST_CASE("inside a scope, and only there, convolution's backward is ours", "[fused]") {
+  const auto inputs = inputs_of(cases[1], torch::kFloat32, Layout::contiguous, true, {true, true, true});
+  const Function function = convolution(cases[1]);
+  CHECK(graph_has(second_derivatives(function, inputs, true).first, "microreg::detail::ConvolutionBackward"));
+  CHECK_FALSE(graph_has(second_derivatives(function, inputs, false).first, "microreg"));
+}
+
+TEST_CASE("third derivatives through a fused convolution are exact", "[fused]") {
+  const auto inputs = inputs_of(cases[3], torch::kFloat64, Layout::contiguous, true, {true, true, true});
+  const auto third = [&](bool fused) {
+    const auto second = second_derivatives(convolution(cases[3]), inputs, fused, /*create_graph=*/true).second;
+    torch::Tensor sum = torch::zeros({}, torch::kFloat64);
+    for (const torch::Tensor& tensor : second) {
+      sum = sum + tensor.pow(2).sum();
+    }
+    return torch::autograd::grad({sum}, inputs);
+  };
+  const auto fused = third(true);
+  const auto stock = third(false);
+  for (std::size_t i = 0; i < fused.size(); ++i) {
+    CHECK(relative_error(fused[i], stock[i]) < 1e-9);
+  }
+}

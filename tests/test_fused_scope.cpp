@@ -1,0 +1,222 @@
+// FusedScope as a citizen: what it leaves alone, nesting, threads, exceptions, and Regularizer's use of it.
+#include "fused_helpers.hpp"
+#include "networks.hpp"
+
+#include <c10/util/Exception.h>
+#include <microreg/microreg.hpp>
+
+#include <cstdlib>
+#include <thread>
+
+using namespace helpers;
+
+namespace {
+
+/// A network with convolution and batch normalisation, and a batch for it; the same for the same seed.
+struct Problem {
+  networks::Cnn model = nullptr;
+  networks::Samples samples;
+
+  explicit Problem(std::uint64_t seed) {
+    torch::manual_seed(seed);
+    model = networks::Cnn(networks::Norm::batch, networks::Activation::smooth);
+    model->to(torch::kFloat64);
+    samples = networks::images(10);
+  }
+};
+
+torch::Tensor cross_entropy_of(Problem& problem) {
+  return torch::nn::functional::cross_entropy(problem.model->forward(problem.samples.input), problem.samples.target);
+}
+
+struct Convolution {
+  torch::Tensor x;
+  torch::Tensor w;
+
+  explicit Convolution(torch::TensorOptions options = {})
+      : x(torch::randn({2, 3, 6, 6}, options).requires_grad_()),
+        w(torch::randn({4, 3, 3, 3}, options).requires_grad_()) {}
+
+  /// Whether a backward pass now is recorded by us.
+  [[nodiscard]] bool is_fused() const {
+    const auto y = torch::conv2d(x, w);
+    return graph_has(torch::autograd::grad({y.pow(2).sum()}, {x, w}, {}, true, true), "microreg");
+  }
+};
+
+class Warnings : public c10::WarningHandler {
+ public:
+  void process(const c10::Warning& warning) override { messages.push_back(warning.msg()); }
+  std::vector<std::string> messages;
+};
+
+}  // namespace
+
+TEST_CASE("a scope ends where it ends, nested ones too", "[fused]") {
+  const Convolution convolution;
+  CHECK_FALSE(convolution.is_fused());
+  {
+    const microreg::FusedScope outer;
+    CHECK(convolution.is_fused());
+    {
+      const microreg::FusedScope inner;
+      CHECK(convolution.is_fused());
+    }
+    CHECK(convolution.is_fused());
+  }
+  CHECK_FALSE(convolution.is_fused());
+}
+
+TEST_CASE("an exception leaves the scope as its end does", "[fused]") {
+  const Convolution convolution;
+  try {
+    const microreg::FusedScope scope;
+    throw std::runtime_error("inside");
+  } catch (const std::runtime_error&) {
+  }
+  CHECK_FALSE(convolution.is_fused());
+}
+
+TEST_CASE("a scope entered and left ten thousand times warns about nothing", "[fused]") {
+  Warnings warnings;
+  const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+  const Convolution convolution;
+  for (int i = 0; i < 10000; ++i) {
+    const microreg::FusedScope scope;
+  }
+  CHECK_FALSE(convolution.is_fused());
+  {
+    const microreg::FusedScope scope;
+    CHECK(convolution.is_fused());
+  }
+  CHECK(warnings.messages.empty());
+}
+
+TEST_CASE("a scope is its own thread's", "[fused]") {
+  const Convolution convolution;
+  const microreg::FusedScope scope;
+  bool other = true;
+  std::thread([&] { other = convolution.is_fused(); }).join();
+  CHECK_FALSE(other);
+  CHECK(convolution.is_fused());
+}
+
+TEST_CASE("threads that step at once get what one thread gets", "[fused]") {
+  const auto step = [](Problem& problem) {
+    microreg::Regularizer regularizer(problem.model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
+                                      {.strength = 0.1, .micro_batch_size = 4});
+    for (int i = 0; i < 5; ++i) {
+      regularizer.backward(problem.samples.input, problem.samples.target);
+    }
+    return flat_grad(problem.model->parameters());
+  };
+  std::vector<Problem> problems;
+  std::vector<torch::Tensor> alone;
+  for (std::uint64_t seed = 0; seed < 4; ++seed) {
+    Problem problem(seed);
+    alone.push_back(step(problem));
+    problems.emplace_back(seed);
+  }
+  std::vector<torch::Tensor> together(4);
+  std::vector<std::thread> threads;
+  for (std::size_t i = 0; i < 4; ++i) {
+    threads.emplace_back([&, i] { together[i] = step(problems[i]); });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  for (std::size_t i = 0; i < 4; ++i) {
+    CHECK(relative_error(together[i], alone[i]) < 1e-10);
+  }
+}
+
+TEST_CASE("half types, other devices and forward mode get LibTorch's own result", "[fused]") {
+  const microreg::FusedScope scope;
+  CHECK(Convolution(torch::kFloat32).is_fused());
+  CHECK(Convolution(torch::kFloat64).is_fused());
+  CHECK_FALSE(Convolution(torch::kBFloat16).is_fused());
+  // LibTorch has no convolution on the meta device outside Python, so ask the gate itself.
+  const auto on = [](torch::Device device) {
+    return torch::empty({2}, torch::TensorOptions(device).requires_grad(true));
+  };
+  CHECK(microreg::detail::should_fuse({on(torch::kCPU)}));
+  CHECK_FALSE(microreg::detail::should_fuse({on(torch::kMeta)}));
+}
+
+TEST_CASE("forward mode over a fused backward is LibTorch's", "[fused]") {
+  const auto tangent_of_gradient = [](bool fused) {
+    std::optional<microreg::FusedScope> scope;
+    if (fused) {
+      scope.emplace();
+    }
+    torch::manual_seed(4);
+    const auto primal = torch::randn({2, 3, 6, 6}, torch::kFloat64);
+    const auto tangent = torch::randn_like(primal);
+    const auto w = torch::randn({4, 3, 3, 3}, torch::kFloat64).requires_grad_();
+    const auto level = torch::autograd::forward_ad::enter_dual_level();
+    const auto dual = at::_make_dual(primal, tangent, static_cast<std::int64_t>(level));
+    const auto y = torch::conv2d(dual, w);
+    const auto g = torch::autograd::grad({(y * y).sum()}, {w}, {}, true, true);
+    const auto unpacked = at::_unpack_dual(g[0], static_cast<std::int64_t>(level));
+    const auto result = std::get<1>(unpacked).detach().clone();
+    torch::autograd::forward_ad::exit_dual_level(level);
+    return result;
+  };
+  CHECK(relative_error(tangent_of_gradient(true), tangent_of_gradient(false)) < 1e-12);
+}
+
+TEST_CASE("without create_graph nothing is intercepted", "[fused]") {
+  const Convolution convolution;
+  const auto gradient = [&] {
+    return torch::autograd::grad({torch::conv2d(convolution.x, convolution.w).pow(2).sum()}, {convolution.w})[0];
+  };
+  const auto stock = gradient();
+  const microreg::FusedScope scope;
+  CHECK(same_bits(gradient(), stock));
+}
+
+namespace {
+
+torch::Tensor gradient_of_step(bool fused) {
+  const Problem problem(1);
+  microreg::Regularizer regularizer(problem.model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
+                                    {.strength = 0.1, .micro_batch_size = 4, .fused = fused});
+  regularizer.backward(problem.samples.input, problem.samples.target);
+  return flat_grad(problem.model->parameters());
+}
+
+}  // namespace
+
+TEST_CASE("Regularizer fuses by default, and the option and the environment turn it off", "[fused]") {
+  const auto stock = gradient_of_step(false);
+  const auto fused = gradient_of_step(true);
+  CHECK(relative_error(fused, stock) < 1e-9);
+  CHECK_FALSE(same_bits(fused, stock));  // Another order of summation: the fused kernels did run.
+  ::setenv("MICROREG_FUSED", "0", 1);
+  const auto disabled = gradient_of_step(true);
+  ::unsetenv("MICROREG_FUSED");
+  CHECK(same_bits(disabled, stock));
+}
+
+TEST_CASE("the functor inside a scope equals the functor outside", "[fused]") {
+  const auto gradient = [](bool fused) {
+    std::optional<microreg::FusedScope> scope;
+    if (fused) {
+      scope.emplace();
+    }
+    Problem problem(1);
+    const auto loss = cross_entropy_of(problem);
+    (loss + 0.1 * microreg::GradientNorm{}(loss, problem.model->parameters())).backward();
+    return flat_grad(problem.model->parameters());
+  };
+  CHECK(relative_error(gradient(true), gradient(false)) < 1e-9);
+}
+
+TEST_CASE("a third derivative through batch normalisation is refused inside a scope too", "[fused]") {
+  const microreg::FusedScope scope;
+  Problem problem(1);
+  const auto penalty = microreg::GradientNorm{}(cross_entropy_of(problem), problem.model->parameters());
+  CHECK(has(message_of<microreg::ModelError>(
+                [&] { std::ignore = torch::autograd::grad({penalty}, problem.model->parameters(), {}, true, true); }),
+            {"third derivative", "create_graph"}));
+}
