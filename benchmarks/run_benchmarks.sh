@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Sets everything up, builds the benchmark, measures, compares with the peers' formulas in Python and draws the chart.
+#     benchmarks/run_benchmarks.sh           everything: an hour or two on 2 cores, which should have nothing else to do
+#     benchmarks/run_benchmarks.sh --quick   the same in a few minutes, into build/benchmarks-quick
+# Records go to benchmarks/results/, the chart to docs/penalty_overhead.svg. MICROREG_THREADS sets the CPU threads.
+set -euo pipefail
+
+quick=""
+case "${1:-}" in
+  "") ;;
+  --quick) quick=1 ;;
+  -h | --help)
+    sed -n '2,5s/^# \{0,1\}//p' "$0"
+    exit
+    ;;
+  *)
+    echo "error: unknown option $1; there is only --quick" >&2
+    exit 2
+    ;;
+esac
+
+source "$(dirname "${BASH_SOURCE[0]}")/../cmake/bootstrap.sh"
+microreg_bootstrap
+microreg_build penalty_overhead
+
+program="$microreg_build_dir/benchmarks/penalty_overhead"
+threads="${MICROREG_THREADS:-0}"
+results="$microreg_root/benchmarks/results"
+chart="$microreg_root/docs/penalty_overhead.svg"
+options=()
+peer_options=()
+if [ -n "$quick" ]; then
+  results="$microreg_root/build/benchmarks-quick"
+  chart="$results/penalty_overhead.svg"
+  options=(--quick)
+  peer_options=(--model resnet18_w16 --model cnn --seconds 5)
+fi
+mkdir -p "$results"
+
+microreg_say "Penalised against plain steps"
+"$program" "${options[@]}" --threads "$threads" --json "$results/penalty_overhead.json" \
+  --sweep-json "$results/sweeps.json" | tee "$results/penalty_overhead.txt"
+
+# The peers need the Python side of the same LibTorch.
+if [ -n "$microreg_python" ] && "$microreg_python" -c "import torch" >/dev/null 2>&1; then
+  echo
+  microreg_say "Peers"
+  "$microreg_python" "$microreg_root/benchmarks/peers/compare.py" "$program" "${peer_options[@]}" \
+    --threads "$threads" --json "$results/peers.json" | tee "$results/peers.txt"
+else
+  microreg_say "Peers: skipped, no Python can import this LibTorch"
+fi
+
+python_with_matplotlib() {
+  local python
+  for python in "$microreg_python" python3 "$microreg_root/build/plot-venv/bin/python3"; do
+    if [ -n "$python" ] && "$python" -c "import matplotlib" >/dev/null 2>&1; then
+      echo "$python"
+      return
+    fi
+  done
+  microreg_require python3=python3 python3-venv >&2
+  rm -rf "$microreg_root/build/plot-venv"
+  python3 -m venv "$microreg_root/build/plot-venv" >&2
+  "$microreg_root/build/plot-venv/bin/python3" -m pip install --quiet --disable-pip-version-check matplotlib >&2
+  echo "$microreg_root/build/plot-venv/bin/python3"
+}
+echo
+microreg_say "Chart"
+"$(python_with_matplotlib)" "$microreg_root/benchmarks/plot.py" "$results" "$chart"
+echo "Records: $results. Chart: $chart."
