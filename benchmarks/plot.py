@@ -37,6 +37,7 @@ def draw_ratios(axes, rows):
                         [ratios[place] for place in places if place in ratios], 0.38, color=COLOURS[name],
                         label="microreg, fused double backward" if fused else "double backward by LibTorch alone")
         axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
+    axes.set_ylim(0, 1.25 * max(row["ratio"] for row in rows))  # room for the legend
     axes.axhline(LIMIT, color="black", linewidth=0.8, linestyle="--")
     axes.text(len(places) - 0.5, LIMIT, " 3.0, the count\n of operations", fontsize=7, va="center")
     axes.set_xticks(range(len(places)), places, fontsize=7, rotation=45, ha="right")
