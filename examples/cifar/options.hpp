@@ -80,7 +80,7 @@ struct Options {
   int threads = 0;              ///< 0: as many as LibTorch chooses
 
   std::int64_t log_every = 50;
-  std::string output;  ///< folder for the records; empty: none are written
+  std::string output = {};  ///< folder for the records; empty: none are written
   bool overwrite = false;
 };
 

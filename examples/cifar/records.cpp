@@ -52,7 +52,7 @@ Records::Records(std::filesystem::path folder, bool overwrite) : folder_(std::mo
     fail(folder_, error.message());
   }
   const std::filesystem::path metrics = folder_ / "metrics.jsonl";
-  if (!overwrite && std::filesystem::exists(metrics, error)) {
+  if (!overwrite && std::filesystem::exists(metrics, error) && !std::filesystem::is_empty(metrics, error)) {
     throw UsageError(
         fmt::format("--output {}: holds the records of another run ({}); choose another folder, or add "
                     "--overwrite to replace them",

@@ -24,7 +24,7 @@ struct Metrics {
 /// summary.json.
 struct Summary {
   std::string status = "completed";  ///< or "diverged"
-  std::string message;               ///< why it diverged
+  std::string message = {};          ///< why it diverged
   std::int64_t steps = 0;            ///< updates done
   double best_test_accuracy = 0;
   std::int64_t best_step = 0;

@@ -55,7 +55,8 @@ TEST_CASE("CIFAR-10 files are read, from their folder and from its parent") {
   const TemporaryFolder parent;
   const auto folder = parent.path() / "cifar-10-batches-bin";
   write_cifar10(folder);
-  const auto data = cifar::read_binary_files(GENERATE_COPY(folder, parent.path()), cifar::DatasetName::cifar10);
+  const bool from_parent = GENERATE(false, true);
+  const auto data = cifar::read_binary_files(from_parent ? parent.path() : folder, cifar::DatasetName::cifar10);
   CHECK(data.classes == 10);
   CHECK(torch::equal(data.train.labels, torch::arange(10)));
   CHECK(torch::equal(data.test.labels, torch::full({1}, 7, torch::kInt64)));
