@@ -34,6 +34,13 @@ class ModelError : public Error {
   using Error::Error;
 };
 
+/// The second forward pass of a finite difference does not repeat the gates of the first: the message names the
+/// operation.
+class GateError : public ModelError {
+ public:
+  using ModelError::ModelError;
+};
+
 /// A loss, a penalty or a gradient is NaN or infinite.
 class NonFiniteError : public Error {
  public:

@@ -5,6 +5,7 @@
 #include <microreg/distributions.hpp>
 #include <microreg/error.hpp>
 #include <microreg/fused/scope.hpp>
+#include <microreg/gates/scope.hpp>
 #include <microreg/measure.hpp>
 #include <microreg/micro_batch.hpp>
 #include <microreg/model.hpp>

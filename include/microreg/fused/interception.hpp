@@ -19,6 +19,18 @@ namespace microreg::detail {
 
 inline constexpr c10::DispatchKey interception_key = c10::DispatchKey::TESTING_ONLY_GenericMode;
 
+/// Lets every operation for which nothing is registered pass.
+inline void register_fallthrough() {
+  static const std::unique_ptr<torch::Library> fallback = []() -> std::unique_ptr<torch::Library> {
+    if (c10::Dispatcher::singleton().hasBackendFallbackForDispatchKey(interception_key)) {
+      return nullptr;
+    }
+    auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "_", interception_key, __FILE__, __LINE__);
+    library->fallback(torch::CppFunction::makeFallthrough());
+    return library;
+  }();
+}
+
 /// Sends calls below to the stock kernels.
 class StockKernels {
  private:

@@ -27,10 +27,7 @@ class FusedRegistration {
     if (convolution.hasKernelForDispatchKey(interception_key)) {
       return;
     }
-    if (!dispatcher.hasBackendFallbackForDispatchKey(interception_key)) {
-      fallback_ = std::make_unique<torch::Library>(torch::Library::IMPL, "_", interception_key, __FILE__, __LINE__);
-      fallback_->fallback(torch::CppFunction::makeFallthrough());
-    }
+    register_fallthrough();
     kernels_ = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__);
     kernels_->impl("convolution_backward", TORCH_FN(convolution_backward_kernel));
     kernels_->impl("native_batch_norm_backward", TORCH_FN(native_batch_norm_backward_kernel));
@@ -38,7 +35,6 @@ class FusedRegistration {
   }
 
  private:
-  std::unique_ptr<torch::Library> fallback_;
   std::unique_ptr<torch::Library> kernels_;
 };
 

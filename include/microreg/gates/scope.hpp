@@ -1,0 +1,88 @@
+/// @file
+/// RecordGates and ReplayGates: a finite difference between two points with the same gates.
+///
+///     microreg::GateTape tape;
+///     {
+///       const microreg::RecordGates record(tape);
+///       loss_there = loss(network);  // the first forward pass: stock results, bit by bit
+///     }
+///     // ... move the parameters a little ...
+///     {
+///       const microreg::ReplayGates replay(tape, microreg::Keep::no);
+///       loss_here = loss(network);  // the second: every unit as in the first
+///       replay.finish();
+///     }
+///
+/// Between the two points the network is smooth then, and differences of its gradient converge to the product of
+/// Hessian and direction that double backward computes. Backward passes may run inside of the scopes or outside.
+///
+/// Gates have: relu, leaky_relu, prelu, rrelu, elu (selu), threshold, hardtanh (relu6), hardsigmoid, hardswish,
+/// hardshrink, softshrink, clamp, clamp_min, clamp_max, abs; max, min, amax, amin, maximum, minimum, fmax, fmin; max,
+/// adaptive max and fractional max pooling in all dimensions; their in-place forms; and whatever LibTorch composes of
+/// them, for instance l1_loss. Not: aminmax, sort, topk, median, norms of order 1 and infinity, fused recurrent
+/// networks on CUDA, floor and its like, and forward passes that run within a backward pass (checkpointing).
+#pragma once
+
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <microreg/fused/interception.hpp>
+#include <microreg/gates/kernel.hpp>
+#include <microreg/gates/registration.hpp>
+#include <microreg/gates/tape.hpp>
+
+#include <utility>
+
+namespace microreg {
+
+namespace detail {
+
+/// Makes a session this thread's while it lives, and the one before it afterwards.
+class GateScope {
+ public:
+  GateScope(GateTape& tape, GateSession::Pass pass, Keep keep)
+      : registered_(register_once()), session_(tape, pass, keep), previous_(active_gate_session) {
+    active_gate_session = &session_;
+  }
+  GateScope(const GateScope&) = delete;
+  GateScope& operator=(const GateScope&) = delete;
+  ~GateScope() { active_gate_session = previous_; }
+
+  [[nodiscard]] const GateSession& session() const noexcept { return session_; }
+
+ private:
+  static bool register_once() {
+    static const GateRegistration registration;
+    return true;
+  }
+
+  bool registered_;  // before the guard
+  GateSession session_;
+  GateSession* previous_;
+  c10::impl::IncludeDispatchKeyGuard guard_{interception_key};
+};
+
+}  // namespace detail
+
+/// While it lives, forward passes on this thread write their gates to the tape, which is emptied first. The results
+/// are LibTorch's, bit by bit. Scopes nest: the innermost one holds.
+class RecordGates {
+ public:
+  explicit RecordGates(GateTape& tape) : scope_(tape, detail::GateSession::Pass::record, Keep::yes) {}
+
+ private:
+  detail::GateScope scope_;
+};
+
+/// While it lives, a forward pass on this thread takes its gates from the tape. A pass that does not repeat the
+/// recorded one throws GateError.
+class ReplayGates {
+ public:
+  ReplayGates(GateTape& tape, Keep keep) : scope_(tape, detail::GateSession::Pass::replay, keep) {}
+
+  /// Throws GateError if the first pass had more operations than this one.
+  void finish() const { scope_.session().finish(); }
+
+ private:
+  detail::GateScope scope_;
+};
+
+}  // namespace microreg

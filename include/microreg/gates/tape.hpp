@@ -1,0 +1,144 @@
+/// @file
+/// GateTape: which piece every piecewise-linear operation of a forward pass took.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <microreg/error.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <sstream>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace microreg {
+
+namespace detail {
+class GateSession;
+}  // namespace detail
+
+/// The gates of one forward pass, in the order of its operations: which units of a ReLU were on, which element each
+/// max pooling took. Filled by RecordGates, read by ReplayGates.
+///
+/// A gate is the tensor that autograd keeps for the operation's own gradient if there is one (a ReLU's result, a
+/// clamp's input, a max pooling's indices), else a mask or a copy. A tape holds no autograd graph, but keeps these
+/// tensors until a replay releases them.
+class GateTape {
+ public:
+  struct Entry {
+    const char* operation;
+    std::vector<std::int64_t> sizes;      ///< of the first operand
+    std::vector<at::Tensor> gates;        ///< empty once a replay has released them
+    std::vector<std::uint32_t> versions;  ///< of the gates, to notice that one was overwritten
+  };
+
+  GateTape() = default;
+  GateTape(const GateTape&) = delete;  // Scopes hold its address.
+  GateTape& operator=(const GateTape&) = delete;
+  ~GateTape() = default;
+
+  [[nodiscard]] bool empty() const noexcept { return entries_.empty(); }
+  [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
+  [[nodiscard]] const std::vector<Entry>& entries() const noexcept { return entries_; }
+  void clear() noexcept { entries_.clear(); }
+
+ private:
+  friend class detail::GateSession;
+  std::vector<Entry> entries_;
+};
+
+/// What a replay does with the gates that it has used.
+enum class Keep {
+  no,   ///< release them: the last replay of this tape
+  yes,  ///< keep them for another replay
+};
+
+namespace detail {
+
+using Gates = std::vector<at::Tensor>;
+
+inline std::string describe_operation(const char* operation, const std::vector<std::int64_t>& sizes) {
+  std::ostringstream out;
+  out << operation << " of a tensor of shape " << at::IntArrayRef(sizes);
+  return out.str();
+}
+
+/// One pass over a tape: what the scopes hold and the kernels talk to.
+class GateSession {
+ public:
+  enum class Pass { record, replay };
+
+  GateSession(GateTape& tape, Pass pass, Keep keep) : tape_(&tape), pass_(pass), keep_(keep) {
+    if (pass == Pass::record) {
+      tape.clear();
+    }
+  }
+
+  [[nodiscard]] bool replays() const noexcept { return pass_ == Pass::replay; }
+
+  void record(const char* operation, std::vector<std::int64_t> sizes, Gates gates) {
+    std::vector<std::uint32_t> versions;
+    versions.reserve(gates.size());
+    for (const at::Tensor& gate : gates) {
+      versions.push_back(version_of(gate));
+    }
+    tape_->entries_.push_back({operation, std::move(sizes), std::move(gates), std::move(versions)});
+  }
+
+  /// The gates of the next operation of the first pass, which has to be this one.
+  Gates next(const char* operation, const std::vector<std::int64_t>& sizes) {
+    const std::string found = describe_operation(operation, sizes);
+    if (position_ >= tape_->entries_.size()) {
+      fail(found, "the first pass had no more than " + std::to_string(tape_->entries_.size()) + " such operations");
+    }
+    GateTape::Entry& entry = tape_->entries_[position_];
+    if (std::string_view(entry.operation) != operation || entry.sizes != sizes) {
+      fail(found, "the first pass had " + describe_operation(entry.operation, entry.sizes) + " there");
+    }
+    if (entry.gates.empty()) {
+      throw GateError("the gates of operation " + std::to_string(position_) + ", " + found +
+                      ", were released by an earlier replay: pass Keep::yes to every replay but the last");
+    }
+    for (std::size_t i = 0; i < entry.gates.size(); ++i) {
+      if (version_of(entry.gates[i]) != entry.versions[i]) {
+        throw GateError("the output of operation " + std::to_string(position_) + ", " + found +
+                        ", was changed in place after the first pass recorded it: use the operation out of place");
+      }
+    }
+    ++position_;
+    return keep_ == Keep::yes ? entry.gates : std::exchange(entry.gates, {});
+  }
+
+  void finish() const {
+    if (position_ < tape_->entries_.size()) {
+      const GateTape::Entry& entry = tape_->entries_[position_];
+      throw GateError("the second pass does not repeat the first: it ended after " + std::to_string(position_) +
+                      " of " + std::to_string(tape_->entries_.size()) + " operations with gates, where the first had " +
+                      describe_operation(entry.operation, entry.sizes) + advice);
+    }
+  }
+
+ private:
+  static constexpr const char* advice =
+      "; both passes have to call the same operations on the same shapes in the same order";
+
+  static std::uint32_t version_of(const at::Tensor& tensor) {
+    return tensor.is_inference() ? 0 : static_cast<std::uint32_t>(tensor._version());
+  }
+
+  [[noreturn]] void fail(const std::string& found, const std::string& expected) const {
+    throw GateError("the second pass does not repeat the first: its operation " + std::to_string(position_) +
+                    " with gates is " + found + ", but " + expected + advice);
+  }
+
+  GateTape* tape_;
+  Pass pass_;
+  Keep keep_;
+  std::size_t position_ = 0;
+};
+
+}  // namespace detail
+
+}  // namespace microreg
