@@ -14,6 +14,7 @@
 #include <optional>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace microreg {
 
@@ -46,6 +47,21 @@ struct Categorical {
   }
   [[nodiscard]] at::Tensor negative_log_likelihood(const at::Tensor& logits, const at::Tensor& labels) const {
     return at::cross_entropy_loss(logits, labels);
+  }
+  /// One scalar for each of N samples and C classes, sqrt(p) / N * -log p with the factor sqrt(p) / N held constant:
+  /// `hold(make)` returns what `make()` does, the same in every pass over a micro-batch. The sum of their squared
+  /// gradient norms is the expectation over labels of the squared norm of the gradient of the mean negative
+  /// log-likelihood: the scores of independent labels have mean zero, so only the terms of one sample stay.
+  template <class Hold>
+  [[nodiscard]] std::vector<at::Tensor> expected_probes(const at::Tensor& logits, const Hold& hold) const {
+    check(logits);
+    const at::Tensor log_p = at::log_softmax(logits, 1);
+    const double samples = static_cast<double>(logits.numel()) / static_cast<double>(logits.size(1));
+    const at::Tensor factor = hold([&] {
+      const at::NoGradGuard no_grad;
+      return (log_p / 2).exp() / samples;
+    });
+    return (log_p * factor).neg().flatten().unbind();
   }
 
  private:

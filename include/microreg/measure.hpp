@@ -3,7 +3,7 @@
 #pragma once
 
 #include <microreg/detail/micro_batch_loop.hpp>
-#include <microreg/estimators/double_backward.hpp>
+#include <microreg/estimators/probes.hpp>
 
 #include <utility>
 #include <vector>
@@ -13,8 +13,9 @@ namespace microreg {
 /// Loss and penalties of a batch, cut into micro-batches as Regularizer does, averaged with the same weights.
 ///
 /// It does not disturb training: no `.grad` is written, no graph is kept, and buffers (BatchNorm statistics) and random
-/// number generators are put back bitwise. The model is evaluated in the mode it is in. Cost: one forward pass, and one
-/// backward pass per probe. Throws as Regularizer::backward does, except NonFiniteError.
+/// number generators are put back bitwise. The model is evaluated in the mode it is in. Every micro-batch is measured,
+/// whatever `micro_batch_share` and `every` say. Cost: one forward pass, and one backward pass per probe. Throws as
+/// Regularizer::backward does, except NonFiniteError.
 ///
 /// ```cpp
 /// auto report = microreg::measure(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{}, images, labels,
@@ -31,10 +32,11 @@ template <class M, class Loss, class PenaltyOrSum, class Input, class Target>
   detail::MicroBatchLoop loop(handle, options, input, target);
   const std::vector<double> strengths = detail::strengths_at(terms, options.strength, 0);
   try {
-    Report report =
-        loop.run(loss, terms, strengths, [&](const auto& pass, double, std::vector<at::Tensor>& squared_norms) {
-          detail::squared_norms(pass, terms, loop.parameters(), squared_norms);
-        });
+    Report report = loop.run(loss, terms, strengths, detail::all_penalised(loop.count()),
+                             [&](const auto& micro_batch, const auto&, std::vector<at::Tensor>& squared_norms) {
+                               const auto evaluated = micro_batch();
+                               detail::squared_norms(evaluated.pass(), terms, loop.parameters(), squared_norms);
+                             });
     loop.restore();
     return report;
   } catch (...) {

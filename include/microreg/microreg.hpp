@@ -13,7 +13,9 @@
 #include <microreg/parameters.hpp>
 #include <microreg/penalties/fisher_trace.hpp>
 #include <microreg/penalties/gradient_norm.hpp>
+#include <microreg/penalties/input_jacobian.hpp>
 #include <microreg/penalties/jacobian.hpp>
+#include <microreg/penalties/unsquared.hpp>
 #include <microreg/penalty.hpp>
 #include <microreg/regularizer.hpp>
 #include <microreg/report.hpp>

@@ -24,6 +24,37 @@
 
 namespace microreg {
 
+/// What the probes of one penalty drew at random in the first pass over a micro-batch, in order. An estimator that
+/// needs further passes hands it out again there: a label must not flip because the logits have moved.
+class Draws {
+ public:
+  /// The next draw. In a further pass `sample` is called too, so that the generators move as they did in the first.
+  template <class Sample>
+  [[nodiscard]] at::Tensor next(const Sample& sample) {
+    at::Tensor fresh = sample();
+    if (!replaying_) {
+      recorded_.push_back(fresh);
+      return fresh;
+    }
+    if (position_ == recorded_.size()) {
+      throw ModelError(c10::str("a probe drew more than the ", recorded_.size(),
+                                " random tensors of its first pass over the micro-batch; draw as often in every pass"));
+    }
+    return recorded_[position_++];
+  }
+
+  /// From here on `next` returns what was recorded, from the beginning.
+  void replay() noexcept {
+    position_ = 0;
+    replaying_ = true;
+  }
+
+ private:
+  std::vector<at::Tensor> recorded_;
+  std::size_t position_ = 0;
+  bool replaying_ = false;
+};
+
 /// What a probe may read: one micro-batch after its forward pass. Output is what the model returned, loss the
 /// micro-batch's mean loss, a scalar with a graph. `generator` is the one to draw from, if the user named one.
 template <class Input, class Output, class Target>
@@ -33,6 +64,14 @@ struct ForwardPass {
   const Target& target;
   const at::Tensor& loss;
   const std::optional<at::Generator>& generator;
+  Draws* draws = nullptr;
+
+  /// What `sample()` returns, the same in every pass that an estimator makes over this micro-batch. For labels and
+  /// directions that depend on the output; `sample` should draw from `generator` and without a graph.
+  template <class Sample>
+  [[nodiscard]] at::Tensor draw(const Sample& sample) const {
+    return draws == nullptr ? at::Tensor(sample()) : draws->next(sample);
+  }
 };
 
 /// Checks that `output` is a floating-point tensor [M, ...] with a graph, and returns it; throws ModelError otherwise.
@@ -85,6 +124,31 @@ concept PenaltyFor = Penalty<P> && (requires(const P& penalty, const Pass& pass)
                      } || requires(const P& penalty, const Pass& pass) {
                        { penalty.probes(pass) } -> std::convertible_to<std::vector<at::Tensor>>;
                      });
+
+namespace detail {
+
+/// A penalty may declare `static constexpr bool differentiates_input = true`: its probes are then differentiated with
+/// respect to the floating-point tensors of the input instead of the parameters.
+template <class P>
+inline constexpr bool differentiates_input = [] {
+  if constexpr (requires { P::differentiates_input; }) {
+    return static_cast<bool>(P::differentiates_input);
+  } else {
+    return false;
+  }
+}();
+
+/// A penalty may declare `static constexpr bool squared = false`: it is then the norm itself.
+template <class P>
+inline constexpr bool is_squared = [] {
+  if constexpr (requires { P::squared; }) {
+    return static_cast<bool>(P::squared);
+  } else {
+    return true;
+  }
+}();
+
+}  // namespace detail
 
 /// A penalty with its own strength.
 template <Penalty P>

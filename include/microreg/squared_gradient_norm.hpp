@@ -90,6 +90,29 @@ inline void check_probe(const at::Tensor& probe, std::string_view penalty) {
   }
 }
 
+/// The sum over probes of || d(probe)/d(parameters) ||^2; see squared_gradient_norm().
+inline at::Tensor summed_squared_gradient_norms(const std::vector<at::Tensor>& probes,
+                                                const std::vector<at::Tensor>& parameters, std::string_view penalty) {
+  std::vector<NamedParameter> named;
+  named.reserve(parameters.size());
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    named.push_back({c10::str("parameters[", i, "]"), parameters[i]});
+  }
+  std::vector<at::Tensor> terms;
+  for (const at::Tensor& probe : probes) {
+    check_probe(probe, penalty);
+    const auto gradient = defined(gradients({probe}, trainable(named).tensors, {}, /*retain_graph=*/true,
+                                            /*create_graph=*/true, penalty));
+    terms.insert(terms.end(), gradient.begin(), gradient.end());
+  }
+  if (terms.empty()) {
+    throw ModelError(c10::str(penalty, ": the probe does not depend on any of the ", parameters.size(),
+                              " parameters given, so the penalty would do nothing; pass the parameters of the model "
+                              "that computed it"));
+  }
+  return SumOfSquares::apply(at::TensorList(terms));
+}
+
 }  // namespace detail
 
 /// || d(probe)/d(parameters) ||^2 as a scalar tensor that carries a graph, all parameters jointly.
@@ -102,20 +125,7 @@ inline void check_probe(const at::Tensor& probe, std::string_view penalty) {
 [[nodiscard]] inline at::Tensor squared_gradient_norm(const at::Tensor& probe,
                                                       const std::vector<at::Tensor>& parameters,
                                                       std::string_view penalty = "squared_gradient_norm") {
-  detail::check_probe(probe, penalty);
-  std::vector<NamedParameter> named;
-  named.reserve(parameters.size());
-  for (std::size_t i = 0; i < parameters.size(); ++i) {
-    named.push_back({c10::str("parameters[", i, "]"), parameters[i]});
-  }
-  const auto terms = detail::defined(detail::gradients({probe}, trainable(named).tensors, {}, /*retain_graph=*/true,
-                                                       /*create_graph=*/true, penalty));
-  if (terms.empty()) {
-    throw ModelError(c10::str(penalty, ": the probe does not depend on any of the ", parameters.size(),
-                              " parameters given, so the penalty would do nothing; pass the parameters of the model "
-                              "that computed it"));
-  }
-  return detail::SumOfSquares::apply(at::TensorList(terms));
+  return detail::summed_squared_gradient_norms({probe}, parameters, penalty);
 }
 
 /// A penalty of your own: the squared gradient norm of any probe. The probe is a callable that returns a scalar tensor

@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/penalised.hpp>
 #include <microreg/detail/snapshot.hpp>
 #include <microreg/micro_batch.hpp>
 #include <microreg/model.hpp>
@@ -74,6 +75,97 @@ inline void add_to_grad(const std::vector<at::Tensor>& parameters, const std::ve
   }
 }
 
+/// One evaluation of a micro-batch: what the model returned and the mean loss, with their graph.
+template <class Input, class Output, class Target>
+struct Evaluated {
+  Input input;
+  Output output;
+  at::Tensor loss;
+  const Target& target;
+  const std::optional<at::Generator>& generator;
+
+  [[nodiscard]] ForwardPass<Input, Output, Target> pass(Draws* draws = nullptr) const {
+    return {input, output, target, loss, generator, draws};
+  }
+};
+
+/// One micro-batch, as an estimator sees it: evaluated by calling it, as often as the estimator needs.
+template <class Handle, class Loss, class Input, class Target>
+class MicroBatch {
+ public:
+  MicroBatch(Handle& handle, Loss& loss, const RegularizerOptions& options, const Snapshot& snapshot, Input input,
+             Target target, std::int64_t size)
+      : handle_(handle),
+        loss_(loss),
+        options_(options),
+        snapshot_(snapshot),
+        input_(std::move(input)),
+        target_(std::move(target)),
+        size_(size) {}
+
+  /// Forward pass and loss.
+  [[nodiscard]] auto operator()() const { return (*this)(input_); }
+
+  /// The same at another input of the same structure.
+  [[nodiscard]] auto operator()(const Input& input) const {
+    const auto output = handle_.forward(input);
+    const at::Tensor loss = mean_loss(output);
+    if (!first_loss_.defined()) {
+      first_loss_ = loss.detach();
+    }
+    return Evaluated<Input, std::remove_cvref_t<decltype(output)>, Target>{input, output, loss, target_,
+                                                                           options_.generator};
+  }
+
+  [[nodiscard]] const Input& input() const noexcept { return input_; }
+  /// Buffers and generators as they are now.
+  [[nodiscard]] Snapshot snapshot() const { return snapshot_.now(); }
+  /// Generators as they are now.
+  [[nodiscard]] GeneratorStates generators() const { return snapshot_.generators().now(); }
+  /// The mean loss of the first evaluation, without a graph.
+  [[nodiscard]] const at::Tensor& loss() const noexcept { return first_loss_; }
+
+ private:
+  template <class Output>
+  at::Tensor mean_loss(const Output& output) const {
+    static_assert(
+        requires {
+          { loss_(output, target_) } -> std::convertible_to<at::Tensor>;
+        },
+        "microreg: the loss cannot be called as loss(output, target) with what the model returns and the "
+        "target batch, or it does not return a torch::Tensor");
+    if constexpr (is_tensor<Output>) {
+      if (output.defined() && !output.is_floating_point() && !output.is_complex()) {
+        throw ModelError(c10::str("the model's output is ", c10::toString(output.scalar_type()), " of shape ",
+                                  output.sizes(),
+                                  ", which has no gradient; return floating-point logits or "
+                                  "predictions"));
+      }
+    }
+    at::Tensor value = loss_(output, target_);
+    if (!value.defined() || value.dim() != 0) {
+      throw ModelError(c10::str("the loss has shape ", value.defined() ? c10::str(value.sizes()) : "(undefined)",
+                                ", it must be a scalar: reduce it to the mean over samples, or to the sum with "
+                                ".reduction = Reduction::sum"));
+    }
+    if (!value.is_floating_point() || !value.requires_grad()) {
+      throw ModelError(c10::str("the loss (", c10::toString(value.scalar_type()),
+                                ") carries no graph; compute it from the model's output without detach(), NoGradGuard "
+                                "or InferenceMode"));
+    }
+    return options_.reduction == Reduction::sum ? value / size_ : value;
+  }
+
+  Handle& handle_;
+  Loss& loss_;
+  const RegularizerOptions& options_;
+  const Snapshot& snapshot_;
+  Input input_;
+  Target target_;
+  std::int64_t size_;
+  mutable at::Tensor first_loss_;
+};
+
 template <class Handle, class Input, class Target>
 class MicroBatchLoop {
  public:
@@ -88,35 +180,49 @@ class MicroBatchLoop {
         snapshot_(handle.buffers(), parameters_.tensors.front().device(), options.generator) {}
 
   [[nodiscard]] const Parameters& parameters() const noexcept { return parameters_; }
+  [[nodiscard]] std::int64_t count() const noexcept { return micro_batches_.count(); }
   void restore() { snapshot_.restore(); }
 
-  /// Runs `differentiate(pass, weight, squared_norms)` on every micro-batch and collects the report.
-  template <class Loss, class... P, class Differentiate>
+  /// Runs `estimate(micro_batch, weights, squared_norms)` on every micro-batch and collects the report. `estimate`
+  /// evaluates the micro-batch at least once, and fills `squared_norms`, one a penalty, where weights.penalty is not 0.
+  template <class Loss, class... P, class Estimate>
   Report run(Loss& loss, const std::tuple<Weighted<P>...>& terms, std::span<const double> strengths,
-             const Differentiate& differentiate) {
+             const Penalised& penalised, const Estimate& estimate) {
     const at::AutoGradMode enable_grad(true);
-    const std::int64_t count = micro_batches_.count();
     std::vector<at::Tensor> losses;
     std::vector<std::vector<at::Tensor>> squared_norms(sizeof...(P));
-    for (std::int64_t i = 0; i < count; ++i) {
+    for (std::int64_t i = 0; i < count(); ++i) {
       const std::int64_t size = micro_batches_.size(i);
-      const Input input = slice(input_, micro_batches_.begin(i), size);
-      const Target target = slice(target_, micro_batches_.begin(i), size);
-      const auto output = handle_.forward(input);
-      const at::Tensor mean_loss = evaluate(loss, output, target, size);
+      Input input = slice(input_, micro_batches_.begin(i), size);
+      if constexpr ((differentiates_input<P> || ...)) {
+        require_input_gradient(input);
+      }
+      const MicroBatch<Handle, Loss, Input, Target> micro_batch(handle_, loss, options_, snapshot_, std::move(input),
+                                                                slice(target_, micro_batches_.begin(i), size), size);
+      const bool is_penalised = penalised.chosen[static_cast<std::size_t>(i)];
+      const double weight = micro_batches_.weight(i);
       std::vector<at::Tensor> squared(sizeof...(P));
-      differentiate(ForwardPass<Input, std::remove_cvref_t<decltype(output)>, Target>{input, output, target, mean_loss,
-                                                                                      options_.generator},
-                    micro_batches_.weight(i), squared);
-      losses.push_back(mean_loss.detach());
-      for (std::size_t p = 0; p < squared.size(); ++p) {
-        squared_norms[p].push_back(std::move(squared[p]));
+      estimate(micro_batch, MicroBatchWeights{weight, is_penalised ? weight * penalised.factor : 0.0}, squared);
+      losses.push_back(micro_batch.loss());
+      if (is_penalised) {
+        for (std::size_t p = 0; p < squared.size(); ++p) {
+          squared_norms[p].push_back(std::move(squared[p]));
+        }
       }
     }
-    return report(terms, strengths, losses, squared_norms);
+    return report(terms, strengths, penalised, losses, squared_norms);
   }
 
  private:
+  /// Makes the floating-point tensors leaves of the graph, as views: the user's own tensors are left alone.
+  static void require_input_gradient(Input& input) {
+    for_each_tensor(input, "input", [](at::Tensor& tensor, const std::string&) {
+      if (tensor.is_floating_point() && !tensor.requires_grad()) {
+        tensor = tensor.detach().requires_grad_(true);
+      }
+    });
+  }
+
   std::int64_t count_samples() const {
     const std::int64_t samples = sample_count(input_, "input");
     const std::int64_t targets = sample_count(target_, "target");
@@ -152,59 +258,43 @@ class MicroBatchLoop {
     }
   }
 
-  template <class Loss, class Output>
-  at::Tensor evaluate(Loss& loss, const Output& output, const Target& target, std::int64_t size) const {
-    static_assert(
-        requires {
-          { loss(output, target) } -> std::convertible_to<at::Tensor>;
-        },
-        "microreg: the loss cannot be called as loss(output, target) with what the model returns and the "
-        "target batch, or it does not return a torch::Tensor");
-    if constexpr (is_tensor<Output>) {
-      if (output.defined() && !output.is_floating_point() && !output.is_complex()) {
-        throw ModelError(c10::str("the model's output is ", c10::toString(output.scalar_type()), " of shape ",
-                                  output.sizes(),
-                                  ", which has no gradient; return floating-point logits or "
-                                  "predictions"));
-      }
-    }
-    at::Tensor value = loss(output, target);
-    if (!value.defined() || value.dim() != 0) {
-      throw ModelError(c10::str("the loss has shape ", value.defined() ? c10::str(value.sizes()) : "(undefined)",
-                                ", it must be a scalar: reduce it to the mean over samples, or to the sum with "
-                                ".reduction = Reduction::sum"));
-    }
-    if (!value.is_floating_point() || !value.requires_grad()) {
-      throw ModelError(c10::str("the loss (", c10::toString(value.scalar_type()),
-                                ") carries no graph; compute it from the model's output without detach(), NoGradGuard "
-                                "or InferenceMode"));
-    }
-    return options_.reduction == Reduction::sum ? value / size : value;
-  }
-
   template <class... P>
-  Report report(const std::tuple<Weighted<P>...>& terms, std::span<const double> strengths,
+  Report report(const std::tuple<Weighted<P>...>& terms, std::span<const double> strengths, const Penalised& penalised,
                 const std::vector<at::Tensor>& losses,
                 const std::vector<std::vector<at::Tensor>>& squared_norms) const {
     const at::NoGradGuard no_grad;
     Report result;
-    result.samples = micro_batches_.begin(micro_batches_.count() - 1) + micro_batches_.size(micro_batches_.count() - 1);
+    result.samples = micro_batches_.begin(count() - 1) + micro_batches_.size(count() - 1);
     result.micro_batch_losses = at::stack(losses);
-    result.loss = weighted_sum(result.micro_batch_losses);
-    const std::vector<std::string> names = std::apply(
-        [](const auto&... term) { return std::vector<std::string>{std::string(term.penalty.name())...}; }, terms);
-    for (std::size_t p = 0; p < names.size(); ++p) {
-      const at::Tensor squared = at::stack(squared_norms[p]);
-      result.penalties.push_back({names[p], strengths[p], weighted_sum(squared), squared.sqrt()});
+    result.loss = weighted_sum(result.micro_batch_losses, true);
+    for (std::int64_t i = 0; i < count(); ++i) {
+      if (penalised.chosen[static_cast<std::size_t>(i)]) {
+        result.penalised.push_back(i);
+      }
     }
+    std::size_t index = 0;
+    const auto add = [&](const auto& penalty, bool squared) {
+      const std::size_t p = index++;
+      const at::Tensor values =
+          squared_norms[p].empty() ? at::empty({0}, result.loss.options()) : at::stack(squared_norms[p]);
+      const at::Tensor norms = values.sqrt();
+      const at::Tensor value = weighted_sum(squared ? values : norms, penalised.chosen.back());
+      result.penalties.push_back(
+          {std::string(penalty.name()), strengths[p], penalised.factor == 1 ? value : value * penalised.factor, norms});
+    };
+    std::apply([&](const auto&... term) { (add(term.penalty, is_squared<P>), ...); }, terms);
     return result;
   }
 
-  /// sum over M of weight(M) * values[M]. All weights but the last are equal, so no host tensor is made.
-  at::Tensor weighted_sum(const at::Tensor& values) const {
-    const std::int64_t last = micro_batches_.count() - 1;
-    const at::Tensor tail = values[last] * micro_batches_.weight(last);
-    return last == 0 ? tail : values.narrow(0, 0, last).sum() * micro_batches_.weight(0) + tail;
+  /// The sum of weight(M) * values[M]. All weights but that of the last micro-batch, whose value is the last one if
+  /// `with_last`, are equal, so no host tensor is made.
+  at::Tensor weighted_sum(const at::Tensor& values, bool with_last) const {
+    const std::int64_t full = values.size(0) - (with_last ? 1 : 0);
+    if (!with_last) {
+      return values.sum() * micro_batches_.weight(0);
+    }
+    const at::Tensor tail = values[full] * micro_batches_.weight(count() - 1);
+    return full == 0 ? tail : values.narrow(0, 0, full).sum() * micro_batches_.weight(0) + tail;
   }
 
   Handle& handle_;
