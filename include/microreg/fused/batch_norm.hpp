@@ -4,11 +4,11 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <microreg/fused/batch_norm_kernels.hpp>
 #include <microreg/fused/interception.hpp>
 #include <microreg/fused/output_mask.hpp>
+#include <microreg/fused/stock_double_backward.hpp>
 
 #include <array>
 #include <cstdint>
@@ -198,48 +198,15 @@ struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
     if (!v.defined() && !a.defined() && !b.defined()) {
       // Nothing came in: nothing goes out.
     } else if (at::GradMode::is_enabled()) {
-      out = differentiable(in, saved[5], saved[6], saved[7], context->saved_data["eps"].toDouble(), mask, needs);
+      const BatchNormCall call{saved[5], saved[6], context->saved_data["eps"].toDouble(), mask, saved[7]};
+      std::tie(out.d_dy, out.d_x, out.d_weight) = std::tuple_cat(stock_double_backward(
+          {in.dy, in.x, in.weight}, {v, a, b}, needs, [&](const auto& dy, const auto& x, const auto& weight) {
+            return stock_batch_norm_backward(dy, x, weight, in.mean, in.invstd, call);
+          }));
     } else {
       out = batch_norm_double_backward(in, needs);
     }
     return {out.d_dy, out.d_x, out.d_weight, {}, {}, {}};
-  }
-
- private:
-  /// LibTorch's own double backward, with a graph.
-  static BatchNormResults differentiable(const BatchNormInputs& in, const at::Tensor& running_mean,
-                                         const at::Tensor& running_var, const at::Tensor& reserve, double eps,
-                                         OutputMask mask, std::array<bool, 3> needs) {
-    const StockKernels stock;
-    // Views, so that the derivative stops at them: dy itself depends on x through the network above.
-    const at::Tensor dy = in.dy.view_as(in.dy);
-    const at::Tensor x = in.x.view_as(in.x);
-    const at::Tensor weight = in.weight.defined() ? in.weight.view_as(in.weight) : in.weight;
-    const auto [d_x, d_weight, d_bias] =
-        stock_batch_norm_backward(dy, x, weight, in.mean, in.invstd, {running_mean, running_var, eps, mask, reserve});
-    torch::autograd::variable_list outputs, seeds, inputs;
-    for (auto [output, seed] : {std::pair{d_x, in.v}, {d_weight, in.a}, {d_bias, in.b}}) {
-      if (seed.defined()) {
-        outputs.push_back(output);
-        seeds.push_back(seed);
-      }
-    }
-    const std::array<at::Tensor, 3> candidates{dy, x, weight};
-    for (std::size_t i = 0; i < 3; ++i) {
-      if (needs[i]) {
-        inputs.push_back(candidates[i]);
-      }
-    }
-    const auto gradients = torch::autograd::grad(outputs, inputs, seeds, /*retain_graph=*/true, /*create_graph=*/true,
-                                                 /*allow_unused=*/true);
-    BatchNormResults out;
-    const std::array<at::Tensor*, 3> results{&out.d_dy, &out.d_x, &out.d_weight};
-    for (std::size_t i = 0, next = 0; i < 3; ++i) {
-      if (needs[i]) {
-        *results[i] = gradients[next++];
-      }
-    }
-    return out;
   }
 };
 

@@ -7,7 +7,10 @@
 #include <torch/library.h>
 #include <microreg/fused/batch_norm.hpp>
 #include <microreg/fused/convolution.hpp>
+#include <microreg/fused/gelu.hpp>
 #include <microreg/fused/interception.hpp>
+#include <microreg/fused/layer_norm.hpp>
+#include <microreg/fused/softmax.hpp>
 
 #include <cstdlib>
 #include <memory>
@@ -32,6 +35,9 @@ class FusedRegistration {
     kernels_->impl("convolution_backward", TORCH_FN(convolution_backward_kernel));
     kernels_->impl("native_batch_norm_backward", TORCH_FN(native_batch_norm_backward_kernel));
     kernels_->impl("cudnn_batch_norm_backward", TORCH_FN(cudnn_batch_norm_backward_kernel));
+    kernels_->impl("native_layer_norm_backward", TORCH_FN(native_layer_norm_backward_kernel));
+    kernels_->impl("gelu_backward", TORCH_FN(gelu_backward_kernel));
+    kernels_->impl("_softmax_backward_data", TORCH_FN(softmax_backward_kernel));
   }
 
  private:

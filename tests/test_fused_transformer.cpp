@@ -1,0 +1,160 @@
+// Double backward of layer normalisation, GELU and softmax inside a FusedScope against LibTorch's own.
+#include "fused_helpers.hpp"
+
+#include <array>
+
+using namespace helpers;
+
+namespace {
+
+/// Something nonlinear before the operation under test, so that its input has a second derivative of its own.
+torch::Tensor bend(const torch::Tensor& x) { return x + 0.1 * x.pow(2); }
+
+std::vector<torch::Tensor> normalised(const std::vector<std::int64_t>& shape, std::size_t kept, torch::Dtype type,
+                                      bool affine, bool strided, std::array<bool, 3> requires_grad) {
+  torch::manual_seed(5);
+  torch::Tensor x = torch::randn(shape, type);
+  if (strided) {
+    x = torch::stack({x, x}, -1).select(-1, 0);
+  }
+  std::vector<torch::Tensor> inputs{x.detach().requires_grad_(requires_grad[0])};
+  if (affine) {
+    const std::vector<std::int64_t> rest(shape.end() - static_cast<std::ptrdiff_t>(kept), shape.end());
+    inputs.push_back((torch::rand(rest, type) + 0.5).requires_grad_(requires_grad[1]));
+    inputs.push_back(torch::randn(rest, type).requires_grad_(requires_grad[2]));
+  }
+  return inputs;
+}
+
+Function layer_norm(std::size_t kept) {
+  return [kept](const std::vector<torch::Tensor>& in) {
+    const auto sizes = in[0].sizes();
+    return torch::layer_norm(bend(in[0]), sizes.slice(sizes.size() - kept), in.size() > 1 ? in[1] : torch::Tensor(),
+                             in.size() > 1 ? in[2] : torch::Tensor());
+  };
+}
+
+const std::vector<std::pair<std::vector<std::int64_t>, std::size_t>> row_shapes = {
+    {{4, 7}, 1},     {{3, 5, 16}, 1}, {{3, 5, 33}, 1},   {{1, 64}, 1},
+    {{200, 130}, 1}, {{6, 4, 5}, 2},  {{2, 3, 4, 5}, 3}, {{5, 2}, 1},
+};
+
+const Function gelu = [](const std::vector<torch::Tensor>& in) { return torch::gelu(bend(in[0]) * 2); };
+Function softmax(std::int64_t dim) {
+  return [dim](const std::vector<torch::Tensor>& in) { return torch::softmax(bend(in[0]), dim); };
+}
+
+void check_third(const Function& function, const std::vector<torch::Tensor>& inputs) {
+  const auto third = [&](bool fused) {
+    const auto second = second_derivatives(function, inputs, fused, /*create_graph=*/true).second;
+    torch::Tensor sum = torch::zeros({}, torch::kFloat64);
+    for (const torch::Tensor& tensor : second) {
+      sum = sum + tensor.pow(2).sum();
+    }
+    return torch::autograd::grad({sum}, inputs);
+  };
+  const auto fused = third(true);
+  const auto stock = third(false);
+  for (std::size_t i = 0; i < fused.size(); ++i) {
+    CHECK(relative_error(fused[i], stock[i]) < 1e-9);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("fused layer normalisation equals stock over shapes, layouts and types", "[fused]") {
+  for (const auto& [shape, kept] : row_shapes) {
+    for (const torch::Dtype type : {torch::kFloat64, torch::kFloat32}) {
+      for (const bool affine : {true, false}) {
+        for (const bool strided : {true, false}) {
+          INFO("shape " << shape << ", " << type << ", affine " << affine << ", strided " << strided);
+          CHECK(fused_error(layer_norm(kept), normalised(shape, kept, type, affine, strided, {true, true, true})) <
+                tolerance(type));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("fused layer normalisation gives the gradients of any subset of its inputs", "[fused]") {
+  for (unsigned subset = 1; subset < 8; ++subset) {
+    INFO("subset " << subset);
+    const std::array<bool, 3> requires_grad{(subset & 1) != 0, (subset & 2) != 0, (subset & 4) != 0};
+    CHECK(fused_error(layer_norm(1), normalised({4, 3, 20}, 1, torch::kFloat64, true, false, requires_grad)) < 1e-9);
+  }
+}
+
+TEST_CASE("the ATen form of layer normalisation, which CUDA runs, equals the CPU kernels", "[fused]") {
+  torch::manual_seed(1);
+  const auto rows = [] { return torch::randn({50, 37}, torch::kFloat64); };
+  const auto vector = [] { return torch::randn({37}, torch::kFloat64); };
+  microreg::detail::LayerNormInputs in{rows(), rows(), vector(), {}, {}, rows(), vector(), vector()};
+  in.mean = in.x.mean(1);
+  in.rstd = (in.x.var(1, /*unbiased=*/false) + 1e-5).rsqrt();
+  for (unsigned missing = 0; missing < 7; ++missing) {  // not all three
+    auto some = in;
+    some.v = (missing & 1) != 0 ? torch::Tensor() : in.v;
+    some.a = (missing & 2) != 0 ? torch::Tensor() : in.a;
+    some.b = (missing & 4) != 0 ? torch::Tensor() : in.b;
+    const auto aten = microreg::detail::layer_norm_double_backward_aten(some, {true, true, true});
+    const auto kernels = microreg::detail::layer_norm_double_backward(some, {true, true, true});
+    for (std::size_t i = 0; i < 3; ++i) {
+      INFO("missing " << missing << ", result " << i);
+      CHECK((aten[i] - kernels[i]).norm().item<double>() < 1e-10);
+    }
+  }
+}
+
+TEST_CASE("fused GELU equals stock, far tails included", "[fused]") {
+  for (const torch::Dtype type : {torch::kFloat64, torch::kFloat32}) {
+    for (const std::int64_t count : {1, 15, 16, 1000, 40000}) {
+      INFO(type << ", " << count << " elements");
+      torch::manual_seed(9);
+      CHECK(fused_error(gelu, {torch::randn({count}, type).requires_grad_()}) < tolerance(type));
+      CHECK(fused_error(gelu, {(torch::randn({count}, type) * 6).requires_grad_()}) < tolerance(type));
+    }
+  }
+  // Element by element against float64, where a norm would hide a wrong tail.
+  const auto x = torch::linspace(-20, 20, 4001, torch::kFloat64);
+  const auto single =
+      microreg::detail::gelu_second_derivative(x.to(torch::kFloat32), torch::ones({4001}), torch::ones({4001}));
+  const auto density = (x * x * -0.5).exp() / std::sqrt(2 * M_PI);
+  const auto exact = density * (2 - x * x);
+  CHECK((single.to(torch::kFloat64) - exact).abs().max().item<double>() < 1e-6);
+}
+
+TEST_CASE("fused softmax equals stock over shapes and types", "[fused]") {
+  for (const torch::Dtype type : {torch::kFloat64, torch::kFloat32}) {
+    for (const auto& [shape, kept] : row_shapes) {
+      INFO(type << ", shape " << shape);
+      torch::manual_seed(9);
+      CHECK(fused_error(softmax(-1), {torch::randn(shape, type).requires_grad_()}) < tolerance(type));
+      CHECK(fused_error(softmax(0), {torch::randn(shape, type).requires_grad_()}) < tolerance(type));
+    }
+  }
+}
+
+TEST_CASE("inside a scope layer normalisation, GELU and softmax are ours", "[fused]") {
+  const auto has_node = [](const Function& function, const std::vector<torch::Tensor>& inputs, bool fused,
+                           const char* name) {
+    return graph_has(second_derivatives(function, inputs, fused).first, name);
+  };
+  const auto rows = normalised({4, 7}, 1, torch::kFloat32, true, false, {true, true, true});
+  const std::vector<torch::Tensor> one{torch::randn({4, 7}, torch::requires_grad())};
+  for (const bool fused : {true, false}) {
+    CHECK(has_node(layer_norm(1), rows, fused, "microreg::detail::LayerNormBackward") == fused);
+    CHECK(has_node(gelu, one, fused, "microreg::detail::GeluBackward") == fused);
+    CHECK(has_node(softmax(-1), one, fused, "microreg::detail::SoftmaxBackward") == fused);
+  }
+  const Function tanh_gelu = [](const std::vector<torch::Tensor>& in) { return torch::gelu(in[0], "tanh"); };
+  CHECK_FALSE(has_node(tanh_gelu, one, true, "microreg"));
+  CHECK_FALSE(has_node(softmax(0), one, true, "microreg"));
+}
+
+TEST_CASE("third derivatives through layer normalisation, GELU and softmax are LibTorch's", "[fused]") {
+  check_third(layer_norm(1), normalised({4, 7}, 1, torch::kFloat64, true, false, {true, true, true}));
+  torch::manual_seed(1);
+  const std::vector<torch::Tensor> one{torch::randn({4, 7}, torch::TensorOptions(torch::kFloat64).requires_grad(true))};
+  check_third(gelu, one);
+  check_third(softmax(-1), one);
+}
