@@ -4,6 +4,7 @@
 
 #include <microreg/distributions.hpp>
 #include <microreg/error.hpp>
+#include <microreg/estimators/estimator.hpp>
 #include <microreg/fused/scope.hpp>
 #include <microreg/gates/scope.hpp>
 #include <microreg/measure.hpp>

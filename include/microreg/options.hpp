@@ -5,12 +5,16 @@
 #include <ATen/core/Generator.h>
 #include <c10/util/StringUtil.h>
 #include <microreg/error.hpp>
+#include <microreg/estimators/estimator.hpp>
 #include <microreg/micro_batch.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/strength.hpp>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
+#include <variant>
 
 namespace microreg {
 
@@ -34,6 +38,8 @@ struct RegularizerOptions {
   Strength strength = 1.0;
   /// |M|, samples in a micro-batch, at least 1. A mini-batch of fewer samples is one micro-batch.
   std::int64_t micro_batch_size = 128;
+  /// How the penalty is differentiated: Exact, ForwardDifference or CentralDifference.
+  Estimator estimator = Exact{};
   /// q, the share of the micro-batches that is penalised, in (0, 1]. A random subset each step, with a weight that
   /// keeps the gradient unbiased: a step costs 1 + 2q plain steps instead of 3.
   double micro_batch_share = 1.0;
@@ -71,6 +77,16 @@ inline void validate(const RegularizerOptions& options) {
   if (options.every < 1) {
     throw OptionError(c10::str("every is ", options.every, "; it must be at least 1, which penalises every step"));
   }
+  std::visit(
+      [](const auto& estimator) {
+        if constexpr (!std::is_same_v<std::decay_t<decltype(estimator)>, Exact>) {
+          if (!(std::isfinite(estimator.step) && estimator.step >= 0)) {
+            throw OptionError(c10::str("estimator.step is ", estimator.step,
+                                       "; it must be a finite positive number, or 0 for an automatic choice"));
+          }
+        }
+      },
+      options.estimator);
   if (options.generator.has_value() && !options.generator->defined()) {
     throw OptionError("generator is undefined; make one with at::make_generator, or leave the option empty");
   }

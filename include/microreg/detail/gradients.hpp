@@ -31,7 +31,9 @@ namespace microreg::detail {
         "around the step";
   } else if (message.find("is not implemented") != std::string::npos ||
              message.find("not differentiable") != std::string::npos) {
-    remedy = "replace this operation by differentiable ones, or keep its parameters out with the option select";
+    remedy =
+        "replace this operation by differentiable ones, or choose an estimator that needs first derivatives only, "
+        "ForwardDifference";
   } else {
     throw;  // Not about differentiability: the original error says it best.
   }

@@ -1,0 +1,384 @@
+// Differences against double backward: scale, accuracy, and that the further passes leave no trace.
+#include "helpers.hpp"
+#include "networks.hpp"
+
+#include <microreg/microreg.hpp>
+
+#include <algorithm>
+#include <functional>
+#include <utility>
+
+using namespace helpers;
+using microreg::CentralDifference;
+using microreg::Exact;
+using microreg::ForwardDifference;
+using microreg::Gates;
+
+namespace {
+
+microreg::RegularizerOptions options_with(const microreg::Estimator& estimator, double strength = 1.0) {
+  return {.strength = strength, .micro_batch_size = 4, .estimator = estimator, .generator = generator(3)};
+}
+
+/// The gradient of one step, all random numbers from fixed seeds.
+template <class Model, class Penalty>
+torch::Tensor step_gradient(Model& model, const networks::Samples& batch, const Penalty& penalty,
+                            const microreg::RegularizerOptions& options) {
+  clear_grad(model->parameters());
+  torch::manual_seed(5);
+  microreg::Regularizer regularizer(model, cross_entropy, penalty, options);
+  (void)regularizer.backward(batch.input, batch.target);
+  return flat_grad(model->parameters());
+}
+
+/// The part of it that the penalty adds.
+template <class Model, class Penalty>
+torch::Tensor penalty_gradient(Model& model, const networks::Samples& batch, const Penalty& penalty,
+                               const microreg::Estimator& estimator) {
+  return step_gradient(model, batch, penalty, options_with(estimator)) -
+         step_gradient(model, batch, penalty, options_with(Exact{}, 0.0));
+}
+
+/// Error against Exact.
+template <class Model, class Penalty>
+double error_of(Model& model, const networks::Samples& batch, const Penalty& penalty,
+                const microreg::Estimator& estimator) {
+  return relative_error(penalty_gradient(model, batch, penalty, estimator),
+                        penalty_gradient(model, batch, penalty, Exact{}));
+}
+
+/// The error falls as the step, or its square: of the same scale, and not by chance. On networks that are kinked the
+/// gates have to be frozen for it.
+template <class Model, class Penalty>
+void check_convergence(Model model, const networks::Samples& batch, const Penalty& penalty, Gates gates) {
+  const double coarse = error_of(model, batch, penalty, ForwardDifference{1e-3, gates});
+  const double fine = error_of(model, batch, penalty, ForwardDifference{1e-4, gates});
+  CHECK(coarse < 0.02);
+  CHECK(coarse / fine == Approx(10).epsilon(0.1));
+  const double central_coarse = error_of(model, batch, penalty, CentralDifference{4e-2, gates});
+  const double central_fine = error_of(model, batch, penalty, CentralDifference{4e-3, gates});
+  CHECK(central_coarse < 0.02);
+  CHECK(central_coarse / central_fine == Approx(100).epsilon(0.1));
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+/// Convolutions with ReLU and max pooling, with random widths and weights.
+torch::nn::Sequential random_relu_network(bool batch_norm, torch::ScalarType type) {
+  torch::nn::Sequential network;
+  std::int64_t channels = 2;
+  for (int block = 0; block < 2; ++block) {
+    const std::int64_t width = torch::randint(4, 12, {1}).item<std::int64_t>();
+    network->push_back(torch::nn::Conv2d(torch::nn::Conv2dOptions(channels, width, 3).padding(1)));
+    if (batch_norm) {
+      network->push_back(torch::nn::BatchNorm2d(width));
+    }
+    network->push_back(torch::nn::ReLU());
+    network->push_back(torch::nn::MaxPool2d(2));
+    channels = width;
+  }
+  network->push_back(torch::nn::Flatten());
+  network->push_back(torch::nn::Linear(channels * 4, networks::classes));
+  network->to(type);
+  return network;
+}
+
+/// Median error over random networks at the default step.
+double median_error(bool batch_norm, torch::ScalarType type, const microreg::Estimator& estimator) {
+  std::vector<double> errors;
+  for (std::uint64_t seed = 0; seed < 9; ++seed) {
+    torch::manual_seed(seed);
+    torch::nn::Sequential network = random_relu_network(batch_norm, type);
+    const networks::Samples batch{torch::randn({16, 2, 8, 8}, torch::kFloat64).to(type),
+                                  torch::randint(networks::classes, {16})};
+    errors.push_back(error_of(network, batch, microreg::GradientNorm{}, estimator));
+  }
+  return median(errors);
+}
+
+struct DropoutNetImpl : torch::nn::Module {
+  DropoutNetImpl() {
+    hidden = register_module("hidden", torch::nn::Linear(6, 16));
+    output = register_module("output", torch::nn::Linear(16, networks::classes));
+  }
+  torch::Tensor forward(const torch::Tensor& x) {
+    return output(torch::dropout(torch::tanh(hidden(x)), 0.5, is_training()));
+  }
+  torch::nn::Linear hidden{nullptr}, output{nullptr};
+};
+TORCH_MODULE(DropoutNet);
+
+/// An MLP that calls back before each forward pass.
+struct WatchedImpl : torch::nn::Module {
+  WatchedImpl() {
+    hidden = register_module("hidden", torch::nn::Linear(6, 8));
+    output = register_module("output", torch::nn::Linear(8, networks::classes));
+    count = register_buffer("count", torch::zeros({}));
+    to(torch::kFloat64);
+  }
+  torch::Tensor forward(const torch::Tensor& x) {
+    count.add_(1);
+    before(++calls);
+    torch::Tensor h = hidden(x);
+    h = calls == skip_relu_in ? h : torch::relu(h);
+    return output(h);
+  }
+  std::function<void(int)> before = [](int) {};
+  int calls = 0;
+  int skip_relu_in = 0;
+  torch::nn::Linear hidden{nullptr}, output{nullptr};
+  torch::Tensor count;
+};
+TORCH_MODULE(Watched);
+
+const auto everything = 0.3 * microreg::GradientNorm{} + microreg::FisherTrace<>{.draws = 2} +
+                        0.1 * microreg::AverageJacobian{} + microreg::UnitJacobian{.directions = 2} +
+                        microreg::Unsquared{microreg::GradientNorm{}} + microreg::InputJacobian{};
+
+}  // namespace
+
+TEST_CASE("differences have the scale of double backward, and converge to it", "[estimators]") {
+  const auto check_on = [](auto model, const networks::Samples& batch, Gates gates) {
+    const auto check = [&](const auto& penalty) { check_convergence(model, batch, penalty, gates); };
+    SECTION("gradient norm") { check(microreg::GradientNorm{}); }
+    SECTION("Fisher trace") { check(microreg::FisherTrace{}); }
+    SECTION("exact Fisher trace") { check(microreg::FisherTrace<>{.expectation = microreg::Expectation::exact}); }
+    SECTION("average Jacobian") { check(microreg::AverageJacobian{}); }
+    SECTION("unit Jacobian") { check(microreg::UnitJacobian{.directions = 2, .scale_by_outputs = true}); }
+    SECTION("Jacobian norm") { check(microreg::JacobianNorm{}); }
+    SECTION("input Jacobian") { check(microreg::InputJacobian{.projections = 2}); }
+    SECTION("unsquared") { check(microreg::Unsquared{microreg::GradientNorm{}}); }
+    SECTION("unsquared, several probes") { check(microreg::Unsquared{microreg::JacobianNorm{}}); }
+    SECTION("a sum") { check(everything); }
+  };
+  SECTION("MLP") { check_on(networks::seeded_mlp(), networks::vectors(10), Gates::free); }
+  SECTION("CNN with BatchNorm") {
+    check_on(networks::seeded_cnn(networks::Norm::batch, networks::Activation::smooth), networks::images(10),
+             Gates::free);
+  }
+}
+
+TEST_CASE("frozen gates converge on kinked networks, free ones do not", "[estimators]") {
+  auto model = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
+  const auto batch = networks::images(40);
+  check_convergence(model, batch, microreg::GradientNorm{}, Gates::frozen);
+  CHECK(error_of(model, batch, microreg::GradientNorm{}, ForwardDifference{1e-2, Gates::free}) > 0.5);
+  CHECK(error_of(model, batch, everything, CentralDifference{}) < 1e-6);
+}
+
+TEST_CASE("the default step is accurate on random ReLU networks", "[estimators]") {
+  const bool batch_norm = GENERATE(false, true);
+  CHECK(median_error(batch_norm, torch::kFloat32, ForwardDifference{}) < 0.005);
+  CHECK(median_error(batch_norm, torch::kFloat64, CentralDifference{}) < 1e-6);
+  CHECK(median_error(batch_norm, torch::kFloat32, CentralDifference{}) < 0.001);
+  CHECK(median_error(batch_norm, torch::kFloat64, ForwardDifference{}) < 1e-5);
+}
+
+TEST_CASE("the report of a difference is that of the exact step", "[estimators]") {
+  auto model = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
+  const auto batch = networks::images(10);
+  const auto report_of = [&](const microreg::Estimator& estimator) {
+    microreg::Regularizer regularizer(model, cross_entropy, everything, options_with(estimator));
+    return regularizer.backward(batch.input, batch.target);
+  };
+  const auto exact = report_of(Exact{});
+  const auto difference = report_of(ForwardDifference{});
+  CHECK(relative_error(difference.micro_batch_losses, exact.micro_batch_losses) < 1e-14);
+  for (std::size_t i = 0; i < exact.penalties.size(); ++i) {
+    CHECK(relative_error(difference.penalties[i].value, exact.penalties[i].value) < 1e-12);
+    CHECK(relative_error(difference.penalties[i].micro_batch_norms, exact.penalties[i].micro_batch_norms) < 1e-12);
+  }
+  CHECK(relative_error(difference.gradient_norm, exact.gradient_norm) < 1e-5);
+}
+
+TEST_CASE("a difference leaves parameters, buffers and generators as an exact step does", "[estimators]") {
+  const auto estimator = GENERATE(microreg::Estimator(ForwardDifference{}), microreg::Estimator(CentralDifference{}));
+  auto model = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
+  const auto batch = networks::images(10);
+  const auto parameters = clones(model->parameters());
+  const auto buffers = clones(model->buffers());
+  struct After {
+    std::vector<torch::Tensor> buffers;
+    torch::Tensor default_state, own_state;
+  };
+  const auto after = [&](const microreg::Estimator& which) {
+    const torch::NoGradGuard no_grad;
+    for (std::size_t i = 0; i < buffers.size(); ++i) {
+      model->buffers()[i].copy_(buffers[i]);
+    }
+    const auto options = options_with(which);
+    (void)step_gradient(model, batch, everything, options);
+    return After{clones(model->buffers()), at::globalContext().defaultGenerator(at::kCPU).get_state(),
+                 options.generator->get_state()};
+  };
+  const After exact = after(Exact{});
+  const After difference = after(estimator);
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    CHECK(same_bits(model->parameters()[i], parameters[i]));
+  }
+  for (std::size_t i = 0; i < buffers.size(); ++i) {
+    CHECK(same_bits(difference.buffers[i], exact.buffers[i]));
+  }
+  CHECK(same_bits(difference.default_state, exact.default_state));
+  CHECK(same_bits(difference.own_state, exact.own_state));
+}
+
+TEST_CASE("dropout draws the same masks in every pass", "[estimators]") {
+  torch::manual_seed(8);
+  DropoutNet model;
+  model->to(torch::kFloat64);
+  const auto batch = networks::vectors(10);
+  check_convergence(model, batch, microreg::GradientNorm{}, Gates::frozen);
+  CHECK(error_of(model, batch, everything, CentralDifference{}) < 1e-6);
+}
+
+TEST_CASE("a probe that draws without pass.draw sees the same numbers in every pass", "[estimators]") {
+  auto model = networks::seeded_mlp();
+  const microreg::SquaredGradientNorm noisy{[](const auto& pass) {
+    return (pass.output * torch::empty_like(pass.output).normal_(0, 1, pass.generator)).mean();
+  }};
+  const microreg::SquaredGradientNorm from_default{
+      [](const torch::Tensor& output) { return (output * torch::randn_like(output)).mean(); }};
+  const auto penalty = microreg::FisherTrace{} + noisy + microreg::UnitJacobian{} + from_default;
+  CHECK(error_of(model, networks::vectors(10), penalty, CentralDifference{}) < 1e-6);
+}
+
+TEST_CASE("labels do not flip where the logits move", "[estimators]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(4);
+  std::vector<torch::Tensor> used;
+  bool would_flip = false;
+  const microreg::FisherTrace most_likely{
+      microreg::Distribution{[](const torch::Tensor& output, const auto&) { return output.argmax(1); },
+                             [&](const torch::Tensor& output, const torch::Tensor& labels) {
+                               used.push_back(labels.clone());
+                               would_flip = would_flip || !torch::equal(labels, output.argmax(1));
+                               return torch::cross_entropy_loss(output, labels);
+                             }}};
+  (void)step_gradient(model, batch, most_likely, options_with(ForwardDifference{.step = 30.0}));
+  REQUIRE(used.size() == 2);
+  CHECK(would_flip);
+  CHECK(torch::equal(used[0], used[1]));
+}
+
+TEST_CASE("a selection is displaced alone", "[estimators]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(4);
+  const torch::Tensor bias = model->output->bias.detach().clone();
+  const auto select = [](const std::string&, const at::Tensor& p) { return p.dim() > 1; };
+  int passes = 0;
+  bool bias_moved = false;
+  bool weight_moved = false;
+  const torch::Tensor weight = model->output->weight.detach().clone();
+  const auto loss = [&](const torch::Tensor& output, const torch::Tensor& y) {
+    ++passes;
+    bias_moved = bias_moved || !torch::equal(bias, model->output->bias);
+    weight_moved = weight_moved || !torch::equal(weight, model->output->weight);
+    return torch::cross_entropy_loss(output, y);
+  };
+  const auto gradient = [&](const microreg::Estimator& estimator) {
+    clear_grad(model->parameters());
+    auto options = options_with(estimator);
+    options.select = select;
+    microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{} + microreg::AverageJacobian{}, options);
+    (void)regularizer.backward(batch.input, batch.target);
+    return flat_grad(model->parameters());
+  };
+  const torch::Tensor exact = gradient(Exact{});
+  CHECK(passes == 1);
+  CHECK(relative_error(gradient(CentralDifference{}), exact) < 1e-8);
+  CHECK(passes == 6);
+  CHECK_FALSE(bias_moved);
+  CHECK(weight_moved);
+}
+
+TEST_CASE("a zero gradient gives a zero, not NaN", "[estimators]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(8);
+  const auto parameters = clones(model->parameters());
+  const auto no_loss = [](const torch::Tensor& output, const torch::Tensor&) { return (output * 0).sum(); };
+  const auto estimator = GENERATE(microreg::Estimator(Exact{}), microreg::Estimator(ForwardDifference{}),
+                                  microreg::Estimator(CentralDifference{}));
+  microreg::Regularizer regularizer(model, no_loss,
+                                    microreg::GradientNorm{} + microreg::Unsquared{microreg::GradientNorm{}},
+                                    options_with(estimator));
+  const auto report = regularizer.backward(batch.input, batch.target);
+  CHECK(report.gradient_norm.item<double>() == 0);
+  CHECK(report.penalties[1].value.item<double>() == 0);
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    CHECK(same_bits(model->parameters()[i], parameters[i]));
+  }
+}
+
+TEST_CASE("an error in a further pass leaves everything as it was", "[estimators]") {
+  torch::manual_seed(9);
+  Watched model;
+  const auto batch = networks::vectors(8);
+  const auto options = options_with(ForwardDifference{});
+  microreg::Regularizer regularizer(model, cross_entropy, microreg::GradientNorm{} + microreg::UnitJacobian{}, options);
+  model->hidden->weight.mutable_grad() = torch::ones_like(model->hidden->weight);
+  const torch::Tensor own = options.generator->get_state();
+  const torch::Tensor weight = model->hidden->weight.detach().clone();
+  const Watch watch(*model);
+  SECTION("thrown by the model, while its parameters are displaced") {
+    const int failing = GENERATE(2, 3, 5);  // either further pass of the first micro-batch, one of the second
+    bool displaced = false;
+    model->before = [&](int call) {
+      if (call == failing) {
+        displaced = !torch::equal(weight, model->hidden->weight);
+        throw std::domain_error("in a further pass");
+      }
+    };
+    message_of<std::domain_error>([&] { (void)regularizer.backward(batch.input, batch.target); });
+    CHECK(displaced);
+  }
+  SECTION("a forward pass that does not repeat itself") {
+    model->skip_relu_in = 2;
+    const auto message =
+        message_of<microreg::GateError>([&] { (void)regularizer.backward(batch.input, batch.target); });
+    CHECK(has(message, {"relu"}));
+  }
+  CHECK(watch.unchanged());
+  CHECK(same_bits(own, options.generator->get_state()));
+  CHECK(regularizer.step() == 0);
+
+  model->before = [](int) {};
+  model->skip_relu_in = 0;
+  (void)regularizer.backward(batch.input, batch.target);
+  CHECK(model->count.item<double>() == 2);  // one pass per micro-batch, as far as buffers know
+}
+
+TEST_CASE("at strength 0 a difference makes no further pass", "[estimators]") {
+  torch::manual_seed(9);
+  Watched model;
+  const auto batch = networks::vectors(8);
+  const auto gradient = step_gradient(model, batch, everything, options_with(ForwardDifference{}, 0.0));
+  CHECK(model->calls == 2);
+  CHECK(relative_error(gradient, step_gradient(model, batch, everything, options_with(Exact{}, 0.0))) < 1e-14);
+}
+
+TEST_CASE("options of the estimators are checked", "[estimators]") {
+  const auto message = [](const microreg::RegularizerOptions& options) {
+    return message_of<microreg::OptionError>([&] {
+      microreg::Regularizer regularizer(networks::seeded_mlp(), cross_entropy, microreg::GradientNorm{}, options);
+    });
+  };
+  CHECK(has(message({.estimator = ForwardDifference{-1e-3}}), {"estimator.step", "-0.001", "positive"}));
+  CHECK(has(message({.estimator = CentralDifference{std::numeric_limits<double>::infinity()}}),
+            {"estimator.step", "inf", "finite"}));
+  CHECK(has(message({.micro_batch_share = 0.0}), {"micro_batch_share", "0", "greater than 0"}));
+  CHECK(has(message({.micro_batch_share = 1.5}), {"micro_batch_share", "1.5", "at most 1"}));
+  CHECK(has(message({.micro_batch_share = std::numeric_limits<double>::quiet_NaN()}), {"micro_batch_share", "nan"}));
+  CHECK(has(message({.every = 0}), {"every", "0", "at least 1"}));
+
+  auto coarse = networks::seeded_mlp();
+  coarse->to(torch::kBFloat16);
+  auto batch = networks::vectors(4);
+  microreg::Regularizer regularizer(coarse, cross_entropy, microreg::GradientNorm{}, options_with(ForwardDifference{}));
+  CHECK(has(message_of<microreg::OptionError>(
+                [&] { (void)regularizer.backward(batch.input.to(torch::kBFloat16), batch.target); }),
+            {"estimator.step", "BFloat16", "Exact"}));
+}
