@@ -38,13 +38,13 @@ struct BagOfWords : torch::nn::Module {
   torch::nn::Embedding embedding{nullptr};
 };
 
-/// The squared Frobenius norm of J-bar, exactly: one probe per class.
-struct JacobianNorm {
-  std::string_view name() const { return "jacobian_norm"; }
+/// The squared Frobenius norm of the Jacobian of the mean probabilities: one probe per class.
+struct ProbabilityJacobian {
+  std::string_view name() const { return "probability_jacobian"; }
 
   template <class Pass>
   std::vector<torch::Tensor> probes(const Pass& pass) const {
-    return pass.output.mean(0).unbind();
+    return pass.output.softmax(1).mean(0).unbind();
   }
 };
 
@@ -228,6 +228,11 @@ TEST_CASE("docs: Fisher trace", "[docs]") {
   auto report = regularizer.backward(images, labels);
   CHECK(number(report.penalty("fisher_trace").value) > 0);
 
+  microreg::FisherTrace<> averaged{.draws = 2};
+  microreg::FisherTrace<> expected{.expectation = microreg::Expectation::exact};
+  CHECK(averaged.draws == 2);
+  CHECK(number(expected(model->forward(images.narrow(0, 0, 4)), model->parameters())) > 0);
+
   microreg::FisherTrace regression{microreg::Gaussian{.standard_deviation = 0.5}};
   CHECK(number(regression(model->forward(images), model->parameters())) > 0);
 
@@ -261,8 +266,8 @@ TEST_CASE("docs: Jacobians", "[docs]") {
   {
     const auto labels = ::labels();
     auto report = microreg::measure(model, torch::nn::CrossEntropyLoss(),
-                                    microreg::AverageJacobian{} + microreg::UnitJacobian{} + JacobianNorm{}, x, labels,
-                                    {.micro_batch_size = 256});
+                                    microreg::AverageJacobian{} + microreg::UnitJacobian{} + microreg::JacobianNorm{},
+                                    x, labels, {.micro_batch_size = 256});
     CHECK(number(report.penalty("average_jacobian").value) == Approx(3 * row).epsilon(1e-4));
     CHECK(number(report.penalty("unit_jacobian").value) == Approx(row).epsilon(1e-4));
     CHECK(number(report.penalty("jacobian_norm").value) == Approx(3 * row).epsilon(1e-4));
@@ -312,10 +317,66 @@ TEST_CASE("docs: a penalty of one's own", "[docs]") {
   microreg::SquaredGradientNorm squared_loss{[](const auto& pass) { return pass.loss.square(); }, "squared_loss"};
   CHECK(number(microreg::measure(model, criterion, squared_loss, images, labels).penalties[0].value) > 0);
 
+  CHECK(number(microreg::measure(model, criterion, ProbabilityJacobian{}, images, labels).penalties[0].value) > 0);
+
   auto sum = microreg::Weighted{0.1, Confidence{}} + 1e-3 * microreg::GradientNorm{};
   const auto both = microreg::measure(model, criterion, sum, images, labels);
   CHECK(both.penalty("confidence").strength == 0.1);
   CHECK(number(both.penalty("confidence").value) > 0);
+}
+
+TEST_CASE("docs: Jacobians beyond the paper, and the unsquared norm", "[docs]") {
+  torch::nn::Linear model(6, 3);
+  auto network = small_network();
+  torch::nn::CrossEntropyLoss criterion;
+  const auto images = ::images();
+  const auto labels = ::labels();
+  {
+    const auto& x = images;
+    auto value = microreg::JacobianNorm{}(model->forward(x), model->parameters());
+    CHECK(number(value) == Approx(3 * mean_input_and_bias(x)).epsilon(1e-4));
+    microreg::UnitJacobian several{.directions = 4, .scale_by_outputs = true};
+    CHECK(number(several(model->forward(x), model->parameters())) == Approx(number(value)).epsilon(1e-4));
+  }
+  {
+    auto x = images.clone().requires_grad_(true);
+    auto value = microreg::InputJacobian{}(model->forward(x), {x});
+    CHECK(value.requires_grad());
+  }
+  {
+    microreg::Regularizer regularizer(network, torch::nn::CrossEntropyLoss(), microreg::JacobianNorm{},
+                                      {.strength = 0.001, .micro_batch_size = 128});
+    auto report = regularizer.backward(images, labels);
+    CHECK(number(report.penalty("jacobian_norm").value) > 0);
+  }
+  {
+    microreg::Regularizer regularizer(network, torch::nn::CrossEntropyLoss(), microreg::InputJacobian{},
+                                      {.strength = 0.01, .micro_batch_size = 128});
+    auto report = regularizer.backward(images, labels);
+    CHECK(number(report.penalty("input_jacobian").value) > 0);
+  }
+  {
+    microreg::Unsquared penalty{microreg::GradientNorm{}};
+    microreg::Regularizer regularizer(model, criterion, penalty, {.strength = 0.1, .micro_batch_size = 128});
+    auto report = regularizer.backward(images, labels);
+    CHECK(number(report.penalty("unsquared_gradient_norm").value) > 0);
+  }
+}
+
+TEST_CASE("docs: estimators", "[docs]") {
+  auto model = small_network();
+  const auto images = ::images();
+  const auto labels = ::labels();
+
+  microreg::Regularizer regularizer(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
+                                    {.strength = 0.01, .estimator = microreg::ForwardDifference{}});
+  auto report = regularizer.backward(images, labels);
+  CHECK(report.penalised.size() == 2);
+
+  microreg::RegularizerOptions options{.strength = 0.01, .micro_batch_size = 32, .micro_batch_share = 0.25};
+  options.estimator = microreg::ForwardDifference{.step = 0.01, .gates = microreg::Gates::free};
+  microreg::Regularizer shared(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{}, options);
+  CHECK(shared.backward(images, labels).penalised.size() == 2);
 }
 
 TEST_CASE("docs: hooks on parameters see the passes, not the sum", "[docs]") {
