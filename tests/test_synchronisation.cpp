@@ -49,11 +49,16 @@ bool synchronises(const std::set<std::string>& operations) {
 TEST_CASE("a step reads no number from a tensor unless asked", "[synchronisation]") {
   auto model = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
   const auto batch = networks::images(10);
+  const auto estimator =
+      GENERATE(microreg::Estimator(microreg::Exact{}), microreg::Estimator(microreg::ForwardDifference{}),
+               microreg::Estimator(microreg::CentralDifference{}));
+  const double share = GENERATE(1.0, 0.5);
   const auto step = [&](microreg::CheckFinite check_finite) {
     microreg::Regularizer regularizer(
         model, cross_entropy,
-        microreg::GradientNorm{} + microreg::FisherTrace{} + microreg::AverageJacobian{} + microreg::UnitJacobian{},
-        {.micro_batch_size = 4, .check_finite = check_finite});
+        microreg::GradientNorm{} + microreg::FisherTrace{} + microreg::AverageJacobian{} + microreg::UnitJacobian{} +
+            microreg::InputJacobian{} + microreg::Unsquared{microreg::JacobianNorm{}},
+        {.micro_batch_size = 4, .estimator = estimator, .micro_batch_share = share, .check_finite = check_finite});
     return operations_of([&] {
       (void)regularizer.backward(batch.input, batch.target);
       (void)regularizer.backward(batch.input, batch.target);
