@@ -19,7 +19,8 @@ struct Estimator {
   bool fused_differs;  ///< whether it has a double backward at all, so that fused and stock are two rows
 };
 inline constexpr std::array estimators{
-    Estimator{"exact", true},
+    Estimator{"exact", true},           Estimator{"forward-frozen", false}, Estimator{"forward-free", false},
+    Estimator{"central-frozen", false}, Estimator{"central-free", false},
 };
 
 /// One step: a network, its data, and a penalty on it.
@@ -31,6 +32,7 @@ struct Case {
   std::string penalty = "gradient_norm";
   std::string estimator = "exact";
   bool fused = true;
+  double micro_batch_share = 1;
   std::string device = "cpu";
 
   [[nodiscard]] std::int64_t batch_size() const { return batch > 0 ? batch : micro_batch; }

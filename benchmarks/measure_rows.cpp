@@ -105,4 +105,15 @@ std::vector<SweepRow> sweep_micro_batch(const Case& common, const Budget& budget
   return sweep("micro_batch", cases, budget, memory);
 }
 
+std::vector<SweepRow> sweep_share(const Case& common, const Budget& budget, MemoryMeter* memory) {
+  std::vector<Case> cases;
+  for (const double share : {1.0, 0.5, 0.25, 0.125}) {
+    cases.push_back(common);
+    cases.back().micro_batch = 32;
+    cases.back().batch = 256;
+    cases.back().micro_batch_share = share;
+  }
+  return sweep("share", cases, budget, memory);
+}
+
 }  // namespace overhead

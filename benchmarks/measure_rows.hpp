@@ -19,4 +19,7 @@ namespace overhead {
 /// The same as |M| grows at fixed |B|.
 [[nodiscard]] std::vector<SweepRow> sweep_micro_batch(const Case& common, const Budget& budget, MemoryMeter* memory);
 
+/// The same as a smaller share of eight micro-batches is penalised.
+[[nodiscard]] std::vector<SweepRow> sweep_share(const Case& common, const Budget& budget, MemoryMeter* memory);
+
 }  // namespace overhead

@@ -39,6 +39,7 @@ Case Options::single_case() const {
     which.micro_batch = micro_batches.front();
   }
   which.batch = batch;
+  which.micro_batch_share = micro_batch_share;
   which.fused = fused != "off";
   which.device = device;
   return which;
@@ -56,6 +57,7 @@ std::vector<std::string> arguments_of(const Case& which) {
           "--device",      which.device,
           "--fused",       which.fused ? "on" : "off",
           "--batch",       fmt::format("{}", which.batch),
+          "--share",       fmt::format("{}", which.micro_batch_share),
           "--micro-batch", fmt::format("{}", which.micro_batch)};
 }
 
@@ -111,6 +113,7 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
   records->add_option("--sweep-json", options.sweep_json, "Write the sweeps as an array of objects")->type_name("FILE");
 
   app.add_option("--batch", options.batch, "")->group("")->check(CLI::NonNegativeNumber);
+  app.add_option("--share", options.micro_batch_share, "")->group("");
   app.add_flag("--serve", options.serve, "")->group("");
   app.add_option("--state", options.state, "")->group("");
   app.add_option("--memory-of", options.memory_of, "")->group("")->check(CLI::IsMember({"plain", "penalised"}));

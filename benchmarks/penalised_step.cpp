@@ -19,12 +19,26 @@ PenalisedStep step_with(const Workload& workload, Penalty penalty, const microre
   };
 }
 
+microreg::Estimator estimator_called(const std::string& name) {
+  using microreg::Gates;
+  if (name == "exact") {
+    return microreg::Exact{};
+  }
+  const Gates gates = name.ends_with("-frozen") ? Gates::frozen : Gates::free;
+  if (name.starts_with("forward-")) {
+    return microreg::ForwardDifference{.gates = gates};
+  }
+  if (name.starts_with("central-")) {
+    return microreg::CentralDifference{.gates = gates};
+  }
+  throw std::invalid_argument("no estimator is called " + name);
+}
+
 microreg::RegularizerOptions options_of(const Case& which) {
   microreg::RegularizerOptions options{.strength = 1.0, .micro_batch_size = which.micro_batch};
-  if (which.estimator != "exact") {
-    throw std::invalid_argument("no estimator is called " + which.estimator);
-  }
   options.fused = which.fused;
+  options.estimator = estimator_called(which.estimator);
+  options.micro_batch_share = which.micro_batch_share;
   return options;
 }
 

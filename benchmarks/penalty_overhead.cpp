@@ -47,6 +47,7 @@ std::vector<SweepRow> run_sweeps(const Options& options, MemoryMeter* memory) {
   };
   run("|B| grows", sweep_batch);
   run("|M| grows", sweep_micro_batch);
+  run("a share of the micro-batches is penalised", sweep_share);
   return all;
 }
 

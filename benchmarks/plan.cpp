@@ -16,7 +16,8 @@ bool allows(const std::vector<T>& filter, const U& value) {
 Group make_group(const Options& options, const Case& common) {
   Group group;
   for (const Estimator& estimator : estimators) {
-    if (!allows(options.estimators, estimator.name)) {
+    const bool central = estimator.name.starts_with("central");
+    if (!allows(options.estimators, estimator.name) || (central && options.quick && options.estimators.empty())) {
       continue;
     }
     for (const bool fused : {true, false}) {

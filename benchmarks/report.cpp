@@ -50,13 +50,13 @@ void print_row(const Row& row) {
 }
 
 void print_sweep_header(const std::string& title) {
-  print_line(fmt::format("\n{}\n{:>5} {:>5} {:>10} {:>7} {:>14} {:>15}", title, "|B|", "|M|", "plain ms", "ratio",
-                         "relative time", "peak memory MB"));
+  print_line(fmt::format("\n{}\n{:>5} {:>5} {:>6} {:>10} {:>7} {:>14} {:>15}", title, "|B|", "|M|", "share", "plain ms",
+                         "ratio", "relative time", "peak memory MB"));
 }
 
 void print_sweep_row(const SweepRow& row) {
-  print_line(fmt::format("{:>5} {:>5} {:>10.1f} {:>7.2f} {:>14.2f} {:>15}", row.which.batch_size(),
-                         row.which.micro_batch, row.plain_ms, row.ratio, row.relative_time,
+  print_line(fmt::format("{:>5} {:>5} {:>6g} {:>10.1f} {:>7.2f} {:>14.2f} {:>15}", row.which.batch_size(),
+                         row.which.micro_batch, row.which.micro_batch_share, row.plain_ms, row.ratio, row.relative_time,
                          number_or_dash(row.peak_memory_mb, 1)));
 }
 
@@ -90,6 +90,7 @@ void write_json(const std::string& file, const std::vector<SweepRow>& rows, int 
                      {"layout", c.layout},
                      {"batch", c.batch_size()},
                      {"micro_batch", c.micro_batch},
+                     {"micro_batch_share", c.micro_batch_share},
                      {"penalty", c.penalty},
                      {"estimator", c.estimator},
                      {"fused", c.fused},

@@ -61,6 +61,14 @@ inline std::vector<at::Tensor> defined(const std::vector<at::Tensor>& tensors) {
   return result;
 }
 
+/// The same tensors without their graph.
+inline std::vector<at::Tensor> detached(std::vector<at::Tensor> tensors) {
+  for (at::Tensor& tensor : tensors) {
+    tensor = tensor.defined() ? tensor.detach() : tensor;
+  }
+  return tensors;
+}
+
 inline at::ScalarType accumulation_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 /// || tensors ||^2 over all of them jointly, without a graph, a scalar on the device; half types add up in float32.

@@ -10,6 +10,7 @@
 #include <microreg/penalty.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <span>
 #include <tuple>
@@ -18,15 +19,21 @@
 
 namespace microreg::detail {
 
-/// Differentiates one probe, with a graph if `create_graph`. The loss is differentiated by all parameters, since that
-/// gradient is needed anyway: it is put into `loss_gradient`. Returns the gradients that count, undefined ones left
-/// out.
+/// The gradient of the loss, where a probe gave it: divide by `scale`.
+struct LossGradient {
+  std::vector<at::Tensor> scaled;
+  double scale = 1;
+};
+
+/// Differentiates `scale` times one probe, with a graph if `create_graph`. The loss is differentiated by all
+/// parameters, since that gradient is needed anyway: it is put into `loss_gradient`. Returns the gradients that count,
+/// undefined ones left out.
 template <class P, class Pass>
-std::vector<at::Tensor> probe_gradient(const P& penalty, const Pass& pass, const at::Tensor& probe,
-                                       const Parameters& parameters, bool create_graph,
-                                       std::vector<at::Tensor>& loss_gradient) {
+std::vector<at::Tensor> probe_gradient(const P& penalty, const Pass& pass, const at::Tensor& probe, double scale,
+                                       const Parameters& parameters, bool create_graph, LossGradient& loss_gradient) {
   const auto differentiate = [&](const std::vector<at::Tensor>& inputs) {
-    return gradients({probe}, inputs, {}, /*retain_graph=*/true, create_graph, penalty.name());
+    return gradients({probe}, inputs, {at::full_like(probe, scale).detach()}, /*retain_graph=*/true, create_graph,
+                     penalty.name());
   };
   std::vector<at::Tensor> counted;
   if (!differentiates_input<P> && probe.is_same(pass.loss)) {
@@ -34,12 +41,18 @@ std::vector<at::Tensor> probe_gradient(const P& penalty, const Pass& pass, const
     for (const std::size_t i : parameters.selected) {
       counted.push_back(all[i]);
     }
-    loss_gradient = std::move(all);
+    loss_gradient = {std::move(all), scale};
   } else {
     counted = differentiate(counted_tensors(penalty, pass, parameters));
   }
   require_dependence(penalty, counted, parameters);
   return defined(counted);
+}
+
+inline bool at_least_float32(const std::vector<at::Tensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) {
+    return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
+  });
 }
 
 /// Adds grad(weights.loss * L_M + weights.penalty * sum of strength * R_M) to `sums` and fills `squared_norms`, one a
@@ -49,28 +62,36 @@ std::vector<at::Tensor> probe_gradient(const P& penalty, const Pass& pass, const
 /// of R_M by g, which is 2 g, or g / ||g|| for an unsquared norm. The loss joins that pass as one more root, or, where
 /// the loss is itself a probe, its gradient is at hand already. Cost: one backward pass with a graph per probe, and one
 /// pass through everything. A penalty with strength 0 is measured but not differentiated.
+///
+/// A squared norm needs no copy of g for the seeds: with the factor f = strength * weight, the probe is differentiated
+/// times a = sqrt(2 f), and the gradient a g, seeded with itself, gives a^2 H g = 2 f H g.
 template <class Pass, class... P>
 void double_backward(const Pass& pass, const std::tuple<Weighted<P>...>& terms, std::span<const double> strengths,
                      const MicroBatchWeights& weights, const Parameters& parameters, std::vector<at::Tensor>& sums,
                      std::vector<at::Tensor>& squared_norms) {
   std::vector<at::Tensor> roots;
   std::vector<at::Tensor> seeds;
-  std::vector<at::Tensor> loss_gradient;
+  LossGradient loss_gradient;
 
   const auto differentiate = [&]<class Q>(const Q& penalty, double strength, at::Tensor& squared) {
+    const double factor = strength * weights.penalty;
+    const double root = std::sqrt(2 * factor);
+    // Half types would round the scaled gradient; far from 1, squares could leave the range of float32.
+    const bool folded = is_squared<Q> && root > 1e-3 && root < 1e3 && at_least_float32(parameters.tensors);
+    const double scale = folded ? root : 1.0;
     std::vector<at::Tensor> differentiable;
     for (const at::Tensor& probe : probes_of(penalty, pass)) {
-      const auto g = probe_gradient(penalty, pass, probe, parameters, strength > 0, loss_gradient);
-      const at::Tensor norm = squared_norm(g, probe.options());
+      const auto g = probe_gradient(penalty, pass, probe, scale, parameters, strength > 0, loss_gradient);
+      const at::Tensor norm = squared_norm(g, probe.options()) / (scale * scale);
       squared = squared.defined() ? squared + norm : norm;
       std::copy_if(g.begin(), g.end(), std::back_inserter(differentiable),
                    [&](const at::Tensor& gradient) { return strength > 0 && gradient.requires_grad(); });
     }
     if (!differentiable.empty()) {
       const at::NoGradGuard no_grad;
-      const double factor = strength * weights.penalty;
-      auto seed =
-          is_squared<Q> ? scaled(differentiable, 2 * factor) : scaled(differentiable, over_norm(squared, factor));
+      auto seed = folded          ? detached(differentiable)
+                  : is_squared<Q> ? scaled(differentiable, 2 * factor)
+                                  : scaled(differentiable, over_norm(squared, factor));
       std::move(seed.begin(), seed.end(), std::back_inserter(seeds));
       roots.insert(roots.end(), differentiable.begin(), differentiable.end());
     }
@@ -79,7 +100,7 @@ void double_backward(const Pass& pass, const std::tuple<Weighted<P>...>& terms, 
     (differentiate(std::get<I>(terms).penalty, strengths[I], squared_norms[I]), ...);
   }(std::index_sequence_for<P...>{});
 
-  if (loss_gradient.empty()) {
+  if (loss_gradient.scaled.empty()) {
     roots.push_back(pass.loss);
     seeds.push_back(at::full_like(pass.loss, weights.loss).detach());
   }
@@ -87,11 +108,8 @@ void double_backward(const Pass& pass, const std::tuple<Weighted<P>...>& terms, 
     accumulate(sums, gradients(roots, parameters.tensors, seeds, /*retain_graph=*/false, /*create_graph=*/false,
                                "the exact penalty"));
   }
-  if (!loss_gradient.empty()) {
-    for (at::Tensor& gradient : loss_gradient) {
-      gradient = gradient.defined() ? gradient.detach() : gradient;
-    }
-    accumulate(sums, std::move(loss_gradient), weights.loss);
+  if (!loss_gradient.scaled.empty()) {
+    accumulate(sums, detached(std::move(loss_gradient.scaled)), weights.loss / loss_gradient.scale);
   }
 }
 
