@@ -9,12 +9,12 @@ set -euo pipefail
 # "method=further options": the settings of the comparison.
 runs=(
   "large-batch="
-  "gradient-norm=--strength 0.01"
-  "fisher-trace=--strength 0.01"
+  "gradient-norm=--strength 0.03"
+  "fisher-trace=--strength 0.05"
 )
-common=(--data synthetic --model cnn --seed 1)
-steps=100
-records=10
+common=(--data synthetic --model cnn --image-size 16 --train-size 1000 --test-size 1000 --learning-rate 0.2 --seed 1)
+steps=360
+records=9
 
 case "${1:-}" in
   "") ;;
