@@ -2,6 +2,7 @@
 /// Unsquared: the gradient norm itself instead of its square.
 #pragma once
 
+#include <c10/util/StringUtil.h>
 #include <ATen/ATen.h>
 #include <microreg/penalty.hpp>
 
@@ -30,7 +31,7 @@ struct Unsquared {
 
   P penalty;
 
-  [[nodiscard]] std::string name() const { return "unsquared_" + std::string(penalty.name()); }
+  [[nodiscard]] std::string name() const { return c10::str("unsquared_", penalty.name()); }
 
   template <class Pass>
     requires PenaltyFor<P, Pass>
