@@ -45,6 +45,10 @@ inline double relative_step(at::ScalarType type, bool central) {
   return central ? 5e-4 : 5e-5;
 }
 
+/// The largest automatic step in float32: on wide networks, whose parameters have a large norm, the error of the
+/// difference goes with the displacement itself (measured on ResNet-18 and VGG-11).
+inline double largest_step(bool central) { return central ? 2e-3 : 6e-4; }
+
 /// Estimates the penalty's gradient by displaced passes, for all micro-batches of one step.
 ///
 /// The first pass over a micro-batch gives the loss gradient and, for each probe s, its gradient g by what the penalty
@@ -254,7 +258,8 @@ class FiniteDifference {
     const double relative = relative_step(probe.squared_norm.scalar_type(), settings_.central);
     const at::Tensor squared = squared_norm(moved, probe.squared_norm.options());
     // Parameters that are all zero have no scale: displace by the step itself then.
-    return at::where(squared == 0, at::ones_like(squared), squared.sqrt()) * relative;
+    const at::Tensor length = at::where(squared == 0, at::ones_like(squared), squared.sqrt()) * relative;
+    return differentiates_input<Q> ? length : length.clamp_max(largest_step(settings_.central));
   }
 
   /// The gradient of probe k by all parameters, with what counts moved by `distance` times its gradient.
