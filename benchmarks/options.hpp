@@ -34,9 +34,9 @@ struct Options {
 
   std::int64_t batch = 0;        ///< of --serve and --memory-of
   double micro_batch_share = 1;  ///< likewise
-  bool serve = false;      ///< take orders from the standard input, for peers/compare.py
-  std::string state;       ///< with serve: where to write weights and data
-  std::string memory_of;   ///< "plain" or "penalised": print the peak memory of one step and end
+  bool serve = false;            ///< take orders from the standard input, for peers/compare.py
+  std::string state;             ///< with serve: where to write weights and data
+  std::string memory_of;         ///< "plain" or "penalised": print the peak memory of one step and end
 
   [[nodiscard]] bool filtered() const {
     return !models.empty() || !layouts.empty() || !penalties.empty() || !estimators.empty() || !micro_batches.empty() ||

@@ -2,8 +2,8 @@
 /// Unsquared: the gradient norm itself instead of its square.
 #pragma once
 
-#include <c10/util/StringUtil.h>
 #include <ATen/ATen.h>
+#include <c10/util/StringUtil.h>
 #include <microreg/penalty.hpp>
 
 #include <concepts>
