@@ -21,7 +21,7 @@ class GeneratorStates {
  public:
   GeneratorStates(c10::Device device, const std::optional<at::Generator>& generator) {
     save(at::globalContext().defaultGenerator(c10::kCPU));
-    if (!device.is_cpu()) {
+    if (!device.is_cpu() && !device.is_meta()) {  // the meta device has no generator
       save(at::globalContext().defaultGenerator(device));
     }
     if (generator.has_value()) {
