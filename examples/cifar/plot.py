@@ -117,33 +117,37 @@ def best_by(groups, key):
 
 
 def micro_batch_size(groups):
-    """None where there are not two sizes to compare."""
+    """None where no method has completed runs of two sizes."""
     baselines = best_by(groups, lambda g: g[0].config["method"] if g[0].config["method"] in ("sgd", "large-batch")
                         else None)
     # Only penalties depend on the size of the micro-batch.
     best = best_by(groups, lambda g: (g[0].config["method"], g[0].config["micro_batch_size"])
                    if g[0].config.get("strength") else None)
-    if len({size for _, size in best}) < 2:
+    sizes_of = {}
+    for method, size in sorted(best):
+        sizes_of.setdefault(method, []).append(size)
+    sizes_of = {method: sizes for method, sizes in sizes_of.items() if len(sizes) > 1}
+    if not sizes_of:
         return None
     figure, axis = plt.subplots(figsize=(7, 4.8), layout="constrained")
     for method, group in baselines.items():
         axis.axhline(statistics.fmean(test_accuracies(group)), color=style_of(method)[0], linestyle="--",
                      label=f"{method} (mean)")
-    for method in dict.fromkeys(method for method, _ in best):
+    for method, sizes in sizes_of.items():
         color, marker = style_of(method)
-        sizes = sorted(size for other, size in best if other == method)
         values = [test_accuracies(best[method, size]) for size in sizes]
-        axis.plot(sizes, [statistics.fmean(v) for v in values], color=color, label=method)
-        axis.plot([s for s, v in zip(sizes, values) for _ in v], [a for v in values for a in v], color=color,
-                  marker=marker, linestyle="none")
+        axis.plot(sizes, [statistics.fmean(v) for v in values], color=color)
+        axis.plot([size for size, v in zip(sizes, values) for _ in v], [a for v in values for a in v], color=color,
+                  marker=marker, linestyle="none", label=method)
     axis.set_xscale("log", base=2)
-    ticks = sorted({size for _, size in best})
+    ticks = sorted(set().union(*sizes_of.values()))
     axis.set_xticks(ticks, [str(size) for size in ticks])
+    axis.minorticks_off()
     axis.set_xlabel("micro-batch size |M| (samples)")
     axis.set_ylabel("test accuracy (%)")
-    axis.set_title("Points: seeds; lines: their mean, best setting on validation", fontsize="medium")
+    axis.set_title("Points: seeds; lines: their mean; of several settings the best on validation", fontsize="medium")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -156,18 +160,22 @@ def cost(groups):
                for run in group if run.completed]
     unit = statistics.fmean(seconds) if seconds else 1
     figure, axis = plt.subplots(figsize=(7, 5.4), layout="constrained")
-    for group, label in zip(groups, labels_of(groups)):
-        color, marker = style_of(group[0].config["method"])
+    named = set()
+    for group in groups:
+        method = group[0].config["method"]
+        color, marker = style_of(method)
         completed = [run for run in group if run.completed and "test_accuracy" in run.summary]
         axis.plot([run.summary["seconds_per_step"] / unit for run in completed],
                   [100 * run.summary["test_accuracy"] for run in completed],
-                  color=color, marker=marker, linestyle="none", alpha=0.8, label=label)
+                  color=color, marker=marker, linestyle="none", alpha=0.8,
+                  label=None if method in named else method)
+        named.add(method)
     axis.set_xscale("log")
     axis.set_xlabel("time of a step / time of a large-batch step" if seconds else "time of a step (s)")
     axis.set_ylabel("test accuracy (%)")
-    axis.set_title("Points: seeds", fontsize="medium")
+    axis.set_title("Points: seeds, each setting's checkpoint that is best on validation", fontsize="medium")
     axis.grid(alpha=0.3, which="both")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -195,9 +203,9 @@ def main():
             if figure is not None:
                 save(figure, arguments.output / f"{kind}.png")
             elif arguments.kind == kind:
-                raise RecordError(f"nothing to draw for {kind}: no completed runs, or of one micro-batch size only")
+                raise RecordError(f"nothing to draw for {kind}: too few completed runs, or one micro-batch size only")
             else:
-                note(f"no picture of {kind}: no completed runs, or of one micro-batch size only")
+                note(f"no picture of {kind}: too few completed runs, or one micro-batch size only")
     except RecordError as error:
         sys.exit(f"error: {error}")
 

@@ -26,7 +26,7 @@ class Run:
 
     @property
     def validation_accuracy(self):
-        """What settings are compared by. The reference split has no validation images: there it is the test accuracy."""
+        """What settings are compared by; with the reference split, which has no validation images, test accuracy."""
         return self.summary.get("best_validation_accuracy", self.summary.get("test_accuracy"))
 
     @property

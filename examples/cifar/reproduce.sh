@@ -27,7 +27,8 @@ misuse() {
   exit 2
 }
 
-scale="" tables=main data="" output="" seeds="0 1 2" device=auto jobs="$(nproc)" small_steps="" large_steps="" dry_run=""
+scale="" tables=main data="" output="" seeds="0 1 2" device=auto jobs="$(nproc)"
+small_steps="" large_steps="" dry_run=""
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage; exit ;;
@@ -90,17 +91,11 @@ trap 'rm -f "$temporary"' EXIT
   [ -z "$small_steps" ] || echo "options small-batch --steps $small_steps"
   [ -z "$large_steps" ] || echo "options large-batch --steps $large_steps"
 } >"$temporary"
-study="$temporary"
 if [ -e "$output/study.txt" ]; then
-  diff "$output/study.txt" "$temporary" >&2 || microreg_fail "$output holds a study with other settings (the lines above);
+  diff "$output/study.txt" "$temporary" >&2 ||
+    microreg_fail "$output holds a study with other settings (the lines above);
 choose another --output, or remove $output/study.txt if its runs are still the ones wanted"
 fi
-if [ -z "$dry_run" ]; then
-  mkdir -p "$output"
-  cp "$temporary" "$output/study.txt"
-  study="$output/study.txt"
-fi
-
 declare -A running=()  # process: folder
 failed=()
 stop() {
@@ -127,7 +122,11 @@ reap() {
 
 run_phase() {
   local plan folder options
-  plan="$("$MICROREG_PYTHON" "$here/study.py" "$study" "$output" --phase "$1" --tables "$tables" --seeds "$seeds")"
+  plan="$("$MICROREG_PYTHON" "$here/study.py" "$temporary" "$output" --phase "$1" --tables "$tables" --seeds "$seeds")"
+  if [ -z "$dry_run" ]; then
+    mkdir -p "$output"
+    cp "$temporary" "$output/study.txt"
+  fi
   [ -n "$plan" ] || return 0
   microreg_say "The $1 phase: $(wc -l <<<"$plan") runs, $jobs at once"
   while IFS=$'\t' read -r folder options; do

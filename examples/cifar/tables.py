@@ -16,6 +16,7 @@ from study import Study
 
 COLUMNS = ["method", "setting", "seeds", "best validation (%)", "test at best (%)", "final validation (%)",
            "final micro-batch gradient norm", "gap recovered", "paper (%)", "paper's gap recovered"]
+ENDS = ("sgd", "large-batch")  # of the gap
 
 
 class Row:
@@ -61,7 +62,7 @@ def setting_text(config):
     parts = [f"η {config['learning_rate']:g}"]
     if config.get("strength"):
         parts.append(f"λ {config['strength']:g}")
-    plain = config["method"] in ("sgd", "large-batch")
+    plain = config["method"] in ENDS
     parts.append(f"|B| {config['batch_size']}" if plain else f"|M| {config['micro_batch_size']}")
     return ", ".join(parts)
 
@@ -115,16 +116,16 @@ def document(study, rows, problems):
         for network in dict.fromkeys(setting.network for setting in study.settings):
             ours = [r for r in rows if table in r.setting.tables and r.setting.network == network]
             chosen = [r for r in ours if r.chosen]
-            # sgd and large-batch alone come with every table: they are no result of it.
-            if not any(r.setting.name not in ("sgd", "large-batch") for r in ours) and table != study.tables[0]:
+            own = [r for r in ours if r.setting.tables[0] == table]  # not the ends of the gap that every table has
+            if not own:
                 continue
             if chosen:
                 lines += ["", f"## {table}: {network}", "", *table_of(chosen, rows)]
-            names = [r.setting.name for r in ours]
-            several = [r for r in ours if names.count(r.setting.name) > 1]
+            names = [r.setting.name for r in own]
+            several = [r for r in own if names.count(r.setting.name) > 1]
             if several:
-                lines += ["", "The settings that were tried; the table above has the best of each method on validation:",
-                          "", *table_of(several, rows)]
+                lines += ["", "The settings tried; the table above has the best of each method on validation:", "",
+                          *table_of(several, rows)]
     if problems:
         lines += ["", "## Not completed, and left out", "", *(f"- {problem}" for problem in problems)]
     return "\n".join(lines) + "\n"
@@ -141,12 +142,12 @@ def draw(study, rows):
         folder = study.folder / "plots" / network
         # Settings shared by several names are drawn once.
         unique = lambda chosen: plot.group_runs({run.folder: run for row in chosen for run in row.runs}.values())
-        best = unique([row for row in ours if row.chosen])
-        first = [row for row in ours if row.chosen and study.tables[0] in row.setting.tables]
-        pictures = {"training": plot.training(unique(first) or best), "cost": plot.cost(best),
+        chosen = [row for row in ours if row.chosen]
+        main = [row for row in chosen if study.tables[0] in row.setting.tables]
+        grafting = [row for row in chosen if "grafting" in row.setting.tables]
+        pictures = {"training": plot.training(unique(main or chosen)), "cost": plot.cost(unique(main + grafting)),
                     "micro-batch-size": plot.micro_batch_size(unique(ours))}
-        grafting = [row for row in ours if row.chosen and "grafting" in row.setting.tables]
-        if len(grafting) > 2:
+        if any(row.setting.name not in ENDS for row in grafting):
             pictures["training-grafting"] = plot.training(unique(grafting))
         for name, figure in pictures.items():
             if figure is not None:

@@ -1,6 +1,6 @@
-#!/usr/bin/env python3
-"""Takes the options of microreg_cifar and writes made-up records in their format. FAKE_FAIL: a piece of the folders whose
-run fails. FAKE_LOG: a file that gets a line for each start."""
+#!/usr/bin/env -S python3 -I -S
+"""Takes the options of microreg_cifar and writes made-up records in their format. FAKE_FAIL: a part of the folder names
+of runs that are to fail. FAKE_LOG: a file that gets a line for each start."""
 
 import json
 import os
@@ -54,8 +54,8 @@ folder.mkdir(parents=True, exist_ok=True)
 with open(folder / "metrics.jsonl", "w") as metrics:
     for i in range(1, 21):
         print(json.dumps({
-            "step": steps * i // 20, "train_loss": 2.3 / i, "validation_accuracy": (test + 0.01) * i / (i + 1) * 21 / 20,
-            "micro_batch_gradient_norm": norm * i / 20, "gradient_norm": 1.0, "penalty": 0.1, "seconds": 0.5 * i}),
+            "step": steps * i // 20, "train_loss": 2.3 / i, "gradient_norm": 1.0, "penalty": 0.1, "seconds": 0.5 * i,
+            "validation_accuracy": (test + 0.01) * i / (i + 1) * 21 / 20, "micro_batch_gradient_norm": norm * i / 20}),
             file=metrics)
 (folder / "summary.json").write_text(json.dumps({
     "status": "completed", "steps": steps, "best_validation_accuracy": test + 0.01,
