@@ -136,16 +136,19 @@ class Study:
 
     def best(self, network, name):
         """The setting with the best mean validation accuracy, over the seeds that all settings of this name have
-        completed. One of which a run diverged is not eligible. None where no run is completed."""
-        accuracies = {}
+        completed. One of which a run diverged only counts where all did. None where no run is completed."""
+        accuracies, diverged = {}, set()
         for setting in self.of_name(network, name):
             summaries = self.summaries(setting)
             completed = {
                 seed: summary.get("best_validation_accuracy", summary.get("test_accuracy"))
                 for seed, summary in summaries.items() if summary.get("status") == "completed"
             }
-            if completed and not any(summary.get("status") == "diverged" for summary in summaries.values()):
+            if completed:
                 accuracies[setting] = completed
+            if any(summary.get("status") == "diverged" for summary in summaries.values()):
+                diverged.add(setting)
+        accuracies = {s: a for s, a in accuracies.items() if s not in diverged} or accuracies
         if not accuracies:
             return None
         common = set.intersection(*(set(completed) for completed in accuracies.values()))

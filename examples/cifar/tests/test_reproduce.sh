@@ -29,7 +29,7 @@ expect() {
 }
 starts() { [ "$(grep -c -e "${2:-.}" "$FAKE_LOG")" -eq "$1" ] || fail "not $1 starts of ${2:-runs}: $(cat "$FAKE_LOG")"; }
 says() { grep -q -e "$1" "$folder/output" || fail "does not say: $1"; }
-row() { grep -q -F "$1" "$study/tables.md" || fail "no such row: $1, in $(cat "$study/tables.md")"; }
+row() { grep -q -F -e "$1" "$study/tables.md" || fail "no such row: $1, in $(cat "$study/tables.md")"; }
 
 expect 2 --jobs none
 says "error: 'none'"
@@ -73,6 +73,17 @@ row "| sgd | η 0.02, \\|B\\| 32 | 3 | 43.00 ± 2.00 |"
 expect 1 --small-batch-steps 7
 says "holds a study with other settings"
 starts 0
+
+# A setting that diverged is not chosen, but stays in the table where there is no other.
+broken() { sed -i 's/"completed"/"diverged"/' "$study/cnn/$1/seed-2/summary.json"; }
+mended() { sed -i 's/"diverged"/"completed"/' "$study/cnn/$1/seed-2/summary.json"; }
+tables() { "$MICROREG_PYTHON" "$here/../tables.py" "$study" >"$folder/output"; }
+for run in method-sgd_learning-rate-0.05 method-large-batch_learning-rate-0.1; do broken $run; done
+tables
+[ "$(grep -c '| sgd | η 0.05,' "$study/tables.md")" -eq 1 ] || fail "a diverged setting was chosen"
+row "| large-batch | η 0.1, \\|B\\| 512 | 2 | 42.00 ± 1.41 |"
+row "- cnn/method-large-batch_learning-rate-0.1/seed-2: diverged"
+for run in method-sgd_learning-rate-0.05 method-large-batch_learning-rate-0.1; do mended $run; done
 
 # Half a last line is skipped with a note; a corrupt line within leaves the run out.
 run="$study/cnn/method-large-batch_learning-rate-0.1/seed-0"
