@@ -27,10 +27,9 @@ class Row:
         self.runs = runs
         self.chosen = False
 
-    def values(self, *names):
-        """The first of the summary's names that a run has, for each run."""
-        found = ((run.summary[name] for name in names if name in run.summary) for run in self.runs)
-        return [value for value in (next(values, None) for values in found) if value is not None]
+    def values(self, name):
+        """A figure of the summaries; the reference split has none on validation images."""
+        return [run.summary[name] for run in self.runs if run.summary.get(name) is not None]
 
     @property
     def test(self):
