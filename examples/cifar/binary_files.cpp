@@ -17,7 +17,7 @@ struct Label {
   int classes;
 };
 
-struct Layout {
+struct FileLayout {
   std::string_view folder;
   std::vector<std::string> train_files;
   std::string test_file;
@@ -30,7 +30,7 @@ struct Layout {
   [[nodiscard]] std::int64_t record_bytes() const { return label_bytes() + pixel_bytes; }
 };
 
-Layout layout_of(DatasetName dataset) {
+FileLayout layout_of(DatasetName dataset) {
   if (dataset == DatasetName::cifar10) {
     return {.folder = "cifar-10-batches-bin",
             .train_files = {"data_batch_1.bin", "data_batch_2.bin", "data_batch_3.bin", "data_batch_4.bin",
@@ -50,7 +50,7 @@ Layout layout_of(DatasetName dataset) {
           .normalization = {{0.5071, 0.4865, 0.4409}, {0.2673, 0.2564, 0.2762}}};
 }
 
-std::filesystem::path find_folder(const std::filesystem::path& given, const Layout& layout) {
+std::filesystem::path find_folder(const std::filesystem::path& given, const FileLayout& layout) {
   if (!std::filesystem::exists(given)) {
     throw DataError(
         fmt::format("{}: no such folder; --data expects {} or the folder that holds it (download.sh fetches "
@@ -80,7 +80,8 @@ std::vector<char> read_bytes(const std::filesystem::path& file) {
   return bytes;
 }
 
-void check_size(const std::filesystem::path& file, std::int64_t bytes, std::int64_t official, const Layout& layout) {
+void check_size(const std::filesystem::path& file, std::int64_t bytes, std::int64_t official,
+                const FileLayout& layout) {
   const std::int64_t record = layout.record_bytes();
   const std::string expected = fmt::format(
       "expected whole records of {} bytes ({} of labels, {} of pixels), {} bytes in "
@@ -96,7 +97,7 @@ void check_size(const std::filesystem::path& file, std::int64_t bytes, std::int6
   }
 }
 
-Images read_file(const std::filesystem::path& file, std::int64_t official, const Layout& layout,
+Images read_file(const std::filesystem::path& file, std::int64_t official, const FileLayout& layout,
                  std::vector<std::string>& notes) {
   const std::vector<char> bytes = read_bytes(file);
   const auto size = static_cast<std::int64_t>(bytes.size());
@@ -127,7 +128,7 @@ Images read_file(const std::filesystem::path& file, std::int64_t official, const
 }  // namespace
 
 Data read_binary_files(const std::filesystem::path& folder, DatasetName dataset) {
-  const Layout layout = layout_of(dataset);
+  const FileLayout layout = layout_of(dataset);
   const std::filesystem::path found = find_folder(folder, layout);
   Data data;
   data.classes = layout.labels.back().classes;

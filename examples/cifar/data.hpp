@@ -30,6 +30,7 @@ struct Normalization {
 
 struct Data {
   Images train;
+  Images validation;  ///< what the best checkpoint is chosen on: held-out training images, or the test images
   Images test;
   std::int64_t classes = 10;
   Normalization normalization{};
@@ -53,5 +54,9 @@ class DataError : public std::runtime_error {
 
 /// Bytes to normalized floats.
 [[nodiscard]] torch::Tensor normalized(const torch::Tensor& pixels, const Normalization& normalization);
+
+/// The same in the memory layout that the network has.
+[[nodiscard]] torch::Tensor network_input(const torch::Tensor& pixels, const Normalization& normalization,
+                                          Layout layout);
 
 }  // namespace cifar

@@ -6,7 +6,7 @@
 
 namespace cifar {
 
-double accuracy(ImageClassifier& model, const Images& images, const Normalization& normalization) {
+double accuracy(ImageClassifier& model, const Images& images, const Normalization& normalization, Layout layout) {
   const torch::NoGradGuard no_grad;
   const bool was_training = model.is_training();
   model.eval();
@@ -14,19 +14,39 @@ double accuracy(ImageClassifier& model, const Images& images, const Normalizatio
   const std::int64_t chunk = 500;
   for (std::int64_t begin = 0; begin < images.size(); begin += chunk) {
     const std::int64_t length = std::min(chunk, images.size() - begin);
-    const torch::Tensor logits = model.forward(normalized(images.pixels.narrow(0, begin, length), normalization));
+    const torch::Tensor logits =
+        model.forward(network_input(images.pixels.narrow(0, begin, length), normalization, layout));
     correct += logits.argmax(1).eq(images.labels.narrow(0, begin, length)).sum();
   }
   model.train(was_training);
   return correct.item<double>() / static_cast<double>(images.size());
 }
 
-double micro_batch_gradient_norm(const std::shared_ptr<ImageClassifier>& model, const Images& images,
-                                 const Normalization& normalization, std::int64_t micro_batch_size) {
-  const microreg::Report report = microreg::measure(
-      model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{}, normalized(images.pixels, normalization),
-      images.labels, {.micro_batch_size = micro_batch_size, .check_finite = microreg::CheckFinite::never});
-  return report.penalties.front().value.item<double>();
+std::vector<double> measured_penalties(const std::shared_ptr<ImageClassifier>& model, const Images& images,
+                                       const Normalization& normalization, std::int64_t micro_batch_size,
+                                       const std::vector<Monitor>& monitors, Layout layout) {
+  const torch::Tensor input = network_input(images.pixels, normalization, layout);
+  const auto measured = [&](auto penalty) {
+    return microreg::measure(model, torch::nn::CrossEntropyLoss(), std::move(penalty), input, images.labels,
+                             {.micro_batch_size = micro_batch_size, .check_finite = microreg::CheckFinite::never})
+        .penalties.front()
+        .value.template item<double>();
+  };
+  std::vector<double> values{measured(microreg::GradientNorm{})};
+  for (const Monitor monitor : monitors) {
+    switch (monitor) {
+      case Monitor::fisher_trace:
+        values.push_back(measured(microreg::FisherTrace{}));
+        break;
+      case Monitor::average_jacobian:
+        values.push_back(measured(microreg::AverageJacobian{}));
+        break;
+      case Monitor::unit_jacobian:
+        values.push_back(measured(microreg::UnitJacobian{}));
+        break;
+    }
+  }
+  return values;
 }
 
 }  // namespace cifar

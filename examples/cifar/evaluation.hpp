@@ -5,14 +5,22 @@
 #include "data.hpp"
 #include "models.hpp"
 
+#include <memory>
+#include <vector>
+
 namespace cifar {
 
 /// The share of `images` that the network classifies correctly, in evaluation mode, augmentation off.
-[[nodiscard]] double accuracy(ImageClassifier& model, const Images& images, const Normalization& normalization);
+[[nodiscard]] double accuracy(ImageClassifier& model, const Images& images, const Normalization& normalization,
+                              Layout layout = Layout::contiguous);
 
-/// The paper's average micro-batch gradient norm: the mean over micro-batches M of || grad_w L_M ||^2, the squared
-/// norm, on `images`, in training mode, augmentation off. BatchNorm statistics and random numbers stay as they are.
-[[nodiscard]] double micro_batch_gradient_norm(const std::shared_ptr<ImageClassifier>& model, const Images& images,
-                                               const Normalization& normalization, std::int64_t micro_batch_size);
+/// The mean over micro-batches M of `images` of a penalty R_M, in training mode, augmentation off. The paper's average
+/// micro-batch gradient norm, the mean of || grad_w L_M ||^2, comes first, then what each of `monitors` names.
+/// BatchNorm statistics and random numbers stay as they are.
+[[nodiscard]] std::vector<double> measured_penalties(const std::shared_ptr<ImageClassifier>& model,
+                                                     const Images& images, const Normalization& normalization,
+                                                     std::int64_t micro_batch_size,
+                                                     const std::vector<Monitor>& monitors = {},
+                                                     Layout layout = Layout::contiguous);
 
 }  // namespace cifar

@@ -8,7 +8,9 @@ int main(int argc, char** argv) {
   try {
     if (const auto options = cifar::parse_command_line(argc, argv)) {
       cifar::Progress progress;
-      cifar::train(*options, progress);
+      if (cifar::train(*options, progress).status == "interrupted") {
+        return 130;  // what shells give for SIGINT
+      }
     }
     return 0;
   } catch (const cifar::UsageError& error) {

@@ -5,18 +5,21 @@
 #include "models.hpp"
 #include "options.hpp"
 
-#include <microreg/options.hpp>
 #include <microreg/report.hpp>
 
 #include <functional>
+#include <memory>
 
 namespace cifar {
 
-/// One update of the weights on a mini-batch. Throws microreg::NonFiniteError, the weights unchanged, if it diverges.
-using Step = std::function<microreg::Report(const torch::Tensor& images, const torch::Tensor& labels)>;
+/// One update of the weights on a mini-batch. What it does depends on `step`, weights and mini-batch alone, and on
+/// LibTorch's default random numbers. Throws microreg::NonFiniteError, the weights unchanged, if it diverges.
+using Step =
+    std::function<microreg::Report(std::int64_t step, const torch::Tensor& images, const torch::Tensor& labels)>;
 
-/// Plain SGD is a penalty of strength 0: measured, not differentiated, the same code path at the cost of a plain step.
-[[nodiscard]] Step make_step(Method method, std::shared_ptr<ImageClassifier> model,
-                             std::shared_ptr<torch::optim::Optimizer> optimizer, microreg::RegularizerOptions options);
+/// The step of `options.method`. Methods without a penalty are a penalty of strength 0: measured, not differentiated,
+/// the same code path at the cost of a plain step. Throws DataError if recorded norms cannot be read.
+[[nodiscard]] Step make_step(const Options& options, const std::shared_ptr<ImageClassifier>& model,
+                             const std::shared_ptr<torch::optim::SGD>& optimizer);
 
 }  // namespace cifar

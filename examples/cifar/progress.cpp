@@ -40,19 +40,22 @@ void Progress::step(std::int64_t step, std::int64_t steps) {
 }
 
 void Progress::record(const Metrics& metrics, std::int64_t steps) {
-  last_record_ = fmt::format(", loss {:.3f}, test accuracy {:.1f} %", metrics.train_loss, 100 * metrics.test_accuracy);
+  last_record_ = fmt::format(", loss {:.3f}, accuracy {:.1f} %", metrics.train_loss, 100 * metrics.accuracy);
   say(
-      fmt::format("step {:>{}}/{}  loss {:<7.4f}  test accuracy {:5.2f} %  micro-batch gradient norm {:<8.4g}  penalty "
+      fmt::format("step {:>{}}/{}  loss {:<7.4f}  accuracy {:5.2f} %  micro-batch gradient norm {:<8.4g}  penalty "
                   "{:<8.3g}  {:6.1f} s",
-                  metrics.step, fmt::formatted_size("{}", steps), steps, metrics.train_loss,
-                  100 * metrics.test_accuracy, metrics.micro_batch_gradient_norm, metrics.penalty, metrics.seconds));
+                  metrics.step, fmt::formatted_size("{}", steps), steps, metrics.train_loss, 100 * metrics.accuracy,
+                  metrics.micro_batch_gradient_norm, metrics.penalty, metrics.seconds));
 }
 
 void Progress::finish(const Summary& summary) {
   say(fmt::format(
-      "{} after {} steps in {:.1f} s ({:.0f} ms a step): best test accuracy {:.2f} % at step {}, final {:.2f} %",
-      summary.status, summary.steps, summary.seconds, 1000 * summary.seconds_per_step, 100 * summary.best_test_accuracy,
-      summary.best_step, 100 * summary.final_test_accuracy));
+      "{} after {} steps in {:.1f} s ({:.0f} ms a step): best accuracy {:.2f} % at step {}, final {:.2f} %{}",
+      summary.status, summary.steps, summary.seconds, 1000 * summary.seconds_per_step, 100 * summary.best_accuracy,
+      summary.best_step, 100 * summary.final_accuracy,
+      summary.test_accuracy.has_value()
+          ? fmt::format("; on the test images the best has {:.2f} %", 100 * *summary.test_accuracy)
+          : ""));
 }
 
 }  // namespace cifar

@@ -11,7 +11,16 @@
 
 namespace cifar {
 
-enum class Stream : std::uint64_t { weights, order, augmentation, penalty, probe, synthetic_train, synthetic_test };
+enum class Stream : std::uint64_t {
+  weights,
+  order,
+  augmentation,
+  penalty,
+  probe,
+  synthetic_train,
+  synthetic_test,
+  step,
+};
 
 /// A seed for `stream`, by the splitmix64 finaliser.
 [[nodiscard]] constexpr std::uint64_t stream_seed(std::int64_t seed, Stream stream, std::int64_t index = 0) noexcept {

@@ -6,15 +6,23 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
+#include <optional>
+#include <utility>
 
+#include "atomic_file.hpp"
 #include "augmentation.hpp"
+#include "checkpoint.hpp"
+#include "checksum.hpp"
 #include "data.hpp"
 #include "data_order.hpp"
+#include "device.hpp"
 #include "evaluation.hpp"
 #include "methods.hpp"
 #include "models.hpp"
 #include "random_streams.hpp"
+#include "recorded_norms.hpp"
+#include "run_state.hpp"
+#include "signals.hpp"
 
 namespace cifar {
 
@@ -22,91 +30,97 @@ namespace {
 
 constexpr std::int64_t probe_micro_batches = 16;
 
-torch::Device device_of(const std::string& name) {
-  if (name == "auto") {
-    return torch::cuda::is_available() ? torch::Device(torch::kCUDA, 0) : torch::Device(torch::kCPU);
-  }
-  try {
-    torch::Device device(name);
-    if (device.is_cuda() && device.index() < 0) {
-      device = torch::Device(torch::kCUDA, 0);
-    }
-    if (!device.is_cpu() && !(device.is_cuda() && device.index() < torch::cuda::device_count())) {
-      throw UsageError(fmt::format("--device is {}, but there {}; use cpu or auto", name,
-                                   torch::cuda::is_available()
-                                       ? fmt::format("are {} CUDA devices", torch::cuda::device_count())
-                                       : "is no CUDA device"));
-    }
-    return device;
-  } catch (const c10::Error& error) {
-    throw UsageError(
-        fmt::format("--device is {}: {}; use cpu, cuda, cuda:1 or auto", name, error.what_without_backtrace()));
-  }
-}
-
 Images on(const Images& images, torch::Device device) { return {images.pixels.to(device), images.labels.to(device)}; }
 
-/// A sum that stays on the device until it is read.
-class RunningMean {
- public:
-  void add(const torch::Tensor& value) {
-    sum_ = sum_.defined() ? sum_ + value : value;
-    ++count_;
+std::shared_ptr<ImageClassifier> make_trained_model(const Options& options, const Data& data, torch::Device device) {
+  torch::manual_seed(stream_seed(options.seed, Stream::weights));
+  // Made on the CPU, so that the weights are the same on every device.
+  auto model =
+      make_model(options.model, {.classes = data.classes, .image_size = options.image_size, .width = options.width});
+  model->to(device);
+  if (options.layout == Layout::channels_last) {
+    for (torch::Tensor& parameter : model->parameters()) {
+      if (parameter.dim() == 4) {
+        parameter.set_data(parameter.contiguous(torch::MemoryFormat::ChannelsLast));
+      }
+    }
   }
-  double take() {
-    const double mean = sum_.item<double>() / static_cast<double>(count_);
-    *this = {};
-    return mean;
-  }
-
- private:
-  torch::Tensor sum_;
-  std::int64_t count_ = 0;
-};
+  return model;
+}
 
 class Run {
  public:
-  Run(const Options& options, torch::Device device, const Data& data, Records& records, Progress& progress)
+  Run(const Options& options, torch::Device device, const Data& data, std::string config, Records& records,
+      Progress& progress)
       : options_(options),
         device_(device),
         train_(on(data.train, device)),
-        test_(on(data.test, device)),
+        validation_(on(data.validation, device)),
+        test_(data.test),
         normalization_(data.normalization),
+        config_(std::move(config)),
         records_(records),
         progress_(progress),
+        checkpoints_(options.output),
         order_(data.train.size(), options.batch_size, options.seed) {
-    torch::manual_seed(stream_seed(options.seed, Stream::weights));
-    // Made on the CPU, so that the weights are the same on every device.
-    model_ =
-        make_model(options.model, {.classes = data.classes, .image_size = options.image_size, .width = options.width});
-    model_->to(device);
-    step_ = make_step(options.method, model_,
-                      std::make_shared<torch::optim::SGD>(model_->parameters(), options.learning_rate),
-                      {.strength = options.strength,
-                       .micro_batch_size = options.micro_batch_size,
-                       .generator = stream_generator(device, options.seed, Stream::penalty),
-                       .check_finite = microreg::CheckFinite::always});
-    probe_ = probe_images();
+    state_.model = make_trained_model(options, data, device);
+    state_.optimizer = std::make_shared<torch::optim::SGD>(state_.model->parameters(), options.learning_rate);
+    step_ = make_step(options, state_.model, state_.optimizer);
+  }
+
+  /// Goes on from the newest checkpoint that is whole.
+  void resume() {
+    std::vector<std::string> notes;
+    const auto loaded = checkpoints_.load(notes);
+    for (const std::string& note : notes) {
+      progress_.say("note: " + note);
+    }
+    if (!loaded.has_value()) {
+      progress_.say(
+          fmt::format("note: there is no checkpoint in {}: this run begins at the beginning", options_.output));
+      records_.rewind(0);
+      return;
+    }
+    check_same_run(config_in(loaded->bytes), config_, options_);
+    restore(state_, loaded->bytes);
+    records_.rewind(state_.metrics_bytes);
+    progress_.say(fmt::format("resumed from step {} ({})", state_.step, loaded->path.string()));
   }
 
   Summary operator()() {
     start_ = Clock::now();
+    earlier_seconds_ = state_.summary.seconds;
+    records_.begin(config_);
+    save();  // Proves, before hours are spent, that there is room for a checkpoint.
+    const StopSignals signals;
     try {
-      for (std::int64_t step = 0; step < options_.steps; ++step) {
-        train_step(step);
-        progress_.step(step + 1, options_.steps);
-        if ((step + 1) % options_.log_every == 0 || step + 1 == options_.steps) {
-          record(step + 1);
+      while (state_.step < options_.steps && StopSignals::received() == 0) {
+        train_step();
+        progress_.step(state_.step, options_.steps);
+        if (state_.step % options_.log_every == 0 || state_.step == options_.steps) {
+          record();
+        }
+        if (options_.checkpoint_every > 0 && state_.step % options_.checkpoint_every == 0) {
+          save();
         }
       }
     } catch (const microreg::NonFiniteError& error) {
-      summary_.status = "diverged";
-      summary_.message = error.what();
+      state_.summary.status = "diverged";
+      state_.summary.message = error.what() + last_checkpoint();
       finish();
-      throw;
+      throw microreg::NonFiniteError(state_.summary.message, error.micro_batch());
+    }
+    save();
+    if (state_.step < options_.steps) {
+      state_.summary.status = "interrupted";
+      state_.summary.message =
+          fmt::format("stopped by signal {} after step {}{}", StopSignals::received(), state_.step, last_checkpoint());
+      progress_.say(state_.summary.message);
+    } else {
+      test();
     }
     finish();
-    return summary_;
+    return state_.summary;
   }
 
  private:
@@ -115,19 +129,20 @@ class Run {
   [[nodiscard]] static double since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
   }
+  [[nodiscard]] double seconds() const { return earlier_seconds_ + since(start_); }
 
-  /// The same images throughout the run, and for every method: what is compared is the network.
-  [[nodiscard]] Images probe_images() const {
-    const std::int64_t count = std::min(train_.size(), probe_micro_batches * options_.micro_batch_size);
-    const torch::Tensor chosen =
-        torch::randperm(train_.size(), stream_generator(torch::kCPU, options_.seed, Stream::probe), torch::kInt64)
-            .narrow(0, 0, count)
-            .to(device_);
-    return {train_.pixels.index_select(0, chosen), train_.labels.index_select(0, chosen)};
+  [[nodiscard]] std::string last_checkpoint() const {
+    return options_.output.empty() ? "; nothing was saved: give --output DIR to be able to go on"
+                                   : fmt::format(
+                                         "; the last checkpoint is {} (step {}): the same command with --resume "
+                                         "goes on from there",
+                                         checkpoints_.last().string(), saved_step_);
   }
 
-  void train_step(std::int64_t step) {
+  void train_step() {
     const auto begin = Clock::now();
+    const std::int64_t step = state_.step;
+    torch::manual_seed(stream_seed(options_.seed, Stream::step, step));
     const torch::Tensor indices = order_.batch(step).to(device_);
     torch::Tensor pixels = train_.pixels.index_select(0, indices);
     if (options_.augment) {
@@ -135,53 +150,97 @@ class Run {
       const auto generator = stream_generator(device_, options_.seed, Stream::augmentation, step);
       pixels = crop_and_flip(pixels, padding, draw_crop_and_flip(pixels.size(0), padding, generator));
     }
-    const microreg::Report report = step_(normalized(pixels, normalization_), train_.labels.index_select(0, indices));
-    loss_.add(report.loss);
-    penalty_.add(report.penalties.front().value * report.penalties.front().strength);
-    step_seconds_ += since(begin);
-    summary_.steps = step + 1;
+    const microreg::Report report =
+        step_(step, network_input(pixels, normalization_, options_.layout), train_.labels.index_select(0, indices));
+    state_.loss.add(report.loss);
+    state_.gradient_norm.add(report.gradient_norm);
+    state_.penalty.add(report.penalties.front().value * report.penalties.front().strength);
+    state_.step_seconds += since(begin);
+    ++state_.step;
   }
 
-  void record(std::int64_t step) {
-    const Metrics metrics{.step = step,
-                          .train_loss = loss_.take(),
-                          .test_accuracy = accuracy(*model_, test_, normalization_),
-                          .micro_batch_gradient_norm =
-                              micro_batch_gradient_norm(model_, probe_, normalization_, options_.micro_batch_size),
-                          .penalty = penalty_.take(),
-                          .seconds = since(start_)};
-    if (metrics.test_accuracy > summary_.best_test_accuracy) {
-      summary_.best_test_accuracy = metrics.test_accuracy;
-      summary_.best_step = step;
+  /// Training images to measure on. By default the same ones throughout the run, and for every method: what is compared
+  /// is the network.
+  [[nodiscard]] Images measured_images() const {
+    const std::int64_t count = std::min(train_.size(), probe_micro_batches * options_.micro_batch_size);
+    const std::int64_t index = options_.monitor_on == MonitorOn::fresh ? state_.step : 0;
+    const torch::Tensor chosen =
+        torch::randperm(train_.size(), stream_generator(torch::kCPU, options_.seed, Stream::probe, index),
+                        torch::kInt64)
+            .narrow(0, 0, count)
+            .to(device_);
+    return {train_.pixels.index_select(0, chosen), train_.labels.index_select(0, chosen)};
+  }
+
+  void record() {
+    const std::vector<double> penalties = measured_penalties(
+        state_.model, measured_images(), normalization_, options_.micro_batch_size, options_.monitors, options_.layout);
+    Metrics metrics{.step = state_.step,
+                    .train_loss = state_.loss.take(),
+                    .accuracy = accuracy(*state_.model, validation_, normalization_, options_.layout),
+                    .micro_batch_gradient_norm = penalties.front(),
+                    .gradient_norm = state_.gradient_norm.take(),
+                    .penalty = state_.penalty.take(),
+                    .seconds = seconds()};
+    for (std::size_t i = 0; i < options_.monitors.size(); ++i) {
+      metrics.monitors.emplace_back(field_name(name_of(monitor_names, options_.monitors[i])), penalties[i + 1]);
     }
-    summary_.final_test_accuracy = metrics.test_accuracy;
+    Summary& summary = state_.summary;
+    if (state_.best.empty() || metrics.accuracy > summary.best_accuracy) {
+      summary.best_accuracy = metrics.accuracy;
+      summary.best_step = state_.step;
+      state_.best = tensors_of(*state_.model);
+      for (torch::Tensor& tensor : state_.best) {
+        tensor = tensor.detach().clone();
+      }
+    }
+    summary.final_accuracy = metrics.accuracy;
     records_.append(metrics);
     progress_.record(metrics, options_.steps);
   }
 
+  void save() {
+    if (options_.output.empty()) {
+      return;
+    }
+    state_.metrics_bytes = records_.sync();
+    state_.summary.seconds = seconds();
+    checkpoints_.save(state_.step, serialized(state_, config_));
+    saved_step_ = state_.step;
+  }
+
+  /// The test accuracy of the checkpoint that was best on the validation images.
+  void test() {
+    const std::vector<torch::Tensor> tensors = tensors_of(*state_.model);
+    state_.summary.weights_checksum = fmt::format("{:016x}", fnv1a(tensors));
+    copy_tensors(tensors, state_.best);
+    state_.summary.test_accuracy = accuracy(*state_.model, on(test_, device_), normalization_, options_.layout);
+  }
+
   void finish() {
-    summary_.seconds = since(start_);
-    summary_.seconds_per_step = step_seconds_ / static_cast<double>(std::max<std::int64_t>(summary_.steps, 1));
-    records_.write_summary(summary_);
-    progress_.finish(summary_);
+    state_.summary.steps = state_.step;
+    state_.summary.seconds = seconds();
+    state_.summary.seconds_per_step = state_.step_seconds / static_cast<double>(std::max<std::int64_t>(state_.step, 1));
+    records_.write_summary(state_.summary);
+    progress_.finish(state_.summary);
   }
 
   const Options& options_;
   torch::Device device_;
   Images train_;
-  Images test_;
-  Images probe_;
+  Images validation_;
+  const Images& test_;
   Normalization normalization_;
+  std::string config_;
   Records& records_;
   Progress& progress_;
+  Checkpoints checkpoints_;
   DataOrder order_;
-  std::shared_ptr<ImageClassifier> model_;
+  RunState state_;
   Step step_;
-  RunningMean loss_;
-  RunningMean penalty_;
-  Summary summary_;
-  double step_seconds_ = 0;
   Clock::time_point start_;
+  double earlier_seconds_ = 0;
+  std::int64_t saved_step_ = 0;
 };
 
 }  // namespace
@@ -192,24 +251,39 @@ Summary train(const Options& options, Progress& progress) {
   if (options.threads > 0) {
     torch::set_num_threads(options.threads);
   }
-  Data data = load_data(options);
+  const Data data = load_data(options);
   Options resolved = options;
   resolved.train_size = data.train.size();
+  resolved.validation_size = options.split == Split::holdout ? data.validation.size() : 0;
   resolved.test_size = data.test.size();
-  Records records(options.output, options.overwrite);
-  records.write_config(resolved, device.str(), torch::get_num_threads());
+  Records records(options);
   for (const std::string& note : data.notes) {
     progress.say("note: " + note);
   }
-  progress.say(fmt::format("{} on {}: {} training and {} test images of {}x{}, {} classes",
+  progress.say(fmt::format("{} on {}: {} training, {} validation and {} test images of {}x{}, {} classes",
                            name_of(architecture_names, options.model),
                            options.data == "synthetic" ? "synthetic images" : name_of(dataset_names, options.dataset),
-                           data.train.size(), data.test.size(), options.image_size, options.image_size, data.classes));
+                           resolved.train_size, resolved.validation_size, resolved.test_size, options.image_size,
+                           options.image_size, data.classes));
+  if (options.split == Split::reference && options.data != "synthetic") {
+    progress.say(
+        "note: with --split reference the best checkpoint is chosen on the test images, as in the authors' code; that "
+        "flatters its test accuracy");
+  }
   progress.say(
       fmt::format("{}, strength {}, batch {} in micro-batches of {}, learning rate {}, seed {}, {}, {} threads",
                   name_of(method_names, options.method), options.strength, options.batch_size, options.micro_batch_size,
                   options.learning_rate, options.seed, device.str(), torch::get_num_threads()));
-  return Run(resolved, device, data, records, progress)();
+  if (options.method == Method::external_grafting) {
+    const std::int64_t recorded = RecordedNorms(options.norms_from).steps();
+    progress.say(fmt::format("gradient norms of {}, {} steps{}", options.norms_from, recorded,
+                             recorded < options.steps ? "; the last one stands for all steps behind" : ""));
+  }
+  Run run(resolved, device, data, Records::config(resolved, device.str(), torch::get_num_threads()), records, progress);
+  if (options.resume) {
+    run.resume();
+  }
+  return run();
 }
 
 }  // namespace cifar

@@ -10,8 +10,10 @@ namespace cifar {
 
 /// Trains as `options` say and returns what came out, which is also in the records.
 ///
-/// Throws UsageError, DataError, std::runtime_error if a record cannot be written, and microreg::NonFiniteError if the
-/// run diverges: by then the summary is written with status "diverged".
+/// SIGINT and SIGTERM let it finish the step, save a checkpoint and return a summary with status "interrupted".
+///
+/// Throws UsageError, DataError, CheckpointError, std::runtime_error if a record cannot be written, and
+/// microreg::NonFiniteError if the run diverges: by then the summary is written with status "diverged".
 Summary train(const Options& options, Progress& progress);
 
 }  // namespace cifar
