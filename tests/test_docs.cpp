@@ -424,3 +424,35 @@ TEST_CASE("docs: a fused scope around the functor", "[docs]") {
 
   CHECK(model->parameters()[0].grad().defined());
 }
+
+TEST_CASE("docs: grafting", "[docs]") {
+  const torch::Tensor images = ::images(64);
+  const torch::Tensor labels = ::labels(64);
+  auto model = small_network();
+  torch::optim::SGD optimizer(model->parameters(), 0.1);
+  microreg::Regularizer regularizer(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
+                                    {.strength = 0, .micro_batch_size = 16});
+  const auto length_of_step = [&](const std::vector<torch::Tensor>& before) {
+    double sum = 0;
+    for (std::size_t i = 0; i < before.size(); ++i) {
+      sum += number((model->parameters()[i].detach() - before[i]).square().sum());
+    }
+    return std::sqrt(sum);
+  };
+  const auto weights = [&] {
+    std::vector<torch::Tensor> copies;
+    for (const torch::Tensor& parameter : model->parameters()) {
+      copies.push_back(parameter.detach().clone());
+    }
+    return copies;
+  };
+  auto before = weights();
+  auto report = regularizer.backward(images, labels);  // GradientNorm with strength 0: measured, not penalised
+  microreg::graft(model->parameters(), report.penalties[0].micro_batch_norms[0]);
+  optimizer.step();
+  CHECK(length_of_step(before) == Approx(0.1 * number(report.penalties[0].micro_batch_norms[0])).epsilon(1e-4));
+  before = weights();
+  microreg::graft(model->parameters(), 1.0);  // the learning rate becomes the length of the step
+  optimizer.step();
+  CHECK(length_of_step(before) == Approx(0.1).epsilon(1e-4));
+}

@@ -73,7 +73,9 @@ Data load_data(const Options& options) {
   data.validation = part(data.train, data.train.size() - held_out, held_out);
   data.train = part(data.train, 0, data.train.size() - held_out);
   check_available("--train-size", options.train_size, data.train.size());
-  check_available("--validation-size", options.validation_size, data.validation.size());
+  if (holdout) {
+    check_available("--validation-size", options.validation_size, data.validation.size());
+  }
   check_available("--test-size", options.test_size, data.test.size());
   data.train = first(data.train, options.train_size);
   data.test = first(data.test, options.test_size);

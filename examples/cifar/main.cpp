@@ -2,6 +2,7 @@
 #include <exception>
 
 #include "command_line.hpp"
+#include "signals.hpp"
 #include "trainer.hpp"
 
 int main(int argc, char** argv) {
@@ -9,7 +10,7 @@ int main(int argc, char** argv) {
     if (const auto options = cifar::parse_command_line(argc, argv)) {
       cifar::Progress progress;
       if (cifar::train(*options, progress).status == "interrupted") {
-        return 130;  // what shells give for SIGINT
+        return 128 + cifar::StopSignals::received();  // as shells say it
       }
     }
     return 0;

@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 
-#include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -19,14 +18,13 @@ RecordedNorms::RecordedNorms(const std::filesystem::path& run) {
   }
   std::string line;
   for (int number = 1; std::getline(stream, line); ++number) {
-    const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
-    const double norm = json.is_object() ? json.value("gradient_norm", -1.0) : -1.0;
-    const std::int64_t step = json.is_object() ? json.value("step", std::int64_t{0}) : 0;
-    if (!std::isfinite(norm) || norm < 0 || step < 1) {
+    try {
+      const auto json = nlohmann::json::parse(line);
+      norms_[json.at("step").get<std::int64_t>()] = json.at("gradient_norm").get<double>();
+    } catch (const nlohmann::json::exception& error) {
       throw DataError(
-          fmt::format("{}: line {} has no step and gradient_norm to graft: {}", file.string(), number, line));
+          fmt::format("{}: line {} has no step and gradient_norm to graft: {}", file.string(), number, error.what()));
     }
-    norms_[step] = norm;
   }
   if (norms_.empty()) {
     throw DataError(fmt::format("{}: is empty; record the sgd run with --log-every below its --steps", file.string()));

@@ -14,7 +14,7 @@ class StopSignals {
   StopSignals& operator=(const StopSignals&) = delete;
   ~StopSignals();
 
-  /// The signal that came, 0 if none did.
+  /// The signal that came since the last StopSignals was made, 0 if none did.
   [[nodiscard]] static int received() noexcept;
 
  private:

@@ -91,6 +91,9 @@ class Run {
     start_ = Clock::now();
     earlier_seconds_ = state_.summary.seconds;
     records_.begin(config_);
+    if (!options_.resume && !options_.output.empty()) {
+      checkpoints_.remove();  // Another run's, which --overwrite replaces.
+    }
     save();  // Proves, before hours are spent, that there is room for a checkpoint.
     const StopSignals signals;
     try {

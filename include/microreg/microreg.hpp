@@ -7,6 +7,7 @@
 #include <microreg/estimators/estimator.hpp>
 #include <microreg/fused/scope.hpp>
 #include <microreg/gates/scope.hpp>
+#include <microreg/grafting.hpp>
 #include <microreg/measure.hpp>
 #include <microreg/micro_batch.hpp>
 #include <microreg/model.hpp>

@@ -28,6 +28,9 @@ TEST_CASE("defaults follow the method") {
   CHECK(parse({"--method", "average-jacobian"}).strength == 0.001);
   CHECK(parse({"--method", "unit-jacobian"}).strength == 0.001);
   CHECK(parse({"--method", "unit-jacobian", "--strength", "0.5"}).strength == 0.5);
+  CHECK(parse({"--method", "normalized"}).strength == 0);
+  CHECK(parse({"--data", "synthetic"}).split == cifar::Split::reference);
+  CHECK(parse({"--data", "folder"}).split == cifar::Split::holdout);
 }
 
 TEST_CASE("every option reaches its field") {
@@ -66,7 +69,33 @@ TEST_CASE("every option reaches its field") {
                               "runs/a",
                               "--threads",
                               "1",
-                              "--overwrite"});
+                              "--overwrite",
+                              "--split",
+                              "reference",
+                              "--validation-size",
+                              "300",
+                              "--width",
+                              "8",
+                              "--warm-up",
+                              "50",
+                              "--estimator",
+                              "central-frozen",
+                              "--micro-batch-share",
+                              "0.25",
+                              "--every",
+                              "4",
+                              "--weighting",
+                              "reference",
+                              "--schedule",
+                              "cosine",
+                              "--layout",
+                              "channels-last",
+                              "--monitor",
+                              "unit-jacobian,fisher-trace",
+                              "--monitor-on",
+                              "fresh",
+                              "--checkpoint-every",
+                              "20"});
   CHECK(options.data == "folder");
   CHECK(options.dataset == cifar::DatasetName::cifar100);
   CHECK(options.model == cifar::Architecture::resnet18);
@@ -86,6 +115,23 @@ TEST_CASE("every option reaches its field") {
   CHECK(options.output == "runs/a");
   CHECK(options.threads == 1);
   CHECK(options.overwrite);
+  CHECK(options.split == cifar::Split::reference);
+  CHECK(options.validation_size == 300);
+  CHECK(options.width == 8);
+  CHECK(options.warm_up == 50);
+  CHECK(options.estimator == cifar::EstimatorName::central_frozen);
+  CHECK(options.micro_batch_share == 0.25);
+  CHECK(options.every == 4);
+  CHECK(options.weighting == cifar::WeightingName::reference);
+  CHECK(options.schedule == cifar::Schedule::cosine);
+  CHECK(options.layout == cifar::Layout::channels_last);
+  CHECK((options.monitors == std::vector{cifar::Monitor::unit_jacobian, cifar::Monitor::fisher_trace}));
+  CHECK(options.monitor_on == cifar::MonitorOn::fresh);
+  CHECK(options.checkpoint_every == 20);
+  const auto grafting =
+      parse({"--method", "external-grafting", "--norms-from", "runs/sgd", "--output", "o", "--resume"});
+  CHECK(grafting.norms_from == "runs/sgd");
+  CHECK(grafting.resume);
   CHECK_FALSE(parse({"--no-augment"}).augment);
 }
 
@@ -97,7 +143,27 @@ TEST_CASE("requests that cannot be run are refused by name") {
   CHECK_THROWS_WITH(parse({"--method", "sgd", "--strength", "0.1"}), Contains("--method sgd has no penalty"));
   CHECK_THROWS_WITH(parse({"--dataset", "cifar100"}), Contains("--dataset cifar100 needs --data DIR"));
   CHECK_THROWS_WITH(parse({"--method", "adam"}), Contains("--method") && Contains("adam"));
+  CHECK_THROWS_WITH(parse({"--method", "external-grafting"}), Contains("--norms-from"));
+  CHECK_THROWS_WITH(parse({"--norms-from", "runs/sgd"}), Contains("--norms-from is for --method external-grafting"));
+  CHECK_THROWS_WITH(parse({"--micro-batch-share", "0"}), Contains("--micro-batch-share is 0"));
+  CHECK_THROWS_WITH(parse({"--every", "0"}), Contains("--every is 0"));
+  CHECK_THROWS_WITH(parse({"--resume"}), Contains("--resume needs --output"));
+  CHECK_THROWS_WITH(parse({"--resume", "--overwrite", "--output", "o"}), Contains("exclude each other"));
+  CHECK_THROWS_WITH(parse({"--monitor", "loss"}), Contains("--monitor") && Contains("loss"));
   CHECK_THROWS_WITH(parse({"--image-size", "24"}), Contains("--image-size"));
   CHECK_THROWS_WITH(parse({"--steps", "many"}), Contains("--steps"));
   CHECK_THROWS_AS(parse({"--unknown"}), cifar::UsageError);
+}
+
+TEST_CASE("learning rate schedules") {
+  cifar::Options options{.learning_rate = 0.4, .steps = 100};
+  CHECK(cifar::learning_rate_at(options, 99) == 0.4);
+  options.schedule = cifar::Schedule::cosine;
+  CHECK(cifar::learning_rate_at(options, 0) == 0.4);
+  CHECK(cifar::learning_rate_at(options, 50) == Approx(0.2));
+  CHECK(cifar::learning_rate_at(options, 99) < 0.001);
+  options.schedule = cifar::Schedule::drops;
+  CHECK(cifar::learning_rate_at(options, 49) == 0.4);
+  CHECK(cifar::learning_rate_at(options, 50) == Approx(0.04));
+  CHECK(cifar::learning_rate_at(options, 75) == Approx(0.004));
 }

@@ -1,11 +1,13 @@
 #include "data.hpp"
 
+#include <fstream>
 #include <set>
 
 #include "catch.hpp"
 #include "data_order.hpp"
 #include "random_streams.hpp"
 #include "synthetic.hpp"
+#include "temporary_folder.hpp"
 
 TEST_CASE("pooling averages blocks and rounds to bytes") {
   const torch::Tensor pixels = torch::tensor({0, 1, 10, 20, 2, 2, 30, 43}, torch::kUInt8).view({1, 1, 2, 4});
@@ -56,6 +58,42 @@ TEST_CASE("synthetic images repeat with the seed, have all classes and differ be
   CHECK(torch::equal(std::get<0>(torch::_unique(data.test.labels)), torch::arange(10)));
   CHECK_FALSE(torch::equal(data.train.pixels, data.test.pixels));
   CHECK_FALSE(torch::equal(data.train.pixels, cifar::synthetic_data(500, 500, 5).train.pixels));
+}
+
+TEST_CASE(
+    "held-out images are training images that are not trained on; the reference split validates on the test images") {
+  cifar::Options options{.split = cifar::Split::holdout, .train_size = 100, .validation_size = 50, .test_size = 10};
+  options.batch_size = 100;
+  const auto held_out = cifar::load_data(options);
+  const auto all = cifar::synthetic_data(150, 10, 0);
+  CHECK(torch::equal(held_out.train.pixels, all.train.pixels.narrow(0, 0, 100)));
+  CHECK(torch::equal(held_out.validation.pixels, all.train.pixels.narrow(0, 100, 50)));
+  CHECK(torch::equal(held_out.validation.labels, all.train.labels.narrow(0, 100, 50)));
+  CHECK(torch::equal(held_out.test.pixels, all.test.pixels));
+  options.split = cifar::Split::reference;
+  const auto reference = cifar::load_data(options);
+  CHECK(reference.train.size() == 100);
+  CHECK(torch::equal(reference.validation.pixels, reference.test.pixels));
+}
+
+TEST_CASE("a fifth of a folder's training images is held out, in either split") {
+  const TemporaryFolder folder;
+  for (int file = 0; file < 6; ++file) {
+    const std::string name = file < 5 ? "data_batch_" + std::to_string(file + 1) + ".bin" : "test_batch.bin";
+    std::ofstream stream(folder.path() / name, std::ios::binary);
+    stream.put(static_cast<char>(file)) << std::string(3072, 'x');
+  }
+  cifar::Options options{.data = folder.path().string(), .split = cifar::Split::holdout};
+  options.batch_size = 4;
+  const auto data = cifar::load_data(options);
+  CHECK(torch::equal(data.train.labels, torch::arange(4)));
+  CHECK(torch::equal(data.validation.labels, torch::tensor({4}, torch::kInt64)));
+  options.split = cifar::Split::reference;
+  const auto reference = cifar::load_data(options);
+  CHECK(reference.train.size() == 4);
+  CHECK(torch::equal(reference.validation.labels, torch::tensor({5}, torch::kInt64)));
+  options.train_size = 5;
+  CHECK_THROWS_WITH(cifar::load_data(options), Catch::Matchers::Contains("--train-size is 5, but there are 4"));
 }
 
 TEST_CASE("sizes beyond the data are refused") {

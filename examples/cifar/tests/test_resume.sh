@@ -49,7 +49,7 @@ grep -q 'resumed from step [1-9]' "$folder/killed.log" || fail "no run went on f
 same_end killed
 
 for signal in INT TERM; do
-  [ "$(stopped stopped "$signal" 2)" = 130 ] || fail "SIG$signal did not end the run as it should"
+  [ "$(stopped stopped "$signal" 2)" = $((128 + $(kill -l "$signal"))) ] || fail "SIG$signal did not end the run as it should"
   grep -q '"status": "interrupted"' "$folder/stopped/summary.json" || fail "the summary does not say interrupted"
   grep -q 'the same command with --resume goes on' "$folder/stopped.log" || fail "it does not say how to resume"
 done
