@@ -83,3 +83,13 @@ TEST_CASE("measure reports what is not finite instead of throwing", "[measure]")
     CHECK(error.micro_batch() == 1);
   }
 }
+
+TEST_CASE("the meta device, which has no generator and no values, is a device like another", "[measure]") {
+  torch::nn::Linear model(torch::nn::LinearOptions(3, 2));
+  model->to(torch::kMeta);
+  const auto meta = torch::TensorOptions().device(torch::kMeta);
+  const auto report = microreg::measure(model, cross_entropy, microreg::GradientNorm{}, torch::empty({8, 3}, meta),
+                                        torch::empty({8}, meta.dtype(torch::kInt64)), {.micro_batch_size = 4});
+  CHECK(report.penalties.front().value.is_meta());
+  CHECK(report.penalties.front().micro_batch_norms.sizes() == torch::IntArrayRef{2});
+}
