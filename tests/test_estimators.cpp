@@ -162,6 +162,7 @@ TEST_CASE("differences have the scale of double backward, and converge to it", "
     SECTION("unsquared") { check(microreg::Unsquared{microreg::GradientNorm{}}); }
     SECTION("unsquared, several probes") { check(microreg::Unsquared{microreg::JacobianNorm{}}); }
     SECTION("a sum") { check(everything); }
+    SECTION("a sum with the loss last") { check(microreg::AverageJacobian{} + 0.3 * microreg::GradientNorm{}); }
   };
   SECTION("MLP") { check_on(networks::seeded_mlp(), networks::vectors(10), Gates::free); }
   SECTION("CNN with BatchNorm") {
