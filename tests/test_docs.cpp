@@ -228,8 +228,8 @@ TEST_CASE("docs: Fisher trace", "[docs]") {
   auto report = regularizer.backward(images, labels);
   CHECK(number(report.penalty("fisher_trace").value) > 0);
 
-  microreg::FisherTrace<> averaged{.draws = 2};
-  microreg::FisherTrace<> expected{.expectation = microreg::Expectation::exact};
+  microreg::FisherTrace averaged{.draws = 2};
+  microreg::FisherTrace expected{.expectation = microreg::Expectation::exact};
   CHECK(averaged.draws == 2);
   CHECK(number(expected(model->forward(images.narrow(0, 0, 4)), model->parameters())) > 0);
 

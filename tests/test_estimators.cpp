@@ -124,15 +124,24 @@ struct WatchedImpl : torch::nn::Module {
     before(++calls);
     torch::Tensor h = hidden(x);
     h = calls == skip_relu_in ? h : torch::relu(h);
-    return output(h);
+    return extra.defined() ? output(h) + extra : output(h);
   }
   std::function<void(int)> before = [](int) {};
   int calls = 0;
   int skip_relu_in = 0;
   torch::nn::Linear hidden{nullptr}, output{nullptr};
-  torch::Tensor count;
+  torch::Tensor count, extra;
 };
 TORCH_MODULE(Watched);
+
+/// Where every parameter is in memory.
+std::vector<const void*> addresses(const torch::nn::Module& module) {
+  std::vector<const void*> result;
+  for (const torch::Tensor& parameter : module.parameters()) {
+    result.push_back(parameter.const_data_ptr());
+  }
+  return result;
+}
 
 const auto everything = 0.3 * microreg::GradientNorm{} + microreg::FisherTrace<>{.draws = 2} +
                         0.1 * microreg::AverageJacobian{} + microreg::UnitJacobian{.directions = 2} +
@@ -153,6 +162,7 @@ TEST_CASE("differences have the scale of double backward, and converge to it", "
     SECTION("unsquared") { check(microreg::Unsquared{microreg::GradientNorm{}}); }
     SECTION("unsquared, several probes") { check(microreg::Unsquared{microreg::JacobianNorm{}}); }
     SECTION("a sum") { check(everything); }
+    SECTION("a sum with the loss last") { check(microreg::AverageJacobian{} + 0.3 * microreg::GradientNorm{}); }
   };
   SECTION("MLP") { check_on(networks::seeded_mlp(), networks::vectors(10), Gates::free); }
   SECTION("CNN with BatchNorm") {
@@ -322,6 +332,7 @@ TEST_CASE("an error in a further pass leaves everything as it was", "[estimators
   model->hidden->weight.mutable_grad() = torch::ones_like(model->hidden->weight);
   const torch::Tensor own = options.generator->get_state();
   const torch::Tensor weight = model->hidden->weight.detach().clone();
+  const auto memory = addresses(*model);
   const Watch watch(*model);
   SECTION("thrown by the model, while its parameters are displaced") {
     const int failing = GENERATE(2, 3, 5);  // either further pass of the first micro-batch, one of the second
@@ -342,6 +353,7 @@ TEST_CASE("an error in a further pass leaves everything as it was", "[estimators
     CHECK(has(message, {"relu"}));
   }
   CHECK(watch.unchanged());
+  CHECK(addresses(*model) == memory);
   CHECK(same_bits(own, options.generator->get_state()));
   CHECK(regularizer.step() == 0);
 
@@ -349,6 +361,97 @@ TEST_CASE("an error in a further pass leaves everything as it was", "[estimators
   model->skip_relu_in = 0;
   (void)regularizer.backward(batch.input, batch.target);
   CHECK(model->count.item<double>() == 2);  // one pass per micro-batch, as far as buffers know
+}
+
+TEST_CASE("a difference leaves parameters where they are in memory", "[estimators]") {
+  torch::manual_seed(9);
+  Watched model;
+  const auto batch = networks::vectors(8);
+  const auto memory = addresses(*model);
+  const auto values = clones(model->parameters());
+  torch::Tensor& weight = model->hidden->weight;
+  const torch::Tensor alias = weight.detach();
+  const torch::Tensor graph = weight.square().sum();  // keeps the weight and its version
+  model->before = [&](int call) {
+    if (call == 2) {
+      CHECK(addresses(*model) != memory);
+      CHECK_FALSE(torch::equal(weight, values[0]));
+      CHECK(alias.is_alias_of(weight));
+      CHECK(same_bits(alias, weight.detach()));
+    }
+  };
+  (void)step_gradient(model, batch, everything, options_with(ForwardDifference{}));
+  CHECK(addresses(*model) == memory);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    CHECK(same_bits(model->parameters()[i], values[i]));
+  }
+  clear_grad(model->parameters());
+  CHECK_NOTHROW(graph.backward());
+  CHECK(same_bits(weight.grad(), 2 * values[0]));
+}
+
+TEST_CASE("parameters that share a storage are displaced and restored", "[estimators]") {
+  torch::manual_seed(9);
+  Watched model;
+  const auto batch = networks::vectors(8);
+  const auto penalty = microreg::GradientNorm{} + microreg::UnitJacobian{};
+  const torch::Tensor expected = penalty_gradient(model, batch, penalty, ForwardDifference{});
+  SECTION("as parts of one flat tensor") {
+    std::vector<torch::Tensor> parts;
+    for (const torch::Tensor& parameter : model->parameters()) {
+      parts.push_back(parameter.detach().flatten());
+    }
+    const torch::Tensor flat = torch::cat(parts);
+    std::int64_t begin = 0;
+    for (torch::Tensor parameter : model->parameters()) {
+      parameter.set_data(flat.narrow(0, begin, parameter.numel()).view_as(parameter));
+      begin += parameter.numel();
+    }
+    const torch::Tensor before = flat.clone();
+    const auto memory = addresses(*model);
+    CHECK(relative_error(penalty_gradient(model, batch, penalty, ForwardDifference{}), expected) < 1e-14);
+    CHECK(same_bits(flat, before));
+    CHECK(addresses(*model) == memory);
+  }
+  SECTION("with gaps") {
+    torch::Tensor& weight = model->hidden->weight;
+    const torch::Tensor wide = torch::zeros({weight.size(0), 2 * weight.size(1)}, torch::kFloat64);
+    wide.narrow(1, 0, weight.size(1)).copy_(weight.detach());
+    weight.set_data(wide.narrow(1, 0, weight.size(1)));
+    const torch::Tensor before = wide.clone();
+    CHECK(relative_error(penalty_gradient(model, batch, penalty, ForwardDifference{}), expected) < 1e-14);
+    CHECK(same_bits(wide, before));
+  }
+  SECTION("each of them all of it") {
+    torch::Tensor twin = model->register_parameter("twin", torch::zeros_like(model->output->bias));
+    twin.set_data(model->output->bias.detach());
+    model->extra = twin;
+    const auto values = clones(model->parameters());
+    const auto memory = addresses(*model);
+    (void)step_gradient(model, batch, penalty, options_with(CentralDifference{}));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      CHECK(same_bits(model->parameters()[i], values[i]));
+    }
+    CHECK(addresses(*model) == memory);
+  }
+}
+
+TEST_CASE("the automatic step goes by the type of the parameters", "[estimators]") {
+  torch::manual_seed(4);
+  torch::nn::Sequential network = random_relu_network(false, torch::kFloat32);
+  const networks::Samples batch{torch::randn({16, 2, 8, 8}), torch::randint(networks::classes, {16})};
+  const auto loss = [](const torch::Tensor& output, const torch::Tensor& y) {
+    return torch::cross_entropy_loss(output.to(torch::kFloat64), y);
+  };
+  const auto gradient = [&](const microreg::Estimator& estimator, double strength) {
+    clear_grad(network->parameters());
+    microreg::Regularizer regularizer(network, loss, microreg::GradientNorm{}, options_with(estimator, strength));
+    (void)regularizer.backward(batch.input, batch.target);
+    return flat_grad(network->parameters());
+  };
+  const torch::Tensor plain = gradient(Exact{}, 0.0);
+  const torch::Tensor exact = gradient(Exact{}, 1.0) - plain;
+  CHECK(relative_error(gradient(ForwardDifference{}, 1.0) - plain, exact) < 0.005);
 }
 
 TEST_CASE("at strength 0 a difference makes no further pass", "[estimators]") {

@@ -12,6 +12,7 @@ using namespace helpers;
 namespace {
 
 constexpr std::int64_t micro_batch_size = 4;
+constexpr std::int64_t micro_batch_count = 3;
 constexpr std::uint64_t direction_seed = 11;
 
 const OracleFile& oracle() {
@@ -19,14 +20,16 @@ const OracleFile& oracle() {
   return file;
 }
 
-/// Labels that stand in the file instead of drawn ones, handed out micro-batch by micro-batch.
+/// Labels that stand in the file, [draws, samples], instead of drawn ones: handed out micro-batch by micro-batch, and
+/// within one draw by draw.
 auto given_labels(const torch::Tensor& labels) {
-  auto position = std::make_shared<std::int64_t>(0);
+  auto calls = std::make_shared<std::int64_t>(0);
   return microreg::Distribution{
-      [labels, position](const torch::Tensor& output, const auto&) {
-        const torch::Tensor part = labels.narrow(0, *position % labels.size(0), output.size(0));
-        *position += output.size(0);
-        return part;
+      [labels, calls](const torch::Tensor& output, const auto&) {
+        const std::int64_t draw = *calls % labels.size(0);
+        const std::int64_t begin = *calls / labels.size(0) % micro_batch_count * micro_batch_size;
+        ++*calls;
+        return labels[draw].narrow(0, begin, output.size(0));
       },
       [](const torch::Tensor& output, const torch::Tensor& y) { return torch::cross_entropy_loss(output, y); }};
 }
@@ -58,7 +61,11 @@ struct Case {
   }
 };
 
-/// `functor(output, loss)` is the penalty in the form that users compose with.
+struct Pass {
+  torch::Tensor input, output, loss;
+};
+
+/// `functor(pass)` is the penalty in the form that users compose with; `pass` has input, output and loss.
 template <class Model, class Penalty, class Functor>
 void check(Case<Model>& test, const std::string& penalty_name, double strength, const Penalty& penalty,
            const Functor& functor) {
@@ -79,9 +86,10 @@ void check(Case<Model>& test, const std::string& penalty_name, double strength, 
   test.compare_gradient(key);
   CHECK(relative_error(report.loss, oracle().at(key + "/loss")) < test.tolerance());
   CHECK(relative_error(report.penalties[0].value, oracle().at(key + "/value")) < test.tolerance());
-  CHECK(relative_error(report.penalties[0].micro_batch_norms.square(), oracle().at(values + "/micro_batch_values")) <
-        test.tolerance());
-  CHECK(report.penalties[0].name == penalty_name);
+  const torch::Tensor norms = report.penalties[0].micro_batch_norms;
+  CHECK(relative_error(microreg::detail::is_squared<Penalty> ? norms.square() : norms,
+                       oracle().at(values + "/micro_batch_values")) < test.tolerance());
+  CHECK(penalty_name.rfind(report.penalties[0].name, 0) == 0);
 
   clear_grad(test.parameters());
   const std::int64_t samples = data.size(0);
@@ -90,51 +98,84 @@ void check(Case<Model>& test, const std::string& penalty_name, double strength, 
   torch::Tensor value = torch::zeros({}, test.type);
   for (std::int64_t begin = 0; begin < samples; begin += micro_batch_size) {
     const std::int64_t size = std::min(micro_batch_size, samples - begin);
-    const torch::Tensor output = test.model->forward(data.narrow(0, begin, size));
-    const torch::Tensor loss = torch::cross_entropy_loss(output, targets.narrow(0, begin, size));
-    const torch::Tensor squared = functor(output, loss);
+    Pass pass;
+    pass.input = data.narrow(0, begin, size).clone().requires_grad_(true);
+    pass.output = test.model->forward(pass.input);
+    pass.loss = torch::cross_entropy_loss(pass.output, targets.narrow(0, begin, size));
+    const torch::Tensor penalty_value = functor(pass);
     const double weight = test.weighting == microreg::Weighting::samples
                               ? static_cast<double>(size) / static_cast<double>(samples)
                               : 1.0 / static_cast<double>(count);
-    objective = objective + weight * (loss + strength * squared);
-    value = value + weight * squared.detach();
+    objective = objective + weight * (pass.loss + strength * penalty_value);
+    value = value + weight * penalty_value.detach();
   }
   objective.backward();
   test.compare_gradient(key);
   CHECK(relative_error(value, oracle().at(key + "/value")) < test.tolerance());
 }
 
+/// The paper's penalties.
 template <class Model>
-void check_all(Case<Model> test) {
+void check_paper(Case<Model> test) {
   test.load();
   const auto parameters = test.parameters();
   check(test, "gradient_norm", 0.3, microreg::GradientNorm{},
-        [&](const torch::Tensor&, const torch::Tensor& loss) { return microreg::GradientNorm{}(loss, parameters); });
-  const torch::Tensor drawn = oracle().at("drawn").to(torch::kInt64);
+        [&](const Pass& pass) { return microreg::GradientNorm{}(pass.loss, parameters); });
+  const torch::Tensor drawn = oracle().at("drawn").to(torch::kInt64).unsqueeze(0);
   check(test, "fisher_trace", 0.2, microreg::FisherTrace{given_labels(drawn)},
-        [&, fisher = microreg::FisherTrace{given_labels(drawn)}](const torch::Tensor& output, const torch::Tensor&) {
-          return fisher(output, parameters);
+        [&, fisher = microreg::FisherTrace{given_labels(drawn)}](const Pass& pass) {
+          return fisher(pass.output, parameters);
         });
   check(test, "average_jacobian", 0.05, microreg::AverageJacobian{},
-        [&](const torch::Tensor& output, const torch::Tensor&) {
-          return microreg::AverageJacobian{}(output, parameters);
-        });
+        [&](const Pass& pass) { return microreg::AverageJacobian{}(pass.output, parameters); });
   check(test, "unit_jacobian", 0.4, microreg::UnitJacobian{},
-        [&, directions = generator(direction_seed)](const torch::Tensor& output, const torch::Tensor&) {
-          return microreg::UnitJacobian{}(output, parameters, directions);
+        [&, directions = generator(direction_seed)](const Pass& pass) {
+          return microreg::UnitJacobian{}(pass.output, parameters, directions);
         });
+}
+
+/// Those beyond the paper.
+template <class Model>
+void check_beyond(Case<Model> test) {
+  test.load();
+  const auto parameters = test.parameters();
+  const torch::Tensor drawn = oracle().at("drawn_more").to(torch::kInt64);
+  const auto drawing = [&] { return microreg::FisherTrace{given_labels(drawn), drawn.size(0)}; };
+  check(test, "fisher_trace_draws", 0.2, drawing(),
+        [&, fisher = drawing()](const Pass& pass) { return fisher(pass.output, parameters); });
+  const microreg::FisherTrace<> expected{.expectation = microreg::Expectation::exact};
+  check(test, "fisher_trace_exact", 0.2, expected, [&](const Pass& pass) { return expected(pass.output, parameters); });
+  const microreg::UnitJacobian directions{.directions = 2, .scale_by_outputs = true};
+  check(test, "unit_jacobian_directions", 0.1, directions,
+        [&, from = generator(direction_seed)](const Pass& pass) { return directions(pass.output, parameters, from); });
+  check(test, "jacobian_norm", 0.1, microreg::JacobianNorm{},
+        [&](const Pass& pass) { return microreg::JacobianNorm{}(pass.output, parameters); });
+  const microreg::InputJacobian exact{.expectation = microreg::Expectation::exact};
+  check(test, "input_jacobian_exact", 0.1, exact, [&](const Pass& pass) { return exact(pass.output, {pass.input}); });
+  if (test.type == torch::kFloat64) {  // From the same seed LibTorch draws other directions in float32.
+    const microreg::InputJacobian projected{.projections = 2};
+    check(test, "input_jacobian_projections", 0.1, projected, [&, from = generator(direction_seed)](const Pass& pass) {
+      return projected(pass.output, {pass.input}, from);
+    });
+  }
+  const microreg::Unsquared unsquared{microreg::GradientNorm{}};
+  check(test, "unsquared_gradient_norm", 0.3, unsquared,
+        [&](const Pass& pass) { return unsquared(pass.loss, parameters); });
 }
 
 }  // namespace
 
 TEST_CASE("penalties agree with Python's autograd", "[oracle]") {
   const auto type = GENERATE(torch::kFloat64, torch::kFloat32);
-  const auto weighting = GENERATE(microreg::Weighting::samples, microreg::Weighting::reference);
-  SECTION("MLP") { check_all(Case<networks::Mlp>{"mlp", networks::Mlp(), type, weighting}); }
-  SECTION("CNN") { check_all(Case<networks::Cnn>{"cnn", networks::Cnn(networks::Norm::none), type, weighting}); }
-  SECTION("CNN with BatchNorm") {
-    check_all(Case<networks::Cnn>{"cnn_batch_norm", networks::Cnn(networks::Norm::batch), type, weighting});
-  }
+  const auto check_on = [&](const std::string& network, const auto& model) {
+    using Model = std::decay_t<decltype(model)>;
+    check_paper(Case<Model>{network, model, type, microreg::Weighting::samples});
+    check_paper(Case<Model>{network, model, type, microreg::Weighting::reference});
+    check_beyond(Case<Model>{network, model, type, microreg::Weighting::samples});
+  };
+  SECTION("MLP") { check_on("mlp", networks::Mlp()); }
+  SECTION("CNN") { check_on("cnn", networks::Cnn(networks::Norm::none)); }
+  SECTION("CNN with BatchNorm") { check_on("cnn_batch_norm", networks::Cnn(networks::Norm::batch)); }
 }
 
 TEST_CASE("the oracle's directions are what UnitJacobian draws from the same seed", "[oracle]") {

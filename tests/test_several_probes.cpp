@@ -5,6 +5,7 @@
 #include <microreg/microreg.hpp>
 
 #include <cmath>
+#include <type_traits>
 
 using namespace helpers;
 using microreg::Expectation;
@@ -154,6 +155,20 @@ TEST_CASE("the exact Fisher trace is the mean over every set of labels, and so i
   CHECK(relative_error(regularizer.backward(x, x).penalties[0].value, expected) < 1e-12);
   CHECK(relative_error(flat_grad(parameters), gradient) < 1e-12);
 }
+
+#if !defined(__clang__) || __clang_major__ >= 17
+TEST_CASE("options of FisherTrace can be given without its distribution", "[several_probes]") {
+  const microreg::FisherTrace averaged{.draws = 2};
+  const microreg::FisherTrace expected{.expectation = Expectation::exact};
+  const microreg::FisherTrace binary{.distribution = microreg::Bernoulli{}, .draws = 3};
+  STATIC_REQUIRE(std::is_same_v<decltype(averaged), const microreg::FisherTrace<microreg::Categorical>>);
+  STATIC_REQUIRE(std::is_same_v<decltype(expected), const microreg::FisherTrace<microreg::Categorical>>);
+  STATIC_REQUIRE(std::is_same_v<decltype(binary), const microreg::FisherTrace<microreg::Bernoulli>>);
+  CHECK(averaged.draws == 2);
+  CHECK(expected.expectation == Expectation::exact);
+  CHECK(binary.draws == 3);
+}
+#endif
 
 TEST_CASE("the exact Fisher trace of a dense output counts each position as a sample", "[several_probes]") {
   torch::manual_seed(3);

@@ -5,15 +5,17 @@
     generate.py --check FILE   derives everything anew and compares with FILE; exit status 77 if torch is missing
 
 The formulas are written out here by hand, batch normalisation and losses included, from the definitions in
-arXiv:2211.15853; nothing of the C++ library is used. For a mini-batch cut into micro-batches M,
+arXiv:2211.15853 and, beyond it, of docs/; nothing of the C++ library is used. For a mini-batch cut into micro-batches M,
 
-    objective(w) = sum over M of weight(M) * (L_M(w) + strength * ||grad_w s_M(w)||^2),
+    objective(w) = sum over M of weight(M) * (L_M(w) + strength * R_M(w)),   R_M the penalty,
 
-is built as one scalar and differentiated. Format of FILE: a line "name dim dim ...", then a line of the values.
+is built as one scalar and differentiated. The weights are those of samples, for the paper's penalties also those of the
+authors' code. Format of FILE: a line "name dim dim ...", then a line of the values.
 """
 
 import argparse
 import sys
+from types import SimpleNamespace
 
 try:
     import torch
@@ -24,7 +26,7 @@ except ImportError:
 
 SAMPLES, MICRO_BATCH, CLASSES = 10, 4, 5  # micro-batches of 4, 4 and 2
 DIRECTION_SEED = 11
-STRENGTHS = {"gradient_norm": 0.3, "fisher_trace": 0.2, "average_jacobian": 0.05, "unit_jacobian": 0.4}
+DRAWS = 2  # of labels, directions and projections, where there are several
 
 
 def uniform(generator, *shape, scale=1.0):
@@ -87,9 +89,70 @@ def networks():
     }
 
 
-def squared_norm(scalar, parameters):
-    gradients = torch.autograd.grad(scalar, parameters, create_graph=True, allow_unused=True)
-    return sum((g**2).sum() for g in gradients if g is not None)
+def gradient(scalar, tensors):
+    """d(scalar)/d(tensors) as one vector with a graph."""
+    gradients = torch.autograd.grad(scalar, tensors, create_graph=True, allow_unused=True)
+    return torch.cat([g.flatten() for g in gradients if g is not None])
+
+
+def squared_norm(scalar, tensors):
+    return (gradient(scalar, tensors) ** 2).sum()
+
+
+def exact_fisher_trace(output, parameters):
+    """tr(F) / N by the Fisher information of the logits, diag(p) - p p^T: J the Jacobian of one sample's logits,
+
+        tr(F) / N = 1 / N^2 * sum over samples of tr(J^T (diag(p) - p p^T) J).
+
+    The distribution of the labels is held constant, as it is where labels are drawn.
+    """
+    total = 0
+    for logits in output:
+        p = torch.softmax(logits, 0).detach()
+        jacobian = torch.stack([gradient(logit, parameters) for logit in logits])
+        total = total + ((torch.diag(p) - torch.outer(p, p)) * (jacobian @ jacobian.T)).sum()
+    return total / len(output) ** 2
+
+
+def projected_input_jacobian(output, x, directions):
+    """Mean over x of C ||v^T df/dx||^2, v on the unit sphere, averaged over `directions`."""
+    scale = CLASSES / len(output) / len(directions)
+    return scale * sum(squared_norm((output * v).sum(), [x]) for v in directions)
+
+
+# name: (strength, weightings, R_M of one micro-batch). `m` has its output, loss, input x and parameters w, labels drawn
+# (one set and DRAWS of them), directions and projections.
+PENALTIES = {
+    "gradient_norm": (0.3, ["samples", "reference"], lambda m: squared_norm(m.loss, m.w)),
+    "fisher_trace": (0.2, ["samples", "reference"], lambda m: squared_norm(cross_entropy(m.output, m.drawn), m.w)),
+    "average_jacobian": (0.05, ["samples", "reference"], lambda m: squared_norm(m.output.mean(0).sum(), m.w)),
+    "unit_jacobian": (0.4, ["samples", "reference"], lambda m: squared_norm(m.direction @ m.output.mean(0), m.w)),
+    "fisher_trace_draws": (
+        0.2,
+        ["samples"],
+        lambda m: sum(squared_norm(cross_entropy(m.output, y), m.w) for y in m.drawn_more) / DRAWS,
+    ),
+    "fisher_trace_exact": (0.2, ["samples"], lambda m: exact_fisher_trace(m.output, m.w)),
+    "unit_jacobian_directions": (
+        0.1,
+        ["samples"],
+        lambda m: CLASSES * sum(squared_norm(u @ m.output.mean(0), m.w) for u in m.directions) / DRAWS,
+    ),
+    "jacobian_norm": (0.1, ["samples"], lambda m: sum(squared_norm(f, m.w) for f in m.output.mean(0))),
+    "input_jacobian_exact": (
+        0.1,
+        ["samples"],
+        lambda m: sum(squared_norm(f, [m.x]) for f in m.output.sum(0)) / len(m.output),
+    ),
+    "input_jacobian_projections": (0.1, ["samples"], lambda m: projected_input_jacobian(m.output, m.x, m.projections)),
+    "unsquared_gradient_norm": (0.3, ["samples"], lambda m: torch.sqrt(squared_norm(m.loss, m.w))),
+}
+
+
+def unit_vectors(generator, *shape):
+    """On the unit sphere of the last dimension, drawn as the library draws them."""
+    normal = torch.empty(*shape, dtype=torch.float64).normal_(0, 1, generator=generator)
+    return normal / torch.sqrt((normal**2).sum(-1, keepdim=True))
 
 
 def derive():
@@ -97,13 +160,19 @@ def derive():
     g = torch.Generator().manual_seed(15853)
     targets = torch.randint(CLASSES, (SAMPLES,), generator=g)
     drawn = torch.randint(CLASSES, (SAMPLES,), generator=g)
-    directions_from = torch.Generator().manual_seed(DIRECTION_SEED)
-    count = (SAMPLES + MICRO_BATCH - 1) // MICRO_BATCH
-    directions = []
-    for _ in range(count):
-        normal = torch.empty(CLASSES, dtype=torch.float64).normal_(0, 1, generator=directions_from)
-        directions.append(normal / torch.sqrt((normal**2).sum()))
-    out["targets"], out["drawn"], out["directions"] = targets, drawn, torch.stack(directions)
+    drawn_more = torch.randint(CLASSES, (DRAWS, SAMPLES), generator=g)
+    parts = [slice(begin, min(begin + MICRO_BATCH, SAMPLES)) for begin in range(0, SAMPLES, MICRO_BATCH)]
+    sizes = [part.stop - part.start for part in parts]
+    shares = {"samples": [size / SAMPLES for size in sizes], "reference": [1 / len(parts)] * len(parts)}
+    new_generator = lambda: torch.Generator().manual_seed(DIRECTION_SEED)
+    from_seed = new_generator()
+    directions = [unit_vectors(from_seed, CLASSES) for _ in parts]
+    from_seed = new_generator()
+    directions_more = [[unit_vectors(from_seed, CLASSES) for _ in range(DRAWS)] for _ in parts]
+    from_seed = new_generator()
+    projections = [[unit_vectors(from_seed, size, CLASSES) for _ in range(DRAWS)] for size in sizes]
+    out["targets"], out["drawn"], out["drawn_more"] = targets, drawn, drawn_more
+    out["directions"] = torch.stack(directions)
 
     for network, (function, weights, data) in networks().items():
         weights = {name: value.clone().requires_grad_(True) for name, value in weights.items()}
@@ -111,32 +180,35 @@ def derive():
         out[f"{network}/data"] = data
         for name, value in weights.items():
             out[f"{network}/{name}"] = value.detach()
-        for penalty, strength in STRENGTHS.items():
-            losses, values = [], []
-            for k in range(count):
-                part = slice(k * MICRO_BATCH, min((k + 1) * MICRO_BATCH, SAMPLES))
-                output = function(weights, data[part])
-                loss = cross_entropy(output, targets[part])
-                probe = {
-                    "gradient_norm": lambda: loss,
-                    "fisher_trace": lambda: cross_entropy(output, drawn[part]),
-                    "average_jacobian": lambda: output.mean(0).sum(),
-                    "unit_jacobian": lambda: (directions[k] * output.mean(0)).sum(),
-                }[penalty]()
-                losses.append(loss)
-                values.append(squared_norm(probe, parameters))
-            sizes = [min(MICRO_BATCH, SAMPLES - k * MICRO_BATCH) for k in range(count)]
-            weightings = {"samples": [size / SAMPLES for size in sizes], "reference": [1 / count] * count}
+        micro_batches = []
+        for k, part in enumerate(parts):
+            x = data[part].clone().requires_grad_(True)
+            output = function(weights, x)
+            micro_batches.append(
+                SimpleNamespace(
+                    x=x,
+                    w=parameters,
+                    output=output,
+                    loss=cross_entropy(output, targets[part]),
+                    drawn=drawn[part],
+                    drawn_more=drawn_more[:, part],
+                    direction=directions[k],
+                    directions=directions_more[k],
+                    projections=projections[k],
+                )
+            )
+        for penalty, (strength, weightings, value_of) in PENALTIES.items():
+            values = [value_of(m) for m in micro_batches]
             key = f"{network}/{penalty}"
             out[f"{key}/micro_batch_values"] = torch.stack(values).detach()
-            for weighting, share in weightings.items():
-                loss = sum(s * l for s, l in zip(share, losses))
-                value = sum(s * v for s, v in zip(share, values))
+            for weighting in weightings:
+                loss = sum(s * m.loss for s, m in zip(shares[weighting], micro_batches))
+                value = sum(s * v for s, v in zip(shares[weighting], values))
                 gradients = torch.autograd.grad(loss + strength * value, parameters, retain_graph=True)
                 out[f"{key}/{weighting}/loss"] = loss.detach()
                 out[f"{key}/{weighting}/value"] = value.detach()
-                for name, gradient in zip(weights, gradients):
-                    out[f"{key}/{weighting}/grad/{name}"] = gradient
+                for name, part in zip(weights, gradients):
+                    out[f"{key}/{weighting}/grad/{name}"] = part
     return out
 
 

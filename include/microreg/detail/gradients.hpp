@@ -118,4 +118,35 @@ inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> te
   }
 }
 
+/// The same with a factor that is a scalar tensor, on any device.
+inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> terms, const at::Tensor& factor) {
+  const at::NoGradGuard no_grad;
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    if (!terms[i].defined()) {
+      continue;
+    }
+    const at::Tensor local = factor.to(terms[i].device(), terms[i].scalar_type());
+    if (sums[i].defined()) {
+      sums[i].addcmul_(terms[i], local);
+    } else {
+      sums[i] = owned(std::move(terms[i])).mul_(local);
+    }
+  }
+}
+
+/// from[i] + factor * (to[i] - from[i]), where undefined is zero and `factor` is a scalar tensor on any device.
+inline std::vector<at::Tensor> extrapolated(const std::vector<at::Tensor>& from, std::vector<at::Tensor> to,
+                                            const at::Tensor& factor) {
+  const at::NoGradGuard no_grad;
+  for (std::size_t i = 0; i < to.size(); ++i) {
+    if (!from[i].defined() && !to[i].defined()) {
+      continue;
+    }
+    const at::Tensor start = from[i].defined() ? from[i] : at::zeros_like(to[i]);
+    to[i] = to[i].defined() ? owned(std::move(to[i])) : at::zeros_like(start);
+    at::lerp_out(to[i], start, to[i], factor.to(start.device(), start.scalar_type()));
+  }
+  return to;
+}
+
 }  // namespace microreg::detail

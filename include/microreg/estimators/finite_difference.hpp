@@ -14,6 +14,7 @@
 #include <microreg/parameters.hpp>
 #include <microreg/penalty.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -38,8 +39,10 @@ inline DifferenceSettings settings_of(const CentralDifference& central) { return
 /// The automatic step, as a multiple of the norm of what is displaced: where the error of the difference (which grows
 /// with the step, or its square) and rounding (which grows with its inverse) meet on random ReLU networks
 /// (benchmarks/step_study.cpp).
-inline double relative_step(at::ScalarType type, bool central) {
-  if (type == at::kDouble) {
+inline double relative_step(const std::vector<at::Tensor>& displaced, bool central) {
+  const bool fine = std::all_of(displaced.begin(), displaced.end(),
+                                [](const at::Tensor& tensor) { return tensor.scalar_type() == at::kDouble; });
+  if (fine) {
     return central ? 1e-6 : 1e-8;
   }
   return central ? 5e-4 : 5e-5;
@@ -47,7 +50,7 @@ inline double relative_step(at::ScalarType type, bool central) {
 
 /// The largest automatic step in float32: on wide networks, whose parameters have a large norm, the error of the
 /// difference goes with the displacement itself (measured on ResNet-18 and VGG-11).
-inline double largest_step(bool central) { return central ? 2e-3 : 6e-4; }
+inline double largest_step(bool central) { return central ? 2e-3 : 4e-4; }
 
 /// Estimates the penalty's gradient by displaced passes, for all micro-batches of one step.
 ///
@@ -80,13 +83,6 @@ class FiniteDifference {
     if (left == 0) {
       return;
     }
-    if (!originals_.has_value()) {
-      std::vector<at::Tensor> selected;
-      for (const std::size_t i : parameters_.selected) {
-        selected.push_back(parameters_.tensors[i]);
-      }
-      originals_.emplace(std::move(selected));
-    }
     const Snapshot after = micro_batch.snapshot();
     const auto estimate = [&]<std::size_t I>() {
       if (first[I].left > 0) {
@@ -105,6 +101,7 @@ class FiniteDifference {
     std::vector<at::Tensor> gradient;   // by all parameters; empty where the penalty has strength 0
     std::vector<at::Tensor> direction;  // g: by what counts; undefined where the probe does not depend on it
     at::Tensor squared_norm;            // of g
+    bool brings_loss = false;           // its displaced pass adds the loss gradient too
   };
   /// One penalty in the first pass.
   struct Term {
@@ -145,7 +142,7 @@ class FiniteDifference {
                   std::array<Term, sizeof...(P)>& first, std::vector<at::Tensor>& sums,
                   std::vector<at::Tensor>& squared_norms) const {
     const auto evaluated = recorded(gates, [&] { return micro_batch(); });
-    std::vector<std::pair<Probe*, std::vector<std::size_t>>> loss_probes;  // positions of what counts
+    std::vector<std::pair<Probe*, double>> loss_probes;  // with the strengths of their penalties
     const auto differentiate = [&]<class Q>(const Q& penalty, double strength, Term& term) {
       const auto pass = evaluated.pass(&term.draws);
       term.generators.emplace(micro_batch.generators());
@@ -154,7 +151,7 @@ class FiniteDifference {
       for (const at::Tensor& probe : probes) {
         Probe& result = term.probes.emplace_back();
         if (!differentiates_input<Q> && probe.is_same(pass.loss)) {
-          loss_probes.emplace_back(&result, parameters_.selected);
+          loss_probes.emplace_back(&result, strength);
           continue;
         }
         split(penalty, strength > 0, probe, counted_tensors(penalty, pass, parameters_), result);
@@ -167,13 +164,18 @@ class FiniteDifference {
     // Last, so that the graph can go while it is differentiated.
     auto loss_gradient = gradients({evaluated.loss}, parameters_.tensors, {}, /*retain_graph=*/false,
                                    /*create_graph=*/false, "the loss");
-    for (auto& [probe, positions] : loss_probes) {
-      for (const std::size_t i : positions) {
+    bool brought = false;
+    for (const auto& [probe, strength] : loss_probes) {
+      for (const std::size_t i : parameters_.selected) {
         probe->direction.push_back(loss_gradient[i]);
       }
       probe->gradient = loss_gradient;
+      probe->brings_loss = strength > 0 && !settings_.central && !brought;
+      brought = brought || probe->brings_loss;
     }
-    accumulate(sums, std::move(loss_gradient), weights.loss);
+    if (!brought) {
+      accumulate(sums, std::move(loss_gradient), weights.loss);
+    }
 
     const auto measure = [&]<class Q>(const Q& penalty, Term& term, at::Tensor& squared) {
       for (Probe& probe : term.probes) {
@@ -221,24 +223,19 @@ class FiniteDifference {
       const Probe& probe = term.probes[k];
       const at::Tensor length = displacement_length<Q>(micro_batch, probe);
       const at::Tensor per_norm = over_norm(probe.squared_norm, 1.0) * length;  // e
-      std::vector<at::Tensor> difference;
-      if (settings_.central) {
-        difference = displaced_gradient<I>(micro_batch, context, term, k, per_norm * 0.5);
-        subtract(difference, displaced_gradient<I>(micro_batch, context, term, k, per_norm * -0.5));
-      } else {
-        difference = displaced_gradient<I>(micro_batch, context, term, k, per_norm);
-        subtract(difference, probe.gradient);
-      }
       // dR/dg over e: 2 ||g|| / length, or, for an unsquared norm, that over 2 R.
       const at::Tensor slope = probe.squared_norm.sqrt() / length;
-      const at::NoGradGuard no_grad;
       const at::Tensor scale = is_squared<Q> ? slope * (2 * factor) : slope * over_norm(squared, factor);
-      for (at::Tensor& part : difference) {
-        if (part.defined()) {
-          part.mul_(scale.to(part.device(), part.scalar_type()));
-        }
+      const auto displaced = [&](double times) {
+        return displaced_gradient<I>(micro_batch, context, term, k, per_norm * times);
+      };
+      if (probe.brings_loss) {  // one sweep instead of three
+        accumulate(sums, extrapolated(probe.gradient, displaced(1), scale / weights.loss), weights.loss);
+        continue;
       }
-      accumulate(sums, std::move(difference));
+      std::vector<at::Tensor> difference = displaced(settings_.central ? 0.5 : 1);
+      subtract(difference, settings_.central ? displaced(-0.5) : probe.gradient);
+      accumulate(sums, std::move(difference), scale);
     }
   }
 
@@ -248,31 +245,40 @@ class FiniteDifference {
     if (settings_.step > 0) {
       return at::full_like(probe.squared_norm, settings_.step);
     }
-    std::vector<at::Tensor> moved;
+    const at::TensorOptions scalar = probe.squared_norm.options();
     if constexpr (differentiates_input<Q>) {
-      moved = differentiable_tensors(micro_batch.input());
+      return automatic_length(differentiable_tensors(micro_batch.input()), scalar);
     } else {
-      moved = originals_->copies();
-      check_precision(moved);
+      if (!parameter_length_.defined()) {
+        const std::vector<at::Tensor> moved = selected_parameters();
+        check_precision(moved);
+        parameter_length_ = automatic_length(moved, scalar).clamp_max(largest_step(settings_.central));
+      }
+      return parameter_length_.to(scalar);
     }
-    const double relative = relative_step(probe.squared_norm.scalar_type(), settings_.central);
-    const at::Tensor squared = squared_norm(moved, probe.squared_norm.options());
-    // Parameters that are all zero have no scale: displace by the step itself then.
-    const at::Tensor length = at::where(squared == 0, at::ones_like(squared), squared.sqrt()) * relative;
-    return differentiates_input<Q> ? length : length.clamp_max(largest_step(settings_.central));
+  }
+
+  at::Tensor automatic_length(const std::vector<at::Tensor>& moved, const at::TensorOptions& scalar) const {
+    const at::Tensor squared = squared_norm(moved, scalar);
+    // What is all zero has no scale: displace by the step itself then.
+    return at::where(squared == 0, at::ones_like(squared), squared.sqrt()) * relative_step(moved, settings_.central);
+  }
+
+  [[nodiscard]] std::vector<at::Tensor> selected_parameters() const {
+    std::vector<at::Tensor> result;
+    for (const std::size_t i : parameters_.selected) {
+      result.push_back(parameters_.tensors[i]);
+    }
+    return result;
   }
 
   /// The gradient of probe k by all parameters, with what counts moved by `distance` times its gradient.
   template <std::size_t I, class MicroBatch>
   std::vector<at::Tensor> displaced_gradient(const MicroBatch& micro_batch, Context context, Term& term, std::size_t k,
-                                             const at::Tensor& distance) const {
+                                             const at::Tensor& distance) {
     using Q = std::tuple_element_t<I, std::tuple<P...>>;
     const Q& penalty = std::get<I>(terms_).penalty;
     const Probe& probe = term.probes[k];
-    std::vector<at::Tensor> moves;
-    for (const at::Tensor& g : probe.direction) {
-      moves.push_back(g.defined() ? g * distance.to(g.device(), g.scalar_type()) : g);
-    }
     --context.left;
     --term.left;
     context.before.restore();
@@ -294,9 +300,12 @@ class FiniteDifference {
       return result;
     };
     if constexpr (differentiates_input<Q>) {
-      return differentiate([&] { return micro_batch(displaced(micro_batch.input(), moves)); });
+      return differentiate([&] { return micro_batch(displaced(micro_batch.input(), probe.direction, distance)); });
     } else {
-      const Displacement displacement(*originals_, moves);
+      if (!displaceable_.has_value()) {
+        displaceable_.emplace(selected_parameters());
+      }
+      const Displacement displacement(*displaceable_, probe.direction, distance);
       return differentiate([&] { return micro_batch(); });
     }
   }
@@ -313,15 +322,17 @@ class FiniteDifference {
     }
   }
 
-  /// `input` with the tensors that require a gradient moved.
+  /// `input` with the tensors that require a gradient moved by distance * directions[i].
   template <class Input>
-  static Input displaced(Input input, const std::vector<at::Tensor>& moves) {
+  static Input displaced(Input input, const std::vector<at::Tensor>& directions, const at::Tensor& distance) {
     std::size_t next = 0;
     for_each_tensor(input, "input", [&](at::Tensor& tensor, const std::string&) {
       if (tensor.requires_grad()) {
-        const at::Tensor& move = moves[next++];
+        const at::Tensor& direction = directions[next++];
         const at::Tensor plain = tensor.detach();
-        tensor = (move.defined() ? plain + move : plain).requires_grad_(true);
+        tensor = direction.defined() ? at::addcmul(plain, direction, distance.to(plain.device(), plain.scalar_type()))
+                                     : plain;
+        tensor.requires_grad_(true);
       }
     });
     return input;
@@ -334,7 +345,8 @@ class FiniteDifference {
   const std::tuple<Weighted<P>...>& terms_;
   std::span<const double> strengths_;
   const Parameters& parameters_;
-  std::optional<Originals> originals_;  // of the selected parameters, made when first needed
+  std::optional<Displaceable> displaceable_;  // the selected parameters; made when first needed, as is
+  at::Tensor parameter_length_;               // their automatic displacement
 };
 
 /// The estimator as a FiniteDifference; empty for Exact.

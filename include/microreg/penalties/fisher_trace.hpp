@@ -92,6 +92,7 @@ struct FisherTrace {
     }
   }
 };
+#if defined(__clang__) && __clang_major__ < 17  // which does not deduce from aggregates: FisherTrace<>{...} there
 template <class D>
 FisherTrace(D) -> FisherTrace<D>;
 template <class D>
@@ -99,5 +100,6 @@ FisherTrace(D, std::int64_t) -> FisherTrace<D>;
 template <class D>
 FisherTrace(D, std::int64_t, Expectation) -> FisherTrace<D>;
 FisherTrace() -> FisherTrace<Categorical>;
+#endif
 
 }  // namespace microreg
