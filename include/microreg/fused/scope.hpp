@@ -7,6 +7,7 @@
 #include <microreg/fused/batch_norm.hpp>
 #include <microreg/fused/convolution.hpp>
 #include <microreg/fused/gelu.hpp>
+#include <microreg/fused/group_norm.hpp>
 #include <microreg/fused/interception.hpp>
 #include <microreg/fused/layer_norm.hpp>
 #include <microreg/fused/softmax.hpp>
@@ -32,6 +33,7 @@ class FusedRegistration {
     add("cudnn_batch_norm_backward", TORCH_FN(cudnn_batch_norm_backward_kernel));
     add("native_layer_norm_backward", TORCH_FN(native_layer_norm_backward_kernel));
     add("gelu_backward", TORCH_FN(gelu_backward_kernel));
+    add("group_norm", TORCH_FN(group_norm_kernel));
     add("_softmax_backward_data", TORCH_FN(softmax_backward_kernel));
   }
 
