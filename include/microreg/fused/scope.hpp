@@ -10,6 +10,7 @@
 #include <microreg/fused/group_norm.hpp>
 #include <microreg/fused/interception.hpp>
 #include <microreg/fused/layer_norm.hpp>
+#include <microreg/fused/max_pool.hpp>
 #include <microreg/fused/softmax.hpp>
 
 #include <cstdlib>
@@ -32,6 +33,7 @@ class FusedRegistration {
     add("native_batch_norm_backward", TORCH_FN(native_batch_norm_backward_kernel));
     add("cudnn_batch_norm_backward", TORCH_FN(cudnn_batch_norm_backward_kernel));
     add("native_layer_norm_backward", TORCH_FN(native_layer_norm_backward_kernel));
+    add("max_pool2d_with_indices_backward", TORCH_FN(max_pool2d_backward_kernel));
     add("gelu_backward", TORCH_FN(gelu_backward_kernel));
     add("group_norm", TORCH_FN(group_norm_kernel));
     add("_softmax_backward_data", TORCH_FN(softmax_backward_kernel));
