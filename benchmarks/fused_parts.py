@@ -15,7 +15,8 @@ import tempfile
 
 PARTS = {
     "convolution": ["convolution_backward"],
-    "normalisation": ["native_batch_norm_backward", "cudnn_batch_norm_backward", "native_layer_norm_backward"],
+    "normalisation": ["native_batch_norm_backward", "cudnn_batch_norm_backward", "native_layer_norm_backward",
+                      "group_norm"],
     "max pooling": ["max_pool2d_with_indices_backward"],
     "GELU": ["gelu_backward"],
     "softmax": ["_softmax_backward_data"],
