@@ -6,6 +6,7 @@
 
 #include <microreg/fused/scope.hpp>
 
+#include <cmath>
 #include <functional>
 #include <optional>
 #include <string>
@@ -93,6 +94,39 @@ inline double fused_error(const Function& function, const std::vector<torch::Ten
         std::max(worst, (other - exact).norm().item<double>() / std::max(exact.norm().item<double>(), 1e-2 * scale));
   }
   return worst;
+}
+
+/// Third derivatives through a fused operation, in float64, against central differences of LibTorch's second ones. Of
+/// the sum of squares of the second derivatives, in a random direction. (LibTorch's own third derivatives are wrong for
+/// batch and layer normalisation.)
+inline double third_derivative_error(const Function& function, const std::vector<torch::Tensor>& inputs) {
+  const auto sum_of_squares = [&](const std::vector<torch::Tensor>& at, bool fused) {
+    torch::Tensor sum = torch::zeros({}, torch::kFloat64);
+    for (const torch::Tensor& tensor : second_derivatives(function, at, fused, /*create_graph=*/fused).second) {
+      sum = tensor.defined() ? sum + tensor.pow(2).sum() : sum;
+    }
+    return sum;
+  };
+  std::vector<torch::Tensor> directions;
+  torch::manual_seed(13);
+  for (const torch::Tensor& input : inputs) {
+    directions.push_back(torch::randn_like(input));
+  }
+  const auto third = torch::autograd::grad({sum_of_squares(inputs, true)}, inputs);
+  double derivative = 0;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    derivative += (third[i] * directions[i]).sum().item<double>();
+  }
+  const auto moved = [&](double step) {
+    std::vector<torch::Tensor> at;
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      at.push_back((inputs[i] + step * directions[i]).detach().requires_grad_());
+    }
+    return sum_of_squares(at, false).item<double>();
+  };
+  constexpr double step = 1e-5;
+  const double difference = (moved(step) - moved(-step)) / (2 * step);
+  return std::abs(derivative - difference) / std::abs(difference);
 }
 
 inline double tolerance(torch::Dtype type) { return type == torch::kFloat64 ? 1e-9 : 1e-4; }

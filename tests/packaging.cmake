@@ -1,7 +1,22 @@
-# Tests of the package: that two translation units link, that wrong code is refused with a readable message, that
+# Tests of the package: that two translation units link, that two shared objects share a process, that wrong code is refused with a readable message, that
 # headers stand alone (on request), and that other projects can use the library both ways.
 microreg_executable(microreg_two_units two_units/first.cpp two_units/second.cpp)
 add_test(NAME two_units COMMAND microreg_two_units)
+
+# One object file in two modules with hidden symbols, as two extension modules would have them.
+add_library(microreg_object OBJECT two_objects/object.cpp)
+set_target_properties(microreg_object PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON
+                                                 POSITION_INDEPENDENT_CODE ON)
+target_link_libraries(microreg_object PRIVATE microreg_development)
+foreach(object IN ITEMS a b)
+  add_library(microreg_object_${object} MODULE $<TARGET_OBJECTS:microreg_object>)
+  target_link_libraries(microreg_object_${object} PRIVATE microreg_development)
+endforeach()
+add_executable(microreg_two_objects two_objects/main.cpp)
+target_link_libraries(microreg_two_objects PRIVATE microreg_development ${CMAKE_DL_LIBS})
+add_test(NAME two_objects COMMAND microreg_two_objects $<TARGET_FILE:microreg_object_a>
+                                  $<TARGET_FILE:microreg_object_b>)
+set_tests_properties(two_objects PROPERTIES FAIL_REGULAR_EXPRESSION "Warning;Overriding")
 
 add_subdirectory(compile_fail)
 add_subdirectory(headers)

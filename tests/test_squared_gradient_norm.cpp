@@ -65,11 +65,19 @@ TEST_CASE("a third derivative through BatchNorm in training mode is refused", "[
   };
   const torch::Tensor value = penalty();
   CHECK(has(message_of<microreg::ModelError>([&] { (void)gradient(value, model->parameters(), true); }),
-            {"batch normalisation", "create_graph", "third derivative"}));
+            {"normalisation", "create_graph", "third derivative"}));
   // Without create_graph it is a second derivative, which is right.
   const torch::Tensor second = gradient(penalty(), model->parameters(), false);
   const torch::Tensor loss = torch::cross_entropy_loss(model->forward(batch.input), batch.target);
   CHECK(relative_error(second, gradient(composed(loss, model->parameters()), model->parameters(), false)) < 1e-12);
+}
+
+TEST_CASE("a third derivative through LayerNorm is refused", "[squared_gradient_norm]") {
+  const torch::Tensor w = torch::ones({5}, torch::kFloat64).requires_grad_(true);
+  const torch::Tensor y = torch::layer_norm(w * torch::arange(1, 11, torch::kFloat64).view({2, 5}).sin(), {5});
+  const torch::Tensor value = microreg::squared_gradient_norm(y.pow(3).sum(), {w});
+  CHECK(has(message_of<microreg::ModelError>([&] { (void)gradient(value, {w}, true); }),
+            {"layer normalisation", "create_graph", "third derivative"}));
 }
 
 TEST_CASE("half types give a float32 scalar", "[squared_gradient_norm]") {

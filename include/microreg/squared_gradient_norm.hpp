@@ -18,9 +18,9 @@ namespace microreg {
 
 namespace detail {
 
-/// Whether the graph behind `roots` holds the double backward of batch normalisation, whose own derivative LibTorch
-/// gets wrong without a word (pytorch issue 186256).
-inline bool has_batch_norm_double_backward(const torch::autograd::variable_list& roots) {
+/// Whether the graph behind `roots` holds LibTorch's double backward of batch or layer normalisation, whose own
+/// derivative is wrong without a word (pytorch issue 186256).
+inline bool has_normalisation_double_backward(const torch::autograd::variable_list& roots) {
   std::vector<torch::autograd::Node*> open;
   std::unordered_set<torch::autograd::Node*> seen;
   const auto push = [&](torch::autograd::Node* node) {
@@ -36,7 +36,7 @@ inline bool has_batch_norm_double_backward(const torch::autograd::variable_list&
     open.pop_back();
     const std::string name = node->name();
     const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
-    if (has("BatchNormBackward") && (has("BackwardBackward") || has("microreg::detail"))) {  // LibTorch's, ours
+    if (has("NormBackwardBackward") && (has("Batch") || has("Layer"))) {
       return true;
     }
     for (const auto& edge : node->next_edges()) {
@@ -56,10 +56,12 @@ struct SumOfSquares : torch::autograd::Function<SumOfSquares> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& upstream) {
     const auto tensors = context->get_saved_variables();
-    if (at::GradMode::is_enabled() && has_batch_norm_double_backward(tensors)) {
+    if (at::GradMode::is_enabled() && has_normalisation_double_backward(tensors)) {
       throw ModelError(
-          "a penalty of a network with batch normalisation in training mode was differentiated with create_graph=true; "
-          "that is a third derivative, which LibTorch computes wrongly; call backward() without create_graph");
+          "a penalty of a network with batch or layer normalisation was differentiated with create_graph=true; that is "
+          "a "
+          "third derivative, which LibTorch computes wrongly; call backward() without create_graph, or compute the "
+          "penalty inside a microreg::FusedScope");
     }
     torch::autograd::variable_list result;
     result.reserve(tensors.size());

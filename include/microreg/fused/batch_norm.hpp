@@ -8,7 +8,7 @@
 #include <microreg/fused/batch_norm_kernels.hpp>
 #include <microreg/fused/interception.hpp>
 #include <microreg/fused/output_mask.hpp>
-#include <microreg/fused/stock_double_backward.hpp>
+#include <microreg/fused/statistics.hpp>
 
 #include <array>
 #include <cstdint>
@@ -28,8 +28,17 @@ struct BatchNormResults {
   at::Tensor d_dy, d_x, d_weight;
 };
 
+inline std::vector<std::int64_t> all_but_channels(const at::Tensor& x) {
+  std::vector<std::int64_t> dims{0};
+  for (std::int64_t d = 2; d < x.dim(); ++d) {
+    dims.push_back(d);
+  }
+  return dims;
+}
+
 /// On any device by ATen's reductions and few elementwise operations; see batch_norm_coefficients() for the formulas.
-/// On CUDA the sums come from the fused reduction that SyncBatchNorm uses.
+/// On CUDA the sums come from the fused reduction that SyncBatchNorm uses, which has no derivative. Differentiable
+/// where a graph is recorded.
 inline BatchNormResults batch_norm_double_backward_aten(const BatchNormInputs& in, std::array<bool, 3> needs) {
   const at::Tensor& x = in.x;
   const double m = static_cast<double>(x.numel() / x.size(1));
@@ -37,24 +46,19 @@ inline BatchNormResults batch_norm_double_backward_aten(const BatchNormInputs& i
   shape[1] = x.size(1);
   const auto channel = [&](const at::Tensor& value) { return value.reshape(shape); };
   const at::Tensor centred_mean = channel(in.mean);
-  std::vector<std::int64_t> all_but_channels;
-  for (std::int64_t d = 0; d < x.dim(); ++d) {
-    if (d != 1) {
-      all_but_channels.push_back(d);
-    }
-  }
+  const std::vector<std::int64_t> dims = all_but_channels(x);
   // {sum z, sum z (x - mean)} per channel.
   const auto sums = [&](const at::Tensor& z) -> std::pair<at::Tensor, at::Tensor> {
     if (!z.defined()) {
       const at::Tensor zero = at::zeros_like(in.mean);
       return {zero, zero};
     }
-    if (x.is_cuda()) {
+    if (x.is_cuda() && !at::GradMode::is_enabled()) {
       auto [sum, sum_xmu, unused_weight, unused_bias] = at::batch_norm_backward_reduce(
           z.contiguous(x.suggest_memory_format()), x, in.mean, in.invstd, in.weight, true, false, false);
       return {sum, sum_xmu};
     }
-    return {z.sum(all_but_channels), (z * (x - centred_mean)).sum(all_but_channels)};
+    return {z.sum(dims), (z * (x - centred_mean)).sum(dims)};
   };
   const at::Tensor& r = in.invstd;
   const auto [sum_v, sum_vx] = sums(in.v);
@@ -69,7 +73,7 @@ inline BatchNormResults batch_norm_double_backward_aten(const BatchNormInputs& i
   const at::Tensor k2 = -wr * mean_dyx;
 
   BatchNormResults out;
-  const at::Tensor sum_vdy = in.v.defined() ? (in.v * in.dy).sum(all_but_channels) : at::zeros_like(r);
+  const at::Tensor sum_vdy = in.v.defined() ? (in.v * in.dy).sum(dims) : at::zeros_like(r);
   const at::Tensor cov = sum_vdy - m * mean_v * mean_dy - m * mean_vx * mean_dyx;
   if (needs[0]) {
     const at::Tensor a2 = k1 * r;
@@ -139,7 +143,11 @@ BatchNormResults batch_norm_double_backward_cpu(const BatchNormInputs& in, std::
   return out;
 }
 
-inline BatchNormResults batch_norm_double_backward(const BatchNormInputs& in, std::array<bool, 3> needs) {
+inline BatchNormResults batch_norm_double_backward(BatchNormInputs in, std::array<bool, 3> needs) {
+  if (at::GradMode::is_enabled()) {
+    std::tie(in.mean, in.invstd) = differentiable_statistics(in.x, all_but_channels(in.x), in.invstd);
+    return batch_norm_double_backward_aten(in, needs);
+  }
   if (!in.x.is_cpu()) {
     return batch_norm_double_backward_aten(in, needs);
   }
@@ -171,16 +179,15 @@ inline ThreeTensors stock_batch_norm_backward(const at::Tensor& dy, const at::Te
                                         call.eps, call.mask);
 }
 
-/// Batch normalisation's backward as a node with the double backward above. A third derivative is left to LibTorch.
+/// Batch normalisation's backward as a node with the double backward above.
 struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& dy,
                                                 const at::Tensor& x, const std::optional<at::Tensor>& weight,
                                                 const at::Tensor& mean, const at::Tensor& invstd,
                                                 const BatchNormCall& call) {
     const at::Tensor w = weight.value_or(at::Tensor());
-    context->save_for_backward({dy, x, w, mean, invstd, call.running_mean, call.running_var, call.reserve});
+    context->save_for_backward({dy, x, w, mean, invstd});
     context->set_materialize_grads(false);
-    context->saved_data["eps"] = call.eps;
     context->saved_data["mask"] = pack(call.mask);
     auto [d_x, d_weight, d_bias] = stock_batch_norm_backward(dy, x, w, mean, invstd, call);
     return gather(call.mask, {d_x, d_weight, d_bias});
@@ -194,18 +201,10 @@ struct BatchNormBackward : torch::autograd::Function<BatchNormBackward> {
     const BatchNormInputs in{saved[0], saved[1], saved[2], saved[3], saved[4], v, a, b};
     const std::array<bool, 3> needs{context->needs_input_grad(0), context->needs_input_grad(1),
                                     in.weight.defined() && context->needs_input_grad(2)};
-    BatchNormResults out;
     if (!v.defined() && !a.defined() && !b.defined()) {
-      // Nothing came in: nothing goes out.
-    } else if (at::GradMode::is_enabled()) {
-      const BatchNormCall call{saved[5], saved[6], context->saved_data["eps"].toDouble(), mask, saved[7]};
-      std::tie(out.d_dy, out.d_x, out.d_weight) = std::tuple_cat(stock_double_backward(
-          {in.dy, in.x, in.weight}, {v, a, b}, needs, [&](const auto& dy, const auto& x, const auto& weight) {
-            return stock_batch_norm_backward(dy, x, weight, in.mean, in.invstd, call);
-          }));
-    } else {
-      out = batch_norm_double_backward(in, needs);
+      return {{}, {}, {}, {}, {}, {}};
     }
+    const BatchNormResults out = batch_norm_double_backward(in, needs);
     return {out.d_dy, out.d_x, out.d_weight, {}, {}, {}};
   }
 };

@@ -13,10 +13,20 @@
 
 namespace microreg::detail {
 
-/// Sums over the m elements of a channel, x_c = x - mean: v, v * x_c, dy, dy * x_c, v * dy.
-struct BatchNormSums {
-  double v = 0, vx = 0, dy = 0, dyx = 0, vdy = 0;
+/// Sums over the m elements of a channel, x_c = x - mean. In lanes, or in float64 where `Number` is double.
+template <class Number>
+struct BatchNormSumsOf {
+  Number v{}, vx{}, dy{}, dyx{}, vdy{};
+
+  MICROREG_ALWAYS_INLINE void add(const Number& x_c, const Number& dy_i, const Number& v_i) {
+    v += v_i;
+    vx += v_i * x_c;
+    dy += dy_i;
+    dyx += dy_i * x_c;
+    vdy += v_i * dy_i;
+  }
 };
+using BatchNormSums = BatchNormSumsOf<double>;
 
 /// The results are affine in what was read: d_dy = a1 v + a2 x_c + a3 and d_x = b1 dy + b2 v + b3 x_c + b4.
 struct BatchNormCoefficients {
@@ -73,6 +83,34 @@ struct BatchNormProblem {
   }
 };
 
+/// What is read at one place: x - mean, dy, v (zero if there is none).
+template <class T>
+struct BatchNormLanes {
+  typename Lanes<T>::type x, dy, v{};
+
+  /// `mean` is a number or lanes.
+  template <class Mean>
+  MICROREG_ALWAYS_INLINE BatchNormLanes(const BatchNormProblem<T>& p, std::int64_t at, const Mean& mean) {
+    load(x, p.x + at);
+    load(dy, p.dy + at);
+    if (p.v != nullptr) {
+      load(v, p.v + at);
+    }
+    x -= mean;
+  }
+};
+
+/// The same for one element, as `Number`.
+template <class T, class Number>
+struct BatchNormElement {
+  Number x, dy, v;
+
+  MICROREG_ALWAYS_INLINE BatchNormElement(const BatchNormProblem<T>& p, std::int64_t at, T mean)
+      : x(static_cast<Number>(p.x[at]) - static_cast<Number>(mean)),
+        dy(static_cast<Number>(p.dy[at])),
+        v(p.v != nullptr ? static_cast<Number>(p.v[at]) : Number{0}) {}
+};
+
 /// How many values a lane adds up in T before the sum moves on to float64: keeps float32 sums accurate for channels of
 /// any length.
 inline constexpr std::int64_t batch_norm_flush = 64;
@@ -83,53 +121,40 @@ struct BatchNormPlanes {
   using V = typename Lanes<T>::type;
   static constexpr std::int64_t width = Lanes<T>::count;
 
-  static MICROREG_ALWAYS_INLINE void flush(V& sum, double& into) {
+  /// Moves the sums in lanes on to float64.
+  static MICROREG_ALWAYS_INLINE void flush(BatchNormSumsOf<V>& lanes, BatchNormSums& total) {
     for (std::int64_t lane = 0; lane < width; ++lane) {
-      into += static_cast<double>(sum[lane]);
+      total.v += static_cast<double>(lanes.v[lane]);
+      total.vx += static_cast<double>(lanes.vx[lane]);
+      total.dy += static_cast<double>(lanes.dy[lane]);
+      total.dyx += static_cast<double>(lanes.dyx[lane]);
+      total.vdy += static_cast<double>(lanes.vdy[lane]);
     }
-    sum = V{};
+    lanes = {};
   }
 
   static MICROREG_ALWAYS_INLINE BatchNormSums reduce(const BatchNormProblem<T>& p, std::int64_t c) {
     BatchNormSums total;
-    V sv{}, svx{}, sdy{}, sdyx{}, svdy{};
-    V zero{};
+    BatchNormSumsOf<V> lanes;
     std::int64_t pending = 0;
     const T mean = p.mean[c];
     for (std::int64_t n = 0; n < p.batch; ++n) {
       const std::int64_t offset = (n * p.channels + c) * p.plane;
       std::int64_t i = 0;
       for (; i + width <= p.plane; i += width) {
-        V x, dy, v = zero;
-        load(x, p.x + offset + i);
-        load(dy, p.dy + offset + i);
-        if (p.v != nullptr) {
-          load(v, p.v + offset + i);
-        }
-        x -= mean;
-        sv += v;
-        svx += v * x;
-        sdy += dy;
-        sdyx += dy * x;
-        svdy += v * dy;
+        const BatchNormLanes<T> in(p, offset + i, mean);
+        lanes.add(in.x, in.dy, in.v);
         if (++pending == batch_norm_flush) {
           pending = 0;
-          flush(sv, total.v), flush(svx, total.vx), flush(sdy, total.dy), flush(sdyx, total.dyx),
-              flush(svdy, total.vdy);
+          flush(lanes, total);
         }
       }
       for (; i < p.plane; ++i) {
-        const double x = static_cast<double>(p.x[offset + i]) - static_cast<double>(mean);
-        const double dy = static_cast<double>(p.dy[offset + i]);
-        const double v = p.v != nullptr ? static_cast<double>(p.v[offset + i]) : 0.0;
-        total.v += v;
-        total.vx += v * x;
-        total.dy += dy;
-        total.dyx += dy * x;
-        total.vdy += v * dy;
+        const BatchNormElement<T, double> in(p, offset + i, mean);
+        total.add(in.x, in.dy, in.v);
       }
     }
-    flush(sv, total.v), flush(svx, total.vx), flush(sdy, total.dy), flush(sdyx, total.dyx), flush(svdy, total.vdy);
+    flush(lanes, total);
     return total;
   }
 
@@ -138,35 +163,27 @@ struct BatchNormPlanes {
     const T mean = p.mean[c];
     const T a1 = static_cast<T>(k.a1), a2 = static_cast<T>(k.a2), a3 = static_cast<T>(k.a3);
     const T b1 = static_cast<T>(k.b1), b2 = static_cast<T>(k.b2), b3 = static_cast<T>(k.b3), b4 = static_cast<T>(k.b4);
-    V zero{};
     for (std::int64_t n = 0; n < p.batch; ++n) {
       const std::int64_t offset = (n * p.channels + c) * p.plane;
       std::int64_t i = 0;
       for (; i + width <= p.plane; i += width) {
-        V x, dy, v = zero;
-        load(x, p.x + offset + i);
-        load(dy, p.dy + offset + i);
-        if (p.v != nullptr) {
-          load(v, p.v + offset + i);
-        }
-        x -= mean;
+        const BatchNormLanes<T> in(p, offset + i, mean);
         if (p.d_dy != nullptr) {
-          const V result = a1 * v + (a2 * x + a3);
+          const V result = a1 * in.v + (a2 * in.x + a3);
           store(p.d_dy + offset + i, result);
         }
         if (p.d_x != nullptr) {
-          const V result = b1 * dy + (b2 * v + (b3 * x + b4));
+          const V result = b1 * in.dy + (b2 * in.v + (b3 * in.x + b4));
           store(p.d_x + offset + i, result);
         }
       }
       for (; i < p.plane; ++i) {
-        const T x = p.x[offset + i] - mean;
-        const T v = p.v != nullptr ? p.v[offset + i] : T{0};
+        const BatchNormElement<T, T> in(p, offset + i, mean);
         if (p.d_dy != nullptr) {
-          p.d_dy[offset + i] = a1 * v + (a2 * x + a3);
+          p.d_dy[offset + i] = a1 * in.v + (a2 * in.x + a3);
         }
         if (p.d_x != nullptr) {
-          p.d_x[offset + i] = b1 * p.dy[offset + i] + (b2 * v + (b3 * x + b4));
+          p.d_x[offset + i] = b1 * in.dy + (b2 * in.v + (b3 * in.x + b4));
         }
       }
     }
@@ -198,44 +215,34 @@ struct BatchNormRowSums {
   static MICROREG_ALWAYS_INLINE void run(const BatchNormProblem<T>& p, std::int64_t begin, std::int64_t end,
                                          double* sums) {
     const std::int64_t channels = p.channels;
-    const V zero{};
     for (std::int64_t row = begin; row < end; row += batch_norm_flush) {
       const std::int64_t stop = std::min(end, row + batch_norm_flush);
       std::int64_t c = 0;
       for (; c + width <= channels; c += width) {
-        V mean, sv{}, svx{}, sdy{}, sdyx{}, svdy{};
+        V mean;
         load(mean, p.mean + c);
+        BatchNormSumsOf<V> lanes;
         for (std::int64_t i = row; i < stop; ++i) {
-          V x, dy, v = zero;
-          load(x, p.x + i * channels + c);
-          load(dy, p.dy + i * channels + c);
-          if (p.v != nullptr) {
-            load(v, p.v + i * channels + c);
-          }
-          x -= mean;
-          sv += v;
-          svx += v * x;
-          sdy += dy;
-          sdyx += dy * x;
-          svdy += v * dy;
+          const BatchNormLanes<T> in(p, i * channels + c, mean);
+          lanes.add(in.x, in.dy, in.v);
         }
-        add(sums + c, sv);
-        add(sums + channels + c, svx);
-        add(sums + 2 * channels + c, sdy);
-        add(sums + 3 * channels + c, sdyx);
-        add(sums + 4 * channels + c, svdy);
+        add(sums + c, lanes.v);
+        add(sums + channels + c, lanes.vx);
+        add(sums + 2 * channels + c, lanes.dy);
+        add(sums + 3 * channels + c, lanes.dyx);
+        add(sums + 4 * channels + c, lanes.vdy);
       }
       for (; c < channels; ++c) {
+        BatchNormSums total;
         for (std::int64_t i = row; i < stop; ++i) {
-          const double x = static_cast<double>(p.x[i * channels + c]) - static_cast<double>(p.mean[c]);
-          const double dy = static_cast<double>(p.dy[i * channels + c]);
-          const double v = p.v != nullptr ? static_cast<double>(p.v[i * channels + c]) : 0.0;
-          sums[c] += v;
-          sums[channels + c] += v * x;
-          sums[2 * channels + c] += dy;
-          sums[3 * channels + c] += dy * x;
-          sums[4 * channels + c] += v * dy;
+          const BatchNormElement<T, double> in(p, i * channels + c, p.mean[c]);
+          total.add(in.x, in.dy, in.v);
         }
+        sums[c] += total.v;
+        sums[channels + c] += total.vx;
+        sums[2 * channels + c] += total.dy;
+        sums[3 * channels + c] += total.dyx;
+        sums[4 * channels + c] += total.vdy;
       }
     }
   }
@@ -250,24 +257,18 @@ struct BatchNormRowSweep {
   static MICROREG_ALWAYS_INLINE void run(const BatchNormProblem<T>& p, std::int64_t begin, std::int64_t end,
                                          const T* k) {
     const std::int64_t channels = p.channels;
-    const V zero{};
     for (std::int64_t row = begin; row < end; ++row) {
       const std::int64_t offset = row * channels;
       std::int64_t c = 0;
       for (; c + width <= channels; c += width) {
-        V x, dy, v = zero, mean, k1, k2, k3, k4;
-        load(x, p.x + offset + c);
-        load(dy, p.dy + offset + c);
+        V mean, k1, k2, k3, k4;
         load(mean, p.mean + c);
-        if (p.v != nullptr) {
-          load(v, p.v + offset + c);
-        }
-        x -= mean;
+        const BatchNormLanes<T> in(p, offset + c, mean);
         if (p.d_dy != nullptr) {
           load(k1, k + c);
           load(k2, k + channels + c);
           load(k3, k + 2 * channels + c);
-          const V result = k1 * v + (k2 * x + k3);
+          const V result = k1 * in.v + (k2 * in.x + k3);
           store(p.d_dy + offset + c, result);
         }
         if (p.d_x != nullptr) {
@@ -275,19 +276,18 @@ struct BatchNormRowSweep {
           load(k2, k + 4 * channels + c);
           load(k3, k + 5 * channels + c);
           load(k4, k + 6 * channels + c);
-          const V result = k1 * dy + (k2 * v + (k3 * x + k4));
+          const V result = k1 * in.dy + (k2 * in.v + (k3 * in.x + k4));
           store(p.d_x + offset + c, result);
         }
       }
       for (; c < channels; ++c) {
-        const T x = p.x[offset + c] - p.mean[c];
-        const T v = p.v != nullptr ? p.v[offset + c] : T{0};
+        const BatchNormElement<T, T> in(p, offset + c, p.mean[c]);
         if (p.d_dy != nullptr) {
-          p.d_dy[offset + c] = k[c] * v + (k[channels + c] * x + k[2 * channels + c]);
+          p.d_dy[offset + c] = k[c] * in.v + (k[channels + c] * in.x + k[2 * channels + c]);
         }
         if (p.d_x != nullptr) {
-          p.d_x[offset + c] = k[3 * channels + c] * p.dy[offset + c] +
-                              (k[4 * channels + c] * v + (k[5 * channels + c] * x + k[6 * channels + c]));
+          p.d_x[offset + c] = k[3 * channels + c] * in.dy +
+                              (k[4 * channels + c] * in.v + (k[5 * channels + c] * in.x + k[6 * channels + c]));
         }
       }
     }

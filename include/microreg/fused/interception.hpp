@@ -8,18 +8,27 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/functorch/DynamicLayer.h>
 #include <c10/core/DispatchKey.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <initializer_list>
 #include <memory>
+#include <mutex>
 
 namespace microreg::detail {
 
 inline constexpr c10::DispatchKey interception_key = c10::DispatchKey::TESTING_ONLY_GenericMode;
 
-/// Lets every operation for which nothing is registered pass.
+/// Held while kernels are registered. Its visibility makes it one in the process (with GCC, even for shared objects
+/// that hide their symbols and are loaded without sharing them), so that no two objects register the same kernel.
+__attribute__((visibility("default"))) inline std::mutex& registration_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+/// Lets every operation for which nothing is registered pass. To be called with registration_mutex() held.
 inline void register_fallthrough() {
   static const std::unique_ptr<torch::Library> fallback = []() -> std::unique_ptr<torch::Library> {
     if (c10::Dispatcher::singleton().hasBackendFallbackForDispatchKey(interception_key)) {
@@ -31,6 +40,27 @@ inline void register_fallthrough() {
   }();
 }
 
+/// Includes the key on this thread. c10's own guard restores everything that was included at its beginning, and would
+/// leave the key behind where two scopes overlap without one holding the other; this one takes away what it brought.
+class Interception {
+ public:
+  Interception() : outermost_(!c10::impl::tls_is_dispatch_key_included(interception_key)) {
+    if (outermost_) {
+      c10::impl::tls_set_dispatch_key_included(interception_key, true);
+    }
+  }
+  Interception(const Interception&) = delete;
+  Interception& operator=(const Interception&) = delete;
+  ~Interception() {
+    if (outermost_) {
+      c10::impl::tls_set_dispatch_key_included(interception_key, false);
+    }
+  }
+
+ private:
+  bool outermost_;
+};
+
 /// Sends calls below to the stock kernels.
 class StockKernels {
  private:
@@ -38,15 +68,14 @@ class StockKernels {
 };
 
 /// Whether a tensor is one that our formulas were written for: a dense, real float32 or float64 tensor on the CPU or on
-/// CUDA, no wrapper of a functorch transform, no subclass, no forward-mode tangent.
+/// CUDA, no subclass, no forward-mode tangent.
 inline bool is_plain(const at::Tensor& tensor) {
   if (!tensor.defined()) {
     return true;
   }
   using c10::DispatchKey;
-  static const c10::DispatchKeySet special({DispatchKey::Python, DispatchKey::FuncTorchBatched,
-                                            DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize,
-                                            DispatchKey::Conjugate, DispatchKey::Negative});
+  static const c10::DispatchKeySet special(
+      {DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::Conjugate, DispatchKey::Negative});
   return (tensor.is_cpu() || tensor.is_cuda()) && tensor.layout() == at::kStrided &&
          (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble) &&
          !tensor.key_set().has_any(special) && !tensor._fw_grad(0).defined();
@@ -54,7 +83,8 @@ inline bool is_plain(const at::Tensor& tensor) {
 
 /// Whether an intercepted backward operation should be recorded with a formula of ours for its own derivative.
 inline bool should_fuse(std::initializer_list<at::Tensor> tensors) {
-  if (!at::GradMode::is_enabled()) {
+  // Under a functorch transform no autograd Function may be applied, not even to tensors that are not wrapped.
+  if (!at::GradMode::is_enabled() || !at::functorch::getDynamicLayerStack().empty()) {
     return false;
   }
   bool differentiable = false;

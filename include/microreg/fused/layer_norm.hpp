@@ -1,5 +1,5 @@
 /// @file
-/// Double backward of layer normalisation in one pass over memory.
+/// Double backward of layer normalisation, and of its relatives, in one pass over memory.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,7 +7,7 @@
 #include <microreg/fused/interception.hpp>
 #include <microreg/fused/layer_norm_kernels.hpp>
 #include <microreg/fused/output_mask.hpp>
-#include <microreg/fused/stock_double_backward.hpp>
+#include <microreg/fused/statistics.hpp>
 
 #include <array>
 #include <cstdint>
@@ -18,18 +18,19 @@
 
 namespace microreg::detail {
 
-/// What layer normalisation's backward read, and the gradients that came in for its results, as rows: dy, x, v are
-/// [rows, length], mean and rstd [rows], weight, a, b [length].
+/// What layer normalisation's backward read, and the gradients that came in for its results: dy, x, v are
+/// [rows, groups, length], mean and rstd [rows, groups], weight, a, b [groups, length]. Normalised is over `length`;
+/// layer normalisation itself has one group.
 struct LayerNormInputs {
   at::Tensor dy, x, weight, mean, rstd;  // weight may be undefined
   at::Tensor v, a, b;                    // for d_x, d_weight, d_bias; each may be undefined (zero)
 };
 
-/// d_dy, d_x, d_weight on any device; see LayerNormRows for the formulas.
+/// d_dy, d_x, d_weight on any device, differentiable where a graph is recorded; see LayerNormRows for the formulas.
 inline std::array<at::Tensor, 3> layer_norm_double_backward_aten(const LayerNormInputs& in, OutputMask needs) {
-  const at::Tensor r = in.rstd.unsqueeze(1);
-  const at::Tensor xh = (in.x - in.mean.unsqueeze(1)) * r;
-  const auto mean = [](const at::Tensor& z) { return z.mean(1, /*keepdim=*/true); };
+  const at::Tensor r = in.rstd.unsqueeze(-1);
+  const at::Tensor xh = (in.x - in.mean.unsqueeze(-1)) * r;
+  const auto mean = [](const at::Tensor& z) { return z.mean(-1, /*keepdim=*/true); };
   const auto project = [&](const at::Tensor& z) { return z - mean(z) - xh * mean(z * xh); };
   const at::Tensor h = in.weight.defined() ? in.dy * in.weight : in.dy;
   std::array<at::Tensor, 3> out;
@@ -70,12 +71,17 @@ std::array<at::Tensor, 3> layer_norm_double_backward_cpu(const LayerNormInputs& 
   const auto writable = [](at::Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
   layer_norm_rows(LayerNormProblem<T>{pointer(in.x), pointer(in.dy), pointer(in.v), pointer(in.mean), pointer(in.rstd),
                                       pointer(in.weight), pointer(in.a), pointer(in.b), writable(out[0]),
-                                      writable(out[1]), in.x.size(0), in.x.size(1)},
+                                      writable(out[1]), in.mean.numel(), in.x.size(1), in.x.size(2)},
                   writable(out[2]));
   return out;
 }
 
-inline std::array<at::Tensor, 3> layer_norm_double_backward(const LayerNormInputs& in, OutputMask needs) {
+/// All tensors contiguous.
+inline std::array<at::Tensor, 3> layer_norm_double_backward(LayerNormInputs in, OutputMask needs) {
+  if (at::GradMode::is_enabled()) {
+    std::tie(in.mean, in.rstd) = differentiable_statistics(in.x, {-1}, in.rstd);
+    return layer_norm_double_backward_aten(in, needs);
+  }
   if (!in.x.is_cpu()) {
     return layer_norm_double_backward_aten(in, needs);
   }
@@ -83,16 +89,15 @@ inline std::array<at::Tensor, 3> layer_norm_double_backward(const LayerNormInput
                                            : layer_norm_double_backward_cpu<float>(in, needs);
 }
 
-/// Layer normalisation's backward as a node with the double backward above. A third derivative is left to LibTorch.
+/// Layer normalisation's backward as a node with the double backward above.
 struct LayerNormBackward : torch::autograd::Function<LayerNormBackward> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& dy,
                                                 const at::Tensor& x, const std::optional<at::Tensor>& weight,
                                                 const std::optional<at::Tensor>& bias, const at::Tensor& mean,
                                                 const at::Tensor& rstd, const std::vector<std::int64_t>& shape,
                                                 OutputMask mask) {
-    context->save_for_backward({dy, x, weight.value_or(at::Tensor()), bias.value_or(at::Tensor()), mean, rstd});
+    context->save_for_backward({dy, x, weight.value_or(at::Tensor()), mean, rstd});
     context->set_materialize_grads(false);
-    context->saved_data["shape"] = shape;
     context->saved_data["mask"] = pack(mask);
     auto [d_x, d_weight, d_bias] = at::native_layer_norm_backward(dy, x, shape, mean, rstd, weight, bias, mask);
     return gather(mask, {d_x, d_weight, d_bias});
@@ -101,34 +106,20 @@ struct LayerNormBackward : torch::autograd::Function<LayerNormBackward> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list upstream) {
     const auto saved = context->get_saved_variables();
-    const at::Tensor &dy = saved[0], &x = saved[1], &weight = saved[2], &bias = saved[3], &mean = saved[4],
-                     &rstd = saved[5];
-    const std::vector<std::int64_t> shape = context->saved_data["shape"].toIntVector();
-    const OutputMask mask = unpack(context->saved_data["mask"]);
-    const auto [v, a, b] = spread(mask, std::move(upstream));
-    const OutputMask needs{context->needs_input_grad(0), context->needs_input_grad(1),
-                           weight.defined() && context->needs_input_grad(2)};
-    std::array<at::Tensor, 3> out;
+    const at::Tensor &dy = saved[0], &x = saved[1], &weight = saved[2], &mean = saved[3], &rstd = saved[4];
+    const auto [v, a, b] = spread(unpack(context->saved_data["mask"]), std::move(upstream));
     if (!v.defined() && !a.defined() && !b.defined()) {
       return {{}, {}, {}, {}, {}, {}, {}, {}};
     }
-    if (at::GradMode::is_enabled()) {
-      const auto optional = [](const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
-      out = stock_double_backward({dy, x, weight}, {v, a, b}, needs,
-                                  [&](const auto& dy_view, const auto& x_view, const auto& weight_view) {
-                                    return at::native_layer_norm_backward(dy_view, x_view, shape, mean, rstd,
-                                                                          optional(weight_view), optional(bias), mask);
-                                  });
-    } else {
-      const std::int64_t rows = mean.numel();
-      const auto as_rows = [&](const at::Tensor& t) { return t.defined() ? t.contiguous().view({rows, -1}) : t; };
-      const auto flat = [](const at::Tensor& t) { return t.defined() ? t.contiguous().view(-1) : t; };
-      out = layer_norm_double_backward(
-          {as_rows(dy), as_rows(x), flat(weight), flat(mean), flat(rstd), as_rows(v), flat(a), flat(b)}, needs);
-      for (std::size_t i = 0; i < 2; ++i) {
-        out[i] = out[i].defined() ? out[i].view(x.sizes()) : out[i];
-      }
-      out[2] = out[2].defined() ? out[2].view(weight.sizes()) : out[2];
+    const std::int64_t rows = mean.numel();
+    const auto as_rows = [&](const at::Tensor& t) { return t.defined() ? t.contiguous().view({rows, 1, -1}) : t; };
+    const auto flat = [](const at::Tensor& t) { return t.defined() ? t.contiguous().view({1, -1}) : t; };
+    auto out = layer_norm_double_backward(
+        {as_rows(dy), as_rows(x), flat(weight), mean.view({rows, 1}), rstd.view({rows, 1}), as_rows(v), flat(a),
+         flat(b)},
+        {context->needs_input_grad(0), context->needs_input_grad(1), weight.defined() && context->needs_input_grad(2)});
+    for (std::size_t i = 0; i < 3; ++i) {
+      out[i] = out[i].defined() ? out[i].view(saved[i].sizes()) : out[i];
     }
     return {out[0], out[1], out[2], {}, {}, {}, {}, {}};
   }

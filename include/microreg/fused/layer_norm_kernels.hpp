@@ -1,5 +1,5 @@
 /// @file
-/// Double backward of layer normalisation on the CPU: a row is read twice, the second time from the cache.
+/// Double backward of layer and group normalisation on the CPU: a row is read twice, the second time from the cache.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -26,6 +26,7 @@ struct LayerNormProblem {
   T* d_dy;
   T* d_x;
   std::int64_t rows;
+  std::int64_t groups;  ///< row n has row n % groups of weight, a and b
   std::int64_t length;  ///< elements of a row, over which is normalised
 };
 
@@ -35,7 +36,7 @@ struct LayerNormProblem {
 ///     d_dy = w r p(v) + a xh + b            d_w = sum over rows of dy r p(v)
 ///     d_x  = r [ p(q) - r mean(v xh) p(h) - r mean(h xh) p(v) ] - (r r cov / m) xh
 ///
-/// `d_weight`, if not null, gets the sums over these rows in float64.
+/// `d_weight`, if not null, gets the sums over these rows in float64; a row for each group, as in `pending`.
 template <class T>
 struct LayerNormRows {
   using V = typename Lanes<T>::type;
@@ -46,23 +47,23 @@ struct LayerNormRows {
     V w, a, x, dy, v;
   };
 
-  static MICROREG_ALWAYS_INLINE void load_at(const LayerNormProblem<T>& p, std::int64_t offset, std::int64_t i, T mean,
+  static MICROREG_ALWAYS_INLINE void load_at(const LayerNormProblem<T>& p, std::int64_t at, std::int64_t affine, T mean,
                                              T r, Row& row) {
     const V zero{};
-    load(row.x, p.x + offset + i);
-    load(row.dy, p.dy + offset + i);
+    load(row.x, p.x + at);
+    load(row.dy, p.dy + at);
     row.x = (row.x - mean) * r;
     row.v = zero;
     row.a = zero;
     row.w = zero + T{1};
     if (p.v != nullptr) {
-      load(row.v, p.v + offset + i);
+      load(row.v, p.v + at);
     }
     if (p.weight != nullptr) {
-      load(row.w, p.weight + i);
+      load(row.w, p.weight + affine);
     }
     if (p.a != nullptr) {
-      load(row.a, p.a + i);
+      load(row.a, p.a + affine);
     }
   }
 
@@ -80,13 +81,14 @@ struct LayerNormRows {
     const double m = static_cast<double>(length);
     for (std::int64_t n = begin; n < end; ++n) {
       const std::int64_t offset = n * length;
+      const std::int64_t affine = n % p.groups * length;
       const T mean = p.mean[n];
       const T r = p.rstd[n];
       V sv{}, svx{}, sh{}, shx{}, svh{}, sq{}, sqx{};
       Row row;
       std::int64_t i = 0;
       for (; i + width <= length; i += width) {
-        load_at(p, offset, i, mean, r, row);
+        load_at(p, offset + i, affine + i, mean, r, row);
         const V h = row.w * row.dy;
         const V q = row.a * row.dy;
         sv += row.v;
@@ -103,8 +105,8 @@ struct LayerNormRows {
         const double x = static_cast<double>((p.x[offset + i] - mean) * r);
         const double dy = static_cast<double>(p.dy[offset + i]);
         const double v = p.v != nullptr ? static_cast<double>(p.v[offset + i]) : 0.0;
-        const double h = p.weight != nullptr ? static_cast<double>(p.weight[i]) * dy : dy;
-        const double q = p.a != nullptr ? static_cast<double>(p.a[i]) * dy : 0.0;
+        const double h = p.weight != nullptr ? static_cast<double>(p.weight[affine + i]) * dy : dy;
+        const double q = p.a != nullptr ? static_cast<double>(p.a[affine + i]) * dy : 0.0;
         tv += v, tvx += v * x, th += h, thx += h * x, tvh += v * h, tq += q, tqx += q * x;
       }
       const double rd = static_cast<double>(r);
@@ -116,13 +118,13 @@ struct LayerNormRows {
       const T xh_ = static_cast<T>(rd * (2 * rd * mvx * mhx - mqx) - rd * rd * cov / m);
       const T constant = static_cast<T>(rd * (rd * mvx * mh + rd * mhx * mv - mq));
       for (i = 0; i + width <= length; i += width) {
-        load_at(p, offset, i, mean, r, row);
+        load_at(p, offset + i, affine + i, mean, r, row);
         const V pv = r * (row.v - v0 - v1 * row.x);
         if (p.d_dy != nullptr) {
           V result = row.w * pv + row.a * row.x;
           if (p.b != nullptr) {
             V b;
-            load(b, p.b + i);
+            load(b, p.b + affine + i);
             result += b;
           }
           store(p.d_dy + offset + i, result);
@@ -133,30 +135,31 @@ struct LayerNormRows {
         }
         if (d_weight != nullptr) {
           V sum;
-          load(sum, pending + i);
+          load(sum, pending + affine + i);
           sum += row.dy * pv;
-          store(pending + i, sum);
+          store(pending + affine + i, sum);
         }
       }
       for (; i < length; ++i) {
         const T x = (p.x[offset + i] - mean) * r;
         const T dy = p.dy[offset + i];
         const T v = p.v != nullptr ? p.v[offset + i] : T{0};
-        const T w = p.weight != nullptr ? p.weight[i] : T{1};
-        const T a = p.a != nullptr ? p.a[i] : T{0};
+        const T w = p.weight != nullptr ? p.weight[affine + i] : T{1};
+        const T a = p.a != nullptr ? p.a[affine + i] : T{0};
         const T pv = r * (v - v0 - v1 * x);
         if (p.d_dy != nullptr) {
-          p.d_dy[offset + i] = w * pv + a * x + (p.b != nullptr ? p.b[i] : T{0});
+          p.d_dy[offset + i] = w * pv + a * x + (p.b != nullptr ? p.b[affine + i] : T{0});
         }
         if (p.d_x != nullptr) {
           p.d_x[offset + i] = r * a * dy + xh_ * x + h_ * w * dy + v_ * v + constant;
         }
         if (d_weight != nullptr) {
-          pending[i] += dy * pv;
+          pending[affine + i] += dy * pv;
         }
       }
-      if (d_weight != nullptr && ((n - begin) % flush == flush - 1 || n + 1 == end)) {
-        for (i = 0; i < length; ++i) {
+      // A sum in `pending` grows once in `groups` rows.
+      if (d_weight != nullptr && ((n + 1 - begin) % (flush * p.groups) == 0 || n + 1 == end)) {
+        for (i = 0; i < length * p.groups; ++i) {
           d_weight[i] += static_cast<double>(pending[i]);
           pending[i] = T{0};
         }
@@ -165,7 +168,7 @@ struct LayerNormRows {
   }
 };
 
-/// All rows; `d_weight` has `length` elements, or is null.
+/// All rows; `d_weight` has `groups` times `length` elements, or is null.
 template <class T>
 void layer_norm_rows(const LayerNormProblem<T>& problem, T* d_weight) {
   constexpr std::int64_t grain_elements = 16384;
@@ -173,19 +176,19 @@ void layer_norm_rows(const LayerNormProblem<T>& problem, T* d_weight) {
   // A fixed cut into parts, so that the result depends on the number of threads alone.
   const std::int64_t parts =
       std::max<std::int64_t>(1, std::min<std::int64_t>(at::get_num_threads(), problem.rows / grain));
-  const std::size_t length = static_cast<std::size_t>(problem.length);
+  const std::size_t weights = d_weight != nullptr ? static_cast<std::size_t>(problem.groups * problem.length) : 0;
   std::vector<std::vector<double>> sums(static_cast<std::size_t>(parts));
   at::parallel_for(0, parts, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t part = begin; part < end; ++part) {
       std::vector<double>& sum = sums[static_cast<std::size_t>(part)];
-      sum.assign(d_weight != nullptr ? length : 0, 0.0);
+      sum.assign(weights, 0.0);
       std::vector<T> pending(sum.size(), T{0});
       run_widest<LayerNormRows<T>, const LayerNormProblem<T>&>(
           problem, problem.rows * part / parts, problem.rows * (part + 1) / parts,
           d_weight != nullptr ? sum.data() : nullptr, pending.data());
     }
   });
-  for (std::size_t i = 0; d_weight != nullptr && i < length; ++i) {
+  for (std::size_t i = 0; i < weights; ++i) {
     double total = 0;
     for (const std::vector<double>& sum : sums) {
       total += sum[i];

@@ -3,18 +3,20 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 #include <microreg/fused/batch_norm.hpp>
 #include <microreg/fused/convolution.hpp>
 #include <microreg/fused/gelu.hpp>
+#include <microreg/fused/group_norm.hpp>
 #include <microreg/fused/interception.hpp>
 #include <microreg/fused/layer_norm.hpp>
+#include <microreg/fused/max_pool.hpp>
 #include <microreg/fused/softmax.hpp>
 
 #include <cstdlib>
-#include <memory>
+#include <mutex>
 #include <optional>
+#include <string>
 #include <string_view>
 
 namespace microreg {
@@ -25,23 +27,34 @@ namespace detail {
 class FusedRegistration {
  public:
   FusedRegistration() {
-    auto& dispatcher = c10::Dispatcher::singleton();
-    const auto convolution = dispatcher.findSchemaOrThrow("aten::convolution_backward", "");
-    if (convolution.hasKernelForDispatchKey(interception_key)) {
-      return;
-    }
+    const std::lock_guard lock(registration_mutex());
     register_fallthrough();
-    kernels_ = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__);
-    kernels_->impl("convolution_backward", TORCH_FN(convolution_backward_kernel));
-    kernels_->impl("native_batch_norm_backward", TORCH_FN(native_batch_norm_backward_kernel));
-    kernels_->impl("cudnn_batch_norm_backward", TORCH_FN(cudnn_batch_norm_backward_kernel));
-    kernels_->impl("native_layer_norm_backward", TORCH_FN(native_layer_norm_backward_kernel));
-    kernels_->impl("gelu_backward", TORCH_FN(gelu_backward_kernel));
-    kernels_->impl("_softmax_backward_data", TORCH_FN(softmax_backward_kernel));
+    add("convolution_backward", TORCH_FN(convolution_backward_kernel));
+    add("native_batch_norm_backward", TORCH_FN(native_batch_norm_backward_kernel));
+    add("cudnn_batch_norm_backward", TORCH_FN(cudnn_batch_norm_backward_kernel));
+    add("native_layer_norm_backward", TORCH_FN(native_layer_norm_backward_kernel));
+    add("max_pool2d_with_indices_backward", TORCH_FN(max_pool2d_backward_kernel));
+    add("gelu_backward", TORCH_FN(gelu_backward_kernel));
+    add("group_norm", TORCH_FN(group_norm_kernel));
+    add("_softmax_backward_data", TORCH_FN(softmax_backward_kernel));
   }
 
  private:
-  std::unique_ptr<torch::Library> kernels_;
+  template <class Kernel>
+  void add(const std::string& operation, Kernel kernel) {
+    const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(("aten::" + operation).c_str(), "");
+    if (is_chosen(operation) && !handle.hasKernelForDispatchKey(interception_key)) {
+      kernels_.impl(operation.c_str(), kernel);
+    }
+  }
+
+  /// To measure what each operation is worth: MICROREG_FUSED_OPERATIONS="gelu_backward,..." leaves out all others.
+  static bool is_chosen(const std::string& operation) {
+    const char* chosen = std::getenv("MICROREG_FUSED_OPERATIONS");
+    return chosen == nullptr || (std::string(",") + chosen + ",").find("," + operation + ",") != std::string::npos;
+  }
+
+  torch::Library kernels_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
 };
 
 }  // namespace detail
@@ -53,7 +66,7 @@ class FusedScope {
   FusedScope() {
     static const detail::FusedRegistration registration;
     if (enabled()) {
-      guard_.emplace(detail::interception_key);
+      interception_.emplace();
     }
   }
   FusedScope(const FusedScope&) = delete;
@@ -66,7 +79,7 @@ class FusedScope {
   }
 
  private:
-  std::optional<c10::impl::IncludeDispatchKeyGuard> guard_;
+  std::optional<detail::Interception> interception_;
 };
 
 }  // namespace microreg

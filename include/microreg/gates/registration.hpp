@@ -11,6 +11,7 @@
 #include <microreg/gates/pooling.hpp>
 
 #include <memory>
+#include <mutex>
 
 namespace microreg::detail {
 
@@ -18,6 +19,7 @@ namespace microreg::detail {
 class GateRegistration {
  public:
   GateRegistration() {
+    const std::lock_guard lock(registration_mutex());
     auto& dispatcher = c10::Dispatcher::singleton();
     if (dispatcher.findSchemaOrThrow("aten::relu", "").hasKernelForDispatchKey(interception_key)) {
       return;

@@ -23,7 +23,6 @@
 /// networks on CUDA, floor and its like, and forward passes that run within a backward pass (checkpointing).
 #pragma once
 
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <microreg/fused/interception.hpp>
 #include <microreg/gates/kernel.hpp>
 #include <microreg/gates/registration.hpp>
@@ -57,7 +56,7 @@ class GateScope {
   bool registered_;  // before the guard
   GateSession session_;
   GateSession* previous_;
-  c10::impl::IncludeDispatchKeyGuard guard_{interception_key};
+  Interception interception_;
 };
 
 }  // namespace detail

@@ -1,0 +1,101 @@
+/// @file
+/// Loads two shared objects that both include the headers, and opens scopes of both in one process: nested, interleaved
+/// and from two threads at once. The test fails, too, if anything is printed that looks like a warning.
+#include "object.hpp"
+
+#include <dlfcn.h>
+
+#include <barrier>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+
+namespace {
+
+struct Object {
+  void* handle;
+  decltype(&::open_scope) open_scope;
+  decltype(&::close_scope) close_scope;
+  decltype(&::step) step;
+  decltype(&::is_fused) is_fused;
+
+  explicit Object(const char* path) : handle(dlopen(path, RTLD_NOW | RTLD_LOCAL)) {
+    if (handle == nullptr) {
+      std::fprintf(stderr, "%s\n", dlerror());
+      std::exit(1);
+    }
+    find(open_scope, "open_scope");
+    find(close_scope, "close_scope");
+    find(step, "step");
+    find(is_fused, "is_fused");
+  }
+
+ private:
+  template <class Pointer>
+  void find(Pointer& pointer, const char* name) {
+    pointer = reinterpret_cast<Pointer>(dlsym(handle, name));
+  }
+};
+
+int failures = 0;
+
+void check(bool holds, const char* what) {
+  if (!holds) {
+    std::fprintf(stderr, "not so: %s\n", what);
+    ++failures;
+  }
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const Object a(arguments[1]);
+  const Object b(arguments[2]);
+  check(a.open_scope != b.open_scope, "the objects are two");
+  const double stock = a.step();
+  const auto right = [&](double result) { return std::abs(result - stock) < 1e-9 * stock; };
+
+  // Both first scopes at the same time: the kernels are registered once all the same.
+  std::barrier start(2);
+  bool threads_right[2] = {false, false};
+  const auto work = [&](const Object& object, bool& all_right) {
+    start.arrive_and_wait();
+    all_right = true;
+    for (int i = 0; i < 20; ++i) {
+      void* scope = object.open_scope();
+      all_right = all_right && object.is_fused() && right(object.step());
+      object.close_scope(scope);
+      all_right = all_right && !object.is_fused();
+    }
+  };
+  std::thread first(work, std::cref(a), std::ref(threads_right[0]));
+  std::thread second(work, std::cref(b), std::ref(threads_right[1]));
+  first.join();
+  second.join();
+  check(threads_right[0] && threads_right[1], "two threads, a scope each: fused, right, and over at its end");
+
+  void* outer = a.open_scope();
+  void* inner = b.open_scope();
+  check(a.is_fused() && b.is_fused(), "nested: fused for both");
+  check(right(a.step()) && right(b.step()), "nested: right for both");
+  b.close_scope(inner);
+  check(a.is_fused() && right(a.step()), "the inner one ended: the outer one goes on");
+  a.close_scope(outer);
+  check(!a.is_fused() && !b.is_fused(), "both ended: LibTorch as it was");
+
+  outer = a.open_scope();
+  inner = b.open_scope();
+  a.close_scope(outer);
+  check(right(a.step()) && right(b.step()), "interleaved: right for both");
+  b.close_scope(inner);
+  check(!a.is_fused() && !b.is_fused(), "interleaved, both ended: LibTorch as it was");
+  check(a.step() == stock && b.step() == stock, "the stock result to the bit");
+
+  dlclose(a.handle);
+  outer = b.open_scope();
+  check(right(b.step()), "right after the other object was closed");
+  b.close_scope(outer);
+  check(!b.is_fused(), "LibTorch as it was at the end");
+  return failures;
+}

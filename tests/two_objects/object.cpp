@@ -1,0 +1,62 @@
+/// @file
+/// Built into two shared objects with hidden symbols, as extension modules are: each has headers of its own.
+#include "object.hpp"
+
+#include <torch/torch.h>
+#include <microreg/microreg.hpp>
+
+#define EXPORT __attribute__((visibility("default")))
+
+namespace {
+
+struct Network {
+  torch::nn::Sequential layers{torch::nn::Conv2d(torch::nn::Conv2dOptions(2, 3, 3)),
+                               torch::nn::BatchNorm2d(3),
+                               torch::nn::GELU(),
+                               torch::nn::Flatten(),
+                               torch::nn::LayerNorm(torch::nn::LayerNormOptions({48})),
+                               torch::nn::Softmax(1)};
+  torch::Tensor x, direction;
+
+  Network() {
+    // Numbers without a generator, which the threads would share.
+    layers->to(torch::kFloat64);
+    const auto numbers = [](at::IntArrayRef shape) {
+      return torch::arange(torch::zeros(shape).numel(), torch::kFloat64).mul(1.7).sin().view(shape);
+    };
+    const torch::NoGradGuard guard;
+    for (torch::Tensor& parameter : layers->parameters()) {
+      parameter.copy_(numbers(parameter.sizes()));
+    }
+    x = numbers({5, 2, 6, 6});
+    direction = numbers({5, 48});
+  }
+
+  [[nodiscard]] torch::Tensor loss() { return (layers->forward(x) * direction).sum(); }
+};
+
+}  // namespace
+
+extern "C" {
+
+EXPORT void* open_scope() { return new microreg::FusedScope; }
+
+EXPORT void close_scope(void* scope) { delete static_cast<microreg::FusedScope*>(scope); }
+
+EXPORT double step() {
+  Network network;
+  microreg::GradientNorm{}(network.loss(), network.layers->parameters()).backward();
+  double sum = 0;
+  for (const torch::Tensor& parameter : network.layers->parameters()) {
+    sum += parameter.grad().abs().sum().item<double>();
+  }
+  return sum;
+}
+
+EXPORT bool is_fused() {
+  const auto w = torch::ones({1, 1, 1, 1}, torch::requires_grad());
+  const auto y = torch::conv2d(torch::ones({1, 1, 2, 2}), w).pow(2).sum();
+  const auto g = torch::autograd::grad({y}, {w}, {}, true, /*create_graph=*/true)[0];
+  return g.grad_fn()->name().find("microreg") != std::string::npos;
+}
+}
