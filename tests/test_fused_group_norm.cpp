@@ -78,10 +78,7 @@ TEST_CASE("group normalisation recorded in a scope has its gradients after the s
   const auto gradient = [&](bool fused, bool create_graph) {
     torch::Tensor y;
     {
-      std::optional<microreg::FusedScope> scope;
-      if (fused) {
-        scope.emplace();
-      }
+      const microreg::FusedScope scope(fused);
       y = group_norm(c.groups)(inputs).sin().sum();
     }
     return torch::autograd::grad({y}, inputs, {}, true, create_graph);

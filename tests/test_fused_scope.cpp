@@ -178,10 +178,7 @@ TEST_CASE("Regularizer fuses by default, and the option and the environment turn
 
 TEST_CASE("the functor inside a scope equals the functor outside", "[fused]") {
   const auto gradient = [](bool fused) {
-    std::optional<microreg::FusedScope> scope;
-    if (fused) {
-      scope.emplace();
-    }
+    const microreg::FusedScope scope(fused);
     Problem problem(1);
     const auto loss = cross_entropy_of(problem);
     (loss + 0.1 * microreg::GradientNorm{}(loss, problem.model->parameters())).backward();

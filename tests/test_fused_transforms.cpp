@@ -81,10 +81,7 @@ struct Outcome {
 template <class Compute>
 double scope_error(const Compute& compute) {
   const auto run = [&](bool fused) -> Outcome {
-    std::optional<microreg::FusedScope> scope;
-    if (fused) {
-      scope.emplace();
-    }
+    const microreg::FusedScope scope(fused);
     try {
       return {compute(), ""};
     } catch (const c10::Error& error) {

@@ -30,7 +30,7 @@ double joint_norm(const std::vector<torch::Tensor>& tensors) {
 TEST_CASE("graft keeps the direction and sets the joint norm", "[grafting]") {
   auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(8);
-  cross_entropy(model->forward(batch.input), batch.target).backward();
+  torch::cross_entropy_loss(model->forward(batch.input), batch.target).backward();
   const auto before = gradients_of(*model);
   const double old_norm = joint_norm(before);
 
@@ -50,7 +50,8 @@ TEST_CASE("the iterative form takes the norm of one micro-batch's gradient", "[g
   auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(12);
   const auto loss_of = [&](std::int64_t begin, std::int64_t length) {
-    return cross_entropy(model->forward(batch.input.narrow(0, begin, length)), batch.target.narrow(0, begin, length));
+    return torch::cross_entropy_loss(model->forward(batch.input.narrow(0, begin, length)),
+                                     batch.target.narrow(0, begin, length));
   };
   const auto micro_batch = torch::autograd::grad({loss_of(0, 4)}, model->parameters());
   const auto whole = torch::autograd::grad({loss_of(0, 12)}, model->parameters());
@@ -71,7 +72,8 @@ TEST_CASE("graft passes over what has no gradient, keeps zero, and takes half ty
   torch::Tensor frozen = torch::ones({3});
   torch::Tensor zero = parameter(torch::kFloat);
   zero.mutable_grad() = torch::zeros({3});
-  microreg::graft({frozen, torch::Tensor(), zero}, 2.0);
+  const std::vector<torch::Tensor> some{frozen, torch::Tensor(), zero};
+  microreg::graft(some, 2.0);
   CHECK_FALSE(frozen.grad().defined());
   CHECK(zero.grad().equal(torch::zeros({3})));
 
@@ -79,7 +81,7 @@ TEST_CASE("graft passes over what has no gradient, keeps zero, and takes half ty
   half.mutable_grad() = torch::full({3}, 4, torch::kBFloat16);
   torch::Tensor full = parameter(torch::kFloat);
   full.mutable_grad() = torch::full({3}, 4.0);
-  microreg::graft({half, full}, std::sqrt(6.0));
+  microreg::graft(std::vector<torch::Tensor>{half, full}, std::sqrt(6.0));
   CHECK(half.grad().scalar_type() == torch::kBFloat16);
   CHECK(half.grad().equal(torch::ones({3}, torch::kBFloat16)));
   CHECK(torch::allclose(full.grad(), torch::ones({3})));
@@ -87,12 +89,13 @@ TEST_CASE("graft passes over what has no gradient, keeps zero, and takes half ty
 
 TEST_CASE("graft refuses what it cannot do, and changes nothing then", "[grafting]") {
   torch::Tensor parameter = torch::ones({2}, torch::requires_grad());
-  CHECK(has(message_of<microreg::ModelError>([&] { microreg::graft({parameter}, 1.0); }),
+  const std::vector<torch::Tensor> parameters{parameter};
+  CHECK(has(message_of<microreg::ModelError>([&] { microreg::graft(parameters, 1.0); }),
             {"none of the 1 parameters has a gradient", "backward()"}));
   parameter.mutable_grad() = torch::ones({2});
-  CHECK(has(message_of<microreg::OptionError>([&] { microreg::graft({parameter}, std::nan("")); }), {"nan", "finite"}));
-  CHECK(has(message_of<microreg::OptionError>([&] { microreg::graft({parameter}, -1.0); }), {"-1", "at least 0"}));
-  CHECK(has(message_of<microreg::OptionError>([&] { microreg::graft({parameter}, torch::ones({3})); }), {"3 values"}));
-  CHECK(has(message_of<microreg::OptionError>([&] { microreg::graft({parameter}, torch::Tensor()); }), {"0 values"}));
+  CHECK(has(message_of<microreg::OptionError>([&] { microreg::graft(parameters, std::nan("")); }), {"nan", "finite"}));
+  CHECK(has(message_of<microreg::OptionError>([&] { microreg::graft(parameters, -1.0); }), {"-1", "at least 0"}));
+  CHECK(has(message_of<microreg::OptionError>([&] { microreg::graft(parameters, torch::ones({3})); }), {"3 values"}));
+  CHECK(has(message_of<microreg::OptionError>([&] { microreg::graft(parameters, torch::Tensor()); }), {"0 values"}));
   CHECK(parameter.grad().equal(torch::ones({2})));
 }

@@ -12,7 +12,6 @@
 #include <microreg/report.hpp>
 
 #include <cstdint>
-#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -71,10 +70,7 @@ class Regularizer {
     try {
       std::vector<at::Tensor> sums(loop.parameters().tensors.size());
       auto difference = detail::finite_difference(options_.estimator, terms_, strengths, loop.parameters());
-      std::optional<FusedScope> fused;
-      if (options_.fused && !difference.has_value()) {
-        fused.emplace();
-      }
+      const FusedScope fused(options_.fused && !difference.has_value());
       Report report =
           loop.run(loss_, terms_, strengths, detail::choose_penalised(options_, step_, loop.count()),
                    [&](const auto& micro_batch, const auto& weights, std::vector<at::Tensor>& squared_norms) {

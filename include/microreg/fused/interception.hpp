@@ -44,7 +44,8 @@ inline void register_fallthrough() {
 /// leave the key behind where two scopes overlap without one holding the other; this one takes away what it brought.
 class Interception {
  public:
-  Interception() : outermost_(!c10::impl::tls_is_dispatch_key_included(interception_key)) {
+  explicit Interception(bool wanted = true)
+      : outermost_(wanted && !c10::impl::tls_is_dispatch_key_included(interception_key)) {
     if (outermost_) {
       c10::impl::tls_set_dispatch_key_included(interception_key, true);
     }

@@ -15,7 +15,6 @@
 
 #include <cstdlib>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <string_view>
 
@@ -63,12 +62,8 @@ class FusedRegistration {
 /// fast and exact.
 class FusedScope {
  public:
-  FusedScope() {
-    static const detail::FusedRegistration registration;
-    if (enabled()) {
-      interception_.emplace();
-    }
-  }
+  /// A scope that is not `wanted` does nothing, as all do where MICROREG_FUSED turns them off.
+  explicit FusedScope(bool wanted = true) : interception_(wanted && enabled() && registered()) {}
   FusedScope(const FusedScope&) = delete;
   FusedScope& operator=(const FusedScope&) = delete;
   ~FusedScope() = default;
@@ -79,7 +74,12 @@ class FusedScope {
   }
 
  private:
-  std::optional<detail::Interception> interception_;
+  static bool registered() {
+    static const detail::FusedRegistration registration;
+    return true;
+  }
+
+  detail::Interception interception_;
 };
 
 }  // namespace microreg
