@@ -26,8 +26,8 @@ const std::vector<Case> cases = {
     {"depthwise", 2, 3, 4, 4, 7, 3, 1, 1, 1, 4},
     {"depthwise, two outputs a channel", 2, 3, 4, 8, 7, 3, 2, 1, 1, 4},
     {"pointwise", 2, 3, 4, 6, 5, 1, 1, 0, 1, 1},
-    // Input channels in eights: with others, in channels-last, LibTorch 2.13's convolution_backward (oneDNN) writes beyond
-    // its memory on CPUs that have AVX2 and no AVX-512.
+    // Input channels in eights: with others, in channels-last, LibTorch 2.13's convolution_backward (oneDNN) writes
+    // beyond its memory on CPUs that have AVX2 and no AVX-512.
     {"pointwise, strided", 2, 3, 8, 16, 6, 1, 2, 0, 1, 1},
     {"1x1 map", 2, 3, 4, 6, 1, 3, 1, 1, 1, 1},
     {"batch of 1", 2, 1, 4, 6, 6, 3, 1, 1, 1, 1},

@@ -85,9 +85,9 @@ TEST_CASE("measure reports what is not finite instead of throwing", "[measure]")
 }
 
 TEST_CASE("the meta device, which has no generator and no values, is a device like another", "[measure]") {
-  torch::nn::Linear model(torch::nn::LinearOptions(3, 2));
-  model->to(torch::kMeta);
   const auto meta = torch::TensorOptions().device(torch::kMeta);
+  const auto weight = torch::empty({2, 3}, meta.requires_grad(true));
+  const microreg::FunctionModel model{[&](const torch::Tensor& x) { return torch::matmul(x, weight.t()); }, {weight}};
   const auto report = microreg::measure(model, cross_entropy, microreg::GradientNorm{}, torch::empty({8, 3}, meta),
                                         torch::empty({8}, meta.dtype(torch::kInt64)), {.micro_batch_size = 4});
   CHECK(report.penalties.front().value.is_meta());
