@@ -61,6 +61,14 @@ std::vector<torch::Tensor> tensors_of(const torch::nn::Module& module) {
   return tensors;
 }
 
+std::vector<torch::Tensor> copies_of(const torch::nn::Module& module) {
+  std::vector<torch::Tensor> copies = detached(tensors_of(module));
+  for (torch::Tensor& tensor : copies) {
+    tensor = tensor.clone();
+  }
+  return copies;
+}
+
 void copy_tensors(const std::vector<torch::Tensor>& to, const std::vector<torch::Tensor>& from) {
   const torch::NoGradGuard no_grad;
   TORCH_CHECK(to.size() == from.size(), "the checkpoint has ", from.size(), " tensors, the network ", to.size());

@@ -42,6 +42,9 @@ struct RunState {
 /// Parameters, then buffers.
 [[nodiscard]] std::vector<torch::Tensor> tensors_of(const torch::nn::Module& module);
 
+/// The same, as tensors of their own.
+[[nodiscard]] std::vector<torch::Tensor> copies_of(const torch::nn::Module& module);
+
 /// Copies the values of `from` into `to`, one by one.
 void copy_tensors(const std::vector<torch::Tensor>& to, const std::vector<torch::Tensor>& from);
 

@@ -113,7 +113,9 @@ class Run {
       finish();
       throw microreg::NonFiniteError(state_.summary.message, error.micro_batch());
     }
-    save();
+    if (state_.step != saved_step_) {
+      save();
+    }
     if (state_.step < options_.steps) {
       state_.summary.status = "interrupted";
       state_.summary.message =
@@ -192,10 +194,7 @@ class Run {
     if (state_.best.empty() || metrics.accuracy > summary.best_accuracy) {
       summary.best_accuracy = metrics.accuracy;
       summary.best_step = state_.step;
-      state_.best = tensors_of(*state_.model);
-      for (torch::Tensor& tensor : state_.best) {
-        tensor = tensor.detach().clone();
-      }
+      state_.best = copies_of(*state_.model);
     }
     summary.final_accuracy = metrics.accuracy;
     records_.append(metrics);

@@ -10,17 +10,6 @@
 #include "run_state.hpp"
 #include "small_run.hpp"
 
-namespace {
-
-std::vector<torch::Tensor> copies(std::vector<torch::Tensor> tensors) {
-  for (torch::Tensor& tensor : tensors) {
-    tensor = tensor.detach().clone();
-  }
-  return tensors;
-}
-
-}  // namespace
-
 TEST_CASE("every method trains and leaves complete records") {
   const auto named = GENERATE(from_range(std::begin(cifar::method_names), std::end(cifar::method_names)));
   INFO(named.name);
@@ -147,7 +136,7 @@ TEST_CASE("measuring leaves weights, statistics and mode alone, and averages squ
   const auto model = cifar::make_resnet18({.classes = 10, .image_size = 16, .width = 4});
   const cifar::Images images{torch::randint(256, {12, 3, 16, 16}).to(torch::kUInt8), torch::randint(10, {12})};
   const cifar::Normalization normalization{{0.5, 0.5, 0.5}, {0.25, 0.25, 0.25}};
-  const auto before = copies(cifar::tensors_of(*model));
+  const auto before = cifar::copies_of(*model);
   const double norm = cifar::measured_penalties(model, images, normalization, 6).at(0);
   const double share = cifar::accuracy(*model, images, normalization);
   CHECK(model->is_training());
