@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <fstream>
 #include <stdexcept>
+#include <utility>
 
 namespace overhead {
 
@@ -33,6 +34,21 @@ void write(const std::string& file, const Json& json) {
   if (!stream.flush()) {
     throw std::runtime_error("cannot write " + file);
   }
+}
+
+/// An array of one object a row: what was run, and what `measured(row)` says of it.
+template <class AnyRow, class Measured>
+void write_objects(const std::string& file, const std::vector<AnyRow>& rows, int threads, const Measured& measured) {
+  Json array = Json::array();
+  for (const AnyRow& row : rows) {
+    const Case& c = row.which;
+    Json object{{"model", c.model},     {"layout", c.layout},       {"micro_batch", c.micro_batch},
+                {"penalty", c.penalty}, {"estimator", c.estimator}, {"fused", c.fused},
+                {"threads", threads},   {"device", c.device}};
+    object.update(measured(row));
+    array.push_back(std::move(object));
+  }
+  write(file, array);
 }
 
 }  // namespace
@@ -61,47 +77,25 @@ void print_sweep_row(const SweepRow& row) {
 }
 
 void write_json(const std::string& file, const std::vector<Row>& rows, int threads) {
-  Json array = Json::array();
-  for (const Row& row : rows) {
-    const Case& c = row.which;
-    array.push_back({{"model", c.model},
-                     {"batch_norm", network(c.model).batch_norm},
-                     {"layout", c.layout},
-                     {"micro_batch", c.micro_batch},
-                     {"penalty", c.penalty},
-                     {"estimator", c.estimator},
-                     {"fused", c.fused},
-                     {"threads", threads},
-                     {"device", c.device},
-                     {"plain_ms", row.plain_ms},
-                     {"ratio", row.ratio},
-                     {"peak_memory_ratio", number_or_null(row.peak_memory_ratio)},
-                     {"relative_error", row.relative_error}});
-  }
-  write(file, array);
+  write_objects(file, rows, threads, [](const Row& row) {
+    return Json{{"batch_norm", network(row.which.model).batch_norm},
+                {"plain_ms", row.plain_ms},
+                {"ratio", row.ratio},
+                {"peak_memory_ratio", number_or_null(row.peak_memory_ratio)},
+                {"relative_error", row.relative_error}};
+  });
 }
 
 void write_json(const std::string& file, const std::vector<SweepRow>& rows, int threads) {
-  Json array = Json::array();
-  for (const SweepRow& row : rows) {
-    const Case& c = row.which;
-    array.push_back({{"sweep", row.sweep},
-                     {"model", c.model},
-                     {"layout", c.layout},
-                     {"batch", c.batch_size()},
-                     {"micro_batch", c.micro_batch},
-                     {"micro_batch_share", c.micro_batch_share},
-                     {"penalty", c.penalty},
-                     {"estimator", c.estimator},
-                     {"fused", c.fused},
-                     {"threads", threads},
-                     {"device", c.device},
-                     {"plain_ms", row.plain_ms},
-                     {"ratio", row.ratio},
-                     {"relative_time", row.relative_time},
-                     {"peak_memory_mb", number_or_null(row.peak_memory_mb)}});
-  }
-  write(file, array);
+  write_objects(file, rows, threads, [](const SweepRow& row) {
+    return Json{{"sweep", row.sweep},
+                {"batch", row.which.batch_size()},
+                {"micro_batch_share", row.which.micro_batch_share},
+                {"plain_ms", row.plain_ms},
+                {"ratio", row.ratio},
+                {"relative_time", row.relative_time},
+                {"peak_memory_mb", number_or_null(row.peak_memory_mb)}};
+  });
 }
 
 }  // namespace overhead
