@@ -17,14 +17,15 @@ PARTS = {
     "convolution": ["convolution_backward"],
     "normalisation": ["native_batch_norm_backward", "cudnn_batch_norm_backward", "native_layer_norm_backward",
                       "group_norm"],
-    "max pooling": ["max_pool2d_with_indices_backward"],
+    "activations": ["threshold_backward", "hardtanh_backward", "leaky_relu_backward"],
+    "max pooling": ["max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward"],
     "GELU": ["gelu_backward"],
     "softmax": ["_softmax_backward_data"],
 }
 NETWORKS = {  # the layouts, and the parts that there are in the network
-    "resnet18_w16": (["nchw", "channels_last"], ["convolution", "normalisation"]),
-    "vgg11": (["nchw", "channels_last"], ["convolution", "max pooling"]),
-    "cnn": (["nchw", "channels_last"], ["convolution", "max pooling"]),
+    "resnet18_w16": (["nchw", "channels_last"], ["convolution", "normalisation", "activations"]),
+    "vgg11": (["nchw", "channels_last"], ["convolution", "activations", "max pooling"]),
+    "cnn": (["nchw", "channels_last"], ["convolution", "activations", "max pooling"]),
     "vit": (["nchw"], ["normalisation", "GELU", "softmax"]),
 }
 

@@ -76,8 +76,7 @@ std::optional<std::int64_t> MemoryMeter::peak_bytes(const Case& which, const std
                               .batch = which.batch,
                               .device = which.device});
   }
-  // The C library's own settings: memory that is freed must leave the process to be seen.
-  for (const std::string& argument : {std::string("--memory-of"), step, std::string("--malloc"), std::string("default"),
+  for (const std::string& argument : {std::string("--memory-of"), step, std::string("--malloc"), std::string("mapped"),
                                       std::string("--threads"), fmt::format("{}", threads_)}) {
     arguments.push_back(argument);
   }

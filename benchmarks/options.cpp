@@ -97,9 +97,11 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
       ->check(CLI::NonNegativeNumber)
       ->type_name("N");
   how->add_option("--device", options.device, "cpu, cuda or cuda:N")->type_name("NAME");
-  how->add_option("--malloc", options.malloc, "tuned: keep freed memory in the process; default: as the C library does")
-      ->check(CLI::IsMember({"tuned", "default"}))
-      ->type_name("tuned|default");
+  how->add_option("--malloc", options.malloc,
+                  "tuned: keep freed memory in the process; default: as the C library does; mapped: every large tensor "
+                  "on its own")
+      ->check(CLI::IsMember({"tuned", "default", "mapped"}))
+      ->type_name("tuned|default|mapped");
   how->add_option("--rounds", options.rounds, "Exactly so many rounds instead of a time")
       ->check(CLI::PositiveNumber)
       ->type_name("N");

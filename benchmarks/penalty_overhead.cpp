@@ -53,6 +53,9 @@ std::vector<SweepRow> run_sweeps(const Options& options, MemoryMeter* memory) {
 
 int run(const Options& options) {
   const bool memory_kept = options.malloc == "tuned" && keep_freed_memory();
+  if (options.malloc == "mapped") {
+    map_large_tensors();
+  }
   if (options.threads > 0) {
     torch::set_num_threads(options.threads);
   }

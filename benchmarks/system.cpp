@@ -17,6 +17,14 @@ bool keep_freed_memory() {
 #endif
 }
 
+bool map_large_tensors() {
+#if defined(__GLIBC__)
+  return mallopt(M_MMAP_THRESHOLD, 128 * 1024) == 1;
+#else
+  return false;
+#endif
+}
+
 std::optional<double> load_average() {
   double average = 0;
   if (getloadavg(&average, 1) != 1) {

@@ -1,6 +1,8 @@
 // Double backward of batch normalisation inside a FusedScope against LibTorch's own.
 #include "fused_helpers.hpp"
 
+#include <microreg/fused/batch_norm.hpp>
+
 #include <array>
 
 using namespace helpers;

@@ -1,6 +1,8 @@
 // Double backward of max pooling inside a FusedScope against LibTorch's own.
 #include "fused_helpers.hpp"
 
+#include <utility>
+
 using namespace helpers;
 
 namespace {
@@ -40,14 +42,33 @@ TEST_CASE("fused max pooling equals stock over geometries, layouts and types", "
   }
 }
 
-TEST_CASE("inside a scope max pooling is ours in the channels-last layout", "[fused]") {
+TEST_CASE("fused max pooling equals stock in 1d, in 3d and without a batch", "[fused]") {
+  const std::vector<std::pair<std::vector<std::int64_t>, Function>> others = {
+      {{2, 3, 11}, [](const std::vector<torch::Tensor>& in) { return torch::max_pool1d(in[0].pow(2), 3, 2, 1); }},
+      {{5, 8, 6}, [](const std::vector<torch::Tensor>& in) { return torch::max_pool2d(in[0].pow(2), 2); }},
+      {{2, 3, 5, 6, 7}, [](const std::vector<torch::Tensor>& in) { return torch::max_pool3d(in[0].pow(2), 2, 1); }},
+      {{3, 5, 6, 7}, [](const std::vector<torch::Tensor>& in) { return torch::max_pool3d(in[0].pow(2), 3, 2, 1); }},
+  };
+  for (const auto& [shape, function] : others) {
+    for (const torch::Dtype type : {torch::kFloat64, torch::kFloat32}) {
+      INFO("shape " << shape << ", " << type);
+      torch::manual_seed(5);
+      const std::vector<torch::Tensor> input{torch::randn(shape, type).requires_grad_()};
+      CHECK(fused_error(function, input) < tolerance(type));
+      CHECK(graph_has(second_derivatives(function, input, true).first, "microreg::detail::MaxPoolBackward"));
+    }
+  }
+}
+
+TEST_CASE("inside a scope max pooling is ours, outside LibTorch's", "[fused]") {
   const auto is_ours = [](torch::MemoryFormat format, bool fused) {
     const auto derivatives = second_derivatives(pooling(cases[0]), input_of(cases[0], torch::kFloat32, format), fused);
     return graph_has(derivatives.first, "microreg::detail::MaxPoolBackward");
   };
-  CHECK(is_ours(torch::MemoryFormat::ChannelsLast, true));
-  CHECK_FALSE(is_ours(torch::MemoryFormat::ChannelsLast, false));
-  CHECK_FALSE(is_ours(torch::MemoryFormat::Contiguous, true));
+  for (const auto format : {torch::MemoryFormat::Contiguous, torch::MemoryFormat::ChannelsLast}) {
+    CHECK(is_ours(format, true));
+    CHECK_FALSE(is_ours(format, false));
+  }
 }
 
 TEST_CASE("third derivatives through fused max pooling are exact", "[fused]") {

@@ -1,6 +1,9 @@
 // Double backward of layer normalisation, GELU and softmax inside a FusedScope against LibTorch's own.
 #include "fused_helpers.hpp"
 
+#include <microreg/fused/gelu.hpp>
+#include <microreg/fused/layer_norm.hpp>
+
 #include <array>
 
 using namespace helpers;

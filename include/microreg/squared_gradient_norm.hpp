@@ -58,10 +58,10 @@ struct SumOfSquares : torch::autograd::Function<SumOfSquares> {
     const auto tensors = context->get_saved_variables();
     if (at::GradMode::is_enabled() && has_normalisation_double_backward(tensors)) {
       throw ModelError(
-          "a penalty of a network with batch or layer normalisation was differentiated with create_graph=true; that is "
-          "a "
-          "third derivative, which LibTorch computes wrongly; call backward() without create_graph, or compute the "
-          "penalty inside a microreg::FusedScope");
+          "a penalty of a network with batch or layer normalisation was differentiated with create_graph=true; "
+          "LibTorch "
+          "computes that third derivative wrongly; call backward() without create_graph, or compute the penalty inside "
+          "a microreg::FusedScope");
     }
     torch::autograd::variable_list result;
     result.reserve(tensors.size());

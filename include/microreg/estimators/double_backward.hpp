@@ -2,7 +2,9 @@
 /// Exact differentiation of penalties by double backward.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <microreg/detail/gradients.hpp>
 #include <microreg/detail/penalised.hpp>
 #include <microreg/estimators/probes.hpp>
@@ -49,6 +51,23 @@ std::vector<at::Tensor> probe_gradient(const P& penalty, const Pass& pass, const
   return defined(counted);
 }
 
+/// A scalar whose backward pass starts at `roots` with `seeds`, its value without meaning. Handed to the engine
+/// themselves, seeds live until its pass ends; those that a node has saved are let go with the node, so that each
+/// gradient of a parameter is freed about when the next one of its size is made.
+struct SeededRoots : torch::autograd::Function<SeededRoots> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, at::TensorList roots,
+                            const std::vector<at::Tensor>& seeds) {
+    context->save_for_backward(seeds);
+    return at::zeros({}, roots.front().options());
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& /*one*/) {
+    torch::autograd::variable_list result = context->get_saved_variables();
+    result.emplace_back();  // for the argument `seeds`
+    return result;
+  }
+};
+
 inline bool at_least_float32(const std::vector<at::Tensor>& tensors) {
   return std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) {
     return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
@@ -59,8 +78,8 @@ inline bool at_least_float32(const std::vector<at::Tensor>& tensors) {
 /// penalty.
 ///
 /// The scalar R_M never exists as a graph: the backward pass of the probe's gradients g is seeded with the derivative
-/// of R_M by g, which is 2 g, or g / ||g|| for an unsquared norm. The loss joins that pass as one more root, or, where
-/// the loss is itself a probe, its gradient is at hand already. Cost: one backward pass with a graph per probe, and one
+/// of R_M by g, which is 2 g, or g / ||g|| for an unsquared norm. The loss joins that pass as one more root, also where
+/// it is itself a probe: its gradient need not be kept then. Cost: one backward pass with a graph per probe, and one
 /// pass through everything. A penalty with strength 0 is measured but not differentiated.
 ///
 /// A squared norm needs no copy of g for the seeds: with the factor f = strength * weight, the probe is differentiated
@@ -100,17 +119,20 @@ void double_backward(const Pass& pass, const std::tuple<Weighted<P>...>& terms, 
     (differentiate(std::get<I>(terms).penalty, strengths[I], squared_norms[I]), ...);
   }(std::index_sequence_for<P...>{});
 
-  if (loss_gradient.scaled.empty()) {
-    roots.push_back(pass.loss);
-    seeds.push_back(at::full_like(pass.loss, weights.loss).detach());
-  }
-  if (!roots.empty()) {
-    accumulate(sums, gradients(roots, parameters.tensors, seeds, /*retain_graph=*/false, /*create_graph=*/false,
-                               "the exact penalty"));
-  }
-  if (!loss_gradient.scaled.empty()) {
+  if (roots.empty() && !loss_gradient.scaled.empty()) {
     accumulate(sums, detached(std::move(loss_gradient.scaled)), weights.loss / loss_gradient.scale);
+    return;
   }
+  loss_gradient = {};
+  std::vector<at::Tensor> starts{pass.loss};
+  std::vector<at::Tensor> start_seeds{at::full_like(pass.loss, weights.loss).detach()};
+  if (!roots.empty()) {
+    starts.push_back(SeededRoots::apply(at::TensorList(roots), std::exchange(seeds, {})));
+    start_seeds.push_back(at::ones_like(starts.back()).detach());
+    roots.clear();
+  }
+  accumulate(sums, gradients(starts, parameters.tensors, start_seeds, /*retain_graph=*/false, /*create_graph=*/false,
+                             "the exact penalty"));
 }
 
 }  // namespace microreg::detail

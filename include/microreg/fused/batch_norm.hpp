@@ -5,8 +5,8 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <microreg/detail/interception.hpp>
 #include <microreg/fused/batch_norm_kernels.hpp>
-#include <microreg/fused/interception.hpp>
 #include <microreg/fused/output_mask.hpp>
 #include <microreg/fused/statistics.hpp>
 

@@ -4,7 +4,7 @@
 
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <microreg/fused/interception.hpp>
+#include <microreg/detail/interception.hpp>
 #include <microreg/fused/output_mask.hpp>
 
 #include <array>

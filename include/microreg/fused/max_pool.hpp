@@ -1,12 +1,13 @@
 /// @file
-/// Double backward of 2d max pooling in the channels-last layout, where LibTorch's gather leaps through memory. In the
-/// contiguous layout that gather costs nothing worth the trouble, and stays.
+/// Double backward of 2d and 3d max pooling, without the zeros that LibTorch makes for the input's derivative, and in
+/// the channels-last layout of 2d without its gather's leaps through memory.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <microreg/fused/interception.hpp>
+#include <microreg/detail/interception.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -35,48 +36,62 @@ void gather_channels_last(const at::Tensor& v, const at::Tensor& indices, at::Te
   });
 }
 
-/// Max pooling's backward puts dy where the maxima were; its own backward takes what comes in from there. It does not
-/// depend on x.
-struct MaxPoolBackward : torch::autograd::Function<MaxPoolBackward> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& dy, const at::Tensor& x,
-                            const at::Tensor& indices, const std::vector<std::int64_t>& kernel_size,
-                            const std::vector<std::int64_t>& stride, const std::vector<std::int64_t>& padding,
-                            const std::vector<std::int64_t>& dilation, bool ceil_mode) {
-    context->save_for_backward({indices});
-    context->set_materialize_grads(false);
-    return at::max_pool2d_with_indices_backward(dy, x, kernel_size, stride, padding, dilation, ceil_mode, indices);
+/// v at the maxima, differentiable.
+template <std::int64_t dims>
+at::Tensor take_maxima(const at::Tensor& v, const at::Tensor& indices) {
+  if (dims == 2 && !at::GradMode::is_enabled() && v.is_cpu() && indices.dim() == 4 &&
+      indices.is_contiguous(at::MemoryFormat::ChannelsLast) && !indices.is_contiguous()) {  // one pixel is both
+    const at::Tensor from = v.contiguous(at::MemoryFormat::ChannelsLast);
+    at::Tensor out = at::empty_like(indices, v.options());
+    v.scalar_type() == at::kDouble ? gather_channels_last<double>(from, indices, out)
+                                   : gather_channels_last<float>(from, indices, out);
+    return out;
   }
+  return v.flatten(-dims).gather(-1, indices.flatten(-dims)).view_as(indices);
+}
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list upstream) {
-    const at::Tensor& v = upstream[0];
-    at::Tensor d_dy;
-    if (v.defined() && context->needs_input_grad(0)) {
-      const at::Tensor indices = context->get_saved_variables()[0];
-      if (at::GradMode::is_enabled()) {
-        d_dy = v.flatten(2).gather(2, indices.flatten(2)).view_as(indices);
-      } else {
-        const at::Tensor from = v.contiguous(at::MemoryFormat::ChannelsLast);
-        d_dy = at::empty_like(indices, v.options());
-        v.scalar_type() == at::kDouble ? gather_channels_last<double>(from, indices, d_dy)
-                                       : gather_channels_last<float>(from, indices, d_dy);
-      }
+/// What 2d and 3d max pooling's backward have in common.
+struct MaxPoolGeometry {
+  std::vector<std::int64_t> kernel_size, stride, padding, dilation;
+  bool ceil_mode;
+
+  template <std::int64_t dims>
+  [[nodiscard]] at::Tensor backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& indices) const {
+    if constexpr (dims == 2) {
+      return at::max_pool2d_with_indices_backward(dy, x, kernel_size, stride, padding, dilation, ceil_mode, indices);
+    } else {
+      return at::max_pool3d_with_indices_backward(dy, x, kernel_size, stride, padding, dilation, ceil_mode, indices);
     }
-    return {d_dy, {}, {}, {}, {}, {}, {}, {}};
   }
 };
 
-inline at::Tensor max_pool2d_backward_kernel(const at::Tensor& dy, const at::Tensor& x, at::IntArrayRef kernel_size,
-                                             at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                                             bool ceil_mode, const at::Tensor& indices) {
-  const StockKernels stock;
-  const bool channels_last = indices.dim() == 4 && indices.is_contiguous(at::MemoryFormat::ChannelsLast) &&
-                             !indices.is_contiguous();  // a map of one pixel is both
-  if (!channels_last || !x.is_cpu() || !should_fuse({dy, x})) {
-    return at::max_pool2d_with_indices_backward(dy, x, kernel_size, stride, padding, dilation, ceil_mode, indices);
+/// Max pooling's backward puts dy where the maxima were; its own backward takes what comes in from there. It does not
+/// depend on x.
+template <std::int64_t dims>
+struct MaxPoolBackward : torch::autograd::Function<MaxPoolBackward<dims>> {
+  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& dy, const at::Tensor& x,
+                            const at::Tensor& indices, const MaxPoolGeometry& geometry) {
+    context->save_for_backward({indices});
+    context->set_materialize_grads(false);
+    return geometry.backward<dims>(dy, x, indices);
   }
-  return MaxPoolBackward::apply(dy, x, indices, kernel_size.vec(), stride.vec(), padding.vec(), dilation.vec(),
-                                ceil_mode);
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 const torch::autograd::variable_list& upstream) {
+    const at::Tensor& v = upstream[0];
+    const bool wanted = v.defined() && context->needs_input_grad(0);
+    return {wanted ? take_maxima<dims>(v, context->get_saved_variables()[0]) : at::Tensor(), {}, {}, {}};
+  }
+};
+
+template <std::int64_t dims>
+at::Tensor max_pool_backward_kernel(const at::Tensor& dy, const at::Tensor& x, at::IntArrayRef kernel_size,
+                                    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                    bool ceil_mode, const at::Tensor& indices) {
+  const StockKernels stock;
+  const MaxPoolGeometry geometry{kernel_size.vec(), stride.vec(), padding.vec(), dilation.vec(), ceil_mode};
+  return should_fuse({dy, x}) ? MaxPoolBackward<dims>::apply(dy, x, indices, geometry)
+                              : geometry.backward<dims>(dy, x, indices);
 }
 
 }  // namespace microreg::detail

@@ -5,8 +5,8 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <microreg/detail/interception.hpp>
 #include <microreg/detail/vector_kernels.hpp>
-#include <microreg/fused/interception.hpp>
 
 #include <algorithm>
 #include <cstdint>

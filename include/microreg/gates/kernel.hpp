@@ -6,7 +6,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/node.h>
-#include <microreg/fused/interception.hpp>
+#include <microreg/detail/interception.hpp>
 #include <microreg/gates/tape.hpp>
 
 #include <initializer_list>

@@ -4,7 +4,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
-#include <microreg/fused/interception.hpp>
+#include <microreg/detail/interception.hpp>
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/clamp.hpp>
 #include <microreg/gates/extrema.hpp>
@@ -97,5 +97,7 @@ class GateRegistration {
 
   std::unique_ptr<torch::Library> kernels_;
 };
+
+MICROREG_KERNEL_LINKAGE void register_gate_kernels() { static const GateRegistration registration; }
 
 }  // namespace microreg::detail

@@ -23,16 +23,20 @@
 /// networks on CUDA, floor and its like, and forward passes that run within a backward pass (checkpointing).
 #pragma once
 
-#include <microreg/fused/interception.hpp>
+#include <microreg/detail/interception.hpp>
 #include <microreg/gates/kernel.hpp>
-#include <microreg/gates/registration.hpp>
 #include <microreg/gates/tape.hpp>
+#if !defined(MICROREG_KERNELS_ELSEWHERE)
+#include <microreg/gates/registration.hpp>
+#endif
 
 #include <utility>
 
 namespace microreg {
 
 namespace detail {
+
+MICROREG_KERNEL_LINKAGE void register_gate_kernels();
 
 /// Makes a session this thread's while it lives, and the one before it afterwards.
 class GateScope {
@@ -49,7 +53,7 @@ class GateScope {
 
  private:
   static bool register_once() {
-    static const GateRegistration registration;
+    register_gate_kernels();
     return true;
   }
 

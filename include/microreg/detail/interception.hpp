@@ -17,6 +17,14 @@
 #include <memory>
 #include <mutex>
 
+/// A file that takes a step compiles the kernels, which is most of its time. Where MICROREG_KERNELS_ELSEWHERE is
+/// defined it does not, and one file of the program includes <microreg/kernels.hpp>.
+#if defined(MICROREG_KERNELS_ELSEWHERE)
+#define MICROREG_KERNEL_LINKAGE
+#else
+#define MICROREG_KERNEL_LINKAGE inline
+#endif
+
 namespace microreg::detail {
 
 inline constexpr c10::DispatchKey interception_key = c10::DispatchKey::TESTING_ONLY_GenericMode;
