@@ -3,10 +3,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <microreg/detail/interception.hpp>
 #include <microreg/fused/output_mask.hpp>
+#include <microreg/fused/weight_gradient.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -29,13 +32,55 @@ struct ConvolutionGeometry {
                                    const std::optional<at::Tensor>& bias) const {
     return at::convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   }
-  [[nodiscard]] std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output,
-                                                                        const at::Tensor& input,
-                                                                        const at::Tensor& weight,
-                                                                        at::OptionalIntArrayRef bias_sizes,
-                                                                        OutputMask mask) const {
+  [[nodiscard]] bool by_product(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                                OutputMask mask) const {
+    return mask[1] && !transposed && groups == 1 && prefers_product(grad_output, input, weight);
+  }
+
+  [[nodiscard]] ThreeTensors backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
+                                      at::OptionalIntArrayRef bias_sizes, OutputMask mask) const {
+    if (by_product(grad_output, input, weight, mask)) {
+      const auto pair = [](const std::vector<std::int64_t>& of) { return std::array{of.front(), of.back()}; };
+      const at::Tensor d_bias = mask[2] ? grad_output.sum(at::IntArrayRef{0, 2, 3}) : at::Tensor();
+      const at::Tensor d_input =
+          mask[0] ? std::get<0>(backward(grad_output, input, weight, bias_sizes, {true, false, false})) : at::Tensor();
+      return {d_input,
+              weight_gradient_by_product(grad_output, input, weight, {pair(stride), pair(padding), pair(dilation)}),
+              d_bias};
+    }
+    if (skips_pixels(input, weight)) {
+      return backward_of_pixels_used(grad_output, input, weight, bias_sizes, mask);
+    }
     return at::convolution_backward(grad_output, input, weight, bias_sizes, stride, padding, dilation, transposed,
                                     output_padding, groups, mask);
+  }
+
+  /// Whether the convolution is pointwise and strided, in two dimensions: most pixels of its input do not count then.
+  [[nodiscard]] bool skips_pixels(const at::Tensor& input, const at::Tensor& weight) const {
+    const auto all = [](const std::vector<std::int64_t>& values, std::int64_t value) {
+      return std::all_of(values.begin(), values.end(), [value](std::int64_t each) { return each == value; });
+    };
+    return input.is_cpu() && !at::GradMode::is_enabled() && !transposed && input.dim() == 4 && weight.size(2) == 1 &&
+           weight.size(3) == 1 && all(padding, 0) && !all(stride, 1);
+  }
+
+  /// The same as backward(), from those pixels alone. LibTorch makes copies of the whole input's gradient.
+  [[nodiscard]] ThreeTensors backward_of_pixels_used(const at::Tensor& grad_output, const at::Tensor& input,
+                                                     const at::Tensor& weight, at::OptionalIntArrayRef bias_sizes,
+                                                     OutputMask mask) const {
+    const auto used = [&](const at::Tensor& t) {
+      return t.slice(2, 0, {}, stride.front()).slice(3, 0, {}, stride.back());
+    };
+    ConvolutionGeometry dense = *this;
+    dense.stride = {1, 1};
+    auto [d_used, d_weight, d_bias] =
+        dense.backward(grad_output, used(input).contiguous(input.suggest_memory_format()), weight, bias_sizes, mask);
+    at::Tensor d_input;
+    if (mask[0]) {
+      d_input = at::zeros_like(input, input.suggest_memory_format());
+      used(d_input).copy_(d_used);
+    }
+    return {d_input, d_weight, d_bias};
   }
 
   using SavedData = ska::flat_hash_map<std::string, c10::IValue>;
@@ -58,10 +103,9 @@ struct ConvolutionGeometry {
 ///
 ///     d/d grad_output = conv(v, weight) + conv(input, a) + b
 ///     d/d input       = input gradient of the convolution with weight a, at grad_output
-///     d/d weight      = weight gradient of the convolution with input v, at grad_output,
+///     d/d weight      = weight gradient of the convolution with input v, at grad_output.
 ///
-/// the last two in one call of convolution_backward. LibTorch's own formula computes d/d weight as a convolution with a
-/// kernel as large as the picture.
+/// LibTorch's own formula computes d/d weight as a convolution with a kernel as large as the picture.
 struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context,
                                                 const at::Tensor& grad_output, const at::Tensor& input,
@@ -101,14 +145,15 @@ struct ConvolutionBackward : torch::autograd::Function<ConvolutionBackward> {
         d_grad_output = b.reshape(shape).expand_as(grad_output);
       }
     }
-    const bool needs_input = context->needs_input_grad(1) && a.defined();
-    const bool needs_weight = context->needs_input_grad(2) && v.defined();
-    at::Tensor d_input;
+    // One after the other: in one call, the first result would wait while the other's copies in other layouts are made.
     at::Tensor d_weight;
-    if (needs_input || needs_weight) {
-      std::tie(d_input, d_weight, std::ignore) =
-          geometry.backward(grad_output, needs_weight ? v : input, needs_input ? a : weight, at::OptionalIntArrayRef(),
-                            {needs_input, needs_weight, false});
+    if (context->needs_input_grad(2) && v.defined()) {
+      d_weight =
+          std::get<1>(geometry.backward(grad_output, v, weight, at::OptionalIntArrayRef(), {false, true, false}));
+    }
+    at::Tensor d_input;
+    if (context->needs_input_grad(1) && a.defined()) {
+      d_input = std::get<0>(geometry.backward(grad_output, input, a, at::OptionalIntArrayRef(), {true, false, false}));
     }
     return {d_grad_output, d_input, d_weight, {}, {}, {}};
   }
@@ -122,7 +167,8 @@ inline ThreeTensors convolution_backward_kernel(const at::Tensor& grad_output, c
                                                 c10::SymInt groups,  // NOLINT(performance-unnecessary-value-param)
                                                 OutputMask mask) {
   const StockKernels stock;
-  if (!should_fuse({grad_output, input, weight}) || !(mask[0] || mask[1] || mask[2])) {
+  const bool recorded = should_fuse({grad_output, input, weight}) && (mask[0] || mask[1] || mask[2]);
+  if (!recorded && !prefers_product(grad_output, input, weight)) {
     return at::_ops::convolution_backward::call(grad_output, input, weight, bias_sizes, stride, padding, dilation,
                                                 transposed, output_padding, groups, mask);
   }
@@ -135,6 +181,10 @@ inline ThreeTensors convolution_backward_kernel(const at::Tensor& grad_output, c
       C10_AS_INTARRAYREF_SLOW(stride).vec(),         C10_AS_INTARRAYREF_SLOW(padding).vec(),
       C10_AS_INTARRAYREF_SLOW(dilation).vec(),       transposed,
       C10_AS_INTARRAYREF_SLOW(output_padding).vec(), groups.guard_int(__FILE__, __LINE__)};
+  if (!recorded) {
+    return geometry.backward(grad_output, input, weight,
+                             bias_sizes.has_value() ? at::OptionalIntArrayRef(bias) : at::OptionalIntArrayRef(), mask);
+  }
   return spread(mask, ConvolutionBackward::apply(grad_output, input, weight, bias, geometry, mask));
 }
 
