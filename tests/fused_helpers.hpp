@@ -109,6 +109,7 @@ inline double third_derivative_error(const Function& function, const std::vector
   };
   std::vector<torch::Tensor> directions;
   torch::manual_seed(13);
+  directions.reserve(inputs.size());
   for (const torch::Tensor& input : inputs) {
     directions.push_back(torch::randn_like(input));
   }
@@ -119,6 +120,7 @@ inline double third_derivative_error(const Function& function, const std::vector
   }
   const auto moved = [&](double step) {
     std::vector<torch::Tensor> at;
+    at.reserve(inputs.size());
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       at.push_back((inputs[i] + step * directions[i]).detach().requires_grad_());
     }

@@ -77,6 +77,7 @@ inline bool has(const std::string& text, std::initializer_list<const char*> part
 
 inline std::vector<torch::Tensor> clones(const std::vector<torch::Tensor>& tensors) {
   std::vector<torch::Tensor> result;
+  result.reserve(tensors.size());
   for (const torch::Tensor& tensor : tensors) {
     result.push_back(tensor.defined() ? tensor.detach().clone() : tensor);
   }

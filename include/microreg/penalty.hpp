@@ -85,7 +85,7 @@ struct ForwardPass {
     throw ModelError(c10::str(penalty, " needs a floating-point output, got ", c10::toString(output.scalar_type()),
                               "; return the logits or predictions, not class indices"));
   }
-  return output;
+  return output;  // NOLINT(bugprone-return-const-ref-from-parameter): lives as long as the caller's expression
 }
 
 namespace detail {

@@ -266,6 +266,7 @@ class FiniteDifference {
 
   [[nodiscard]] std::vector<at::Tensor> selected_parameters() const {
     std::vector<at::Tensor> result;
+    result.reserve(parameters_.selected.size());
     for (const std::size_t i : parameters_.selected) {
       result.push_back(parameters_.tensors[i]);
     }

@@ -41,7 +41,8 @@ inline std::vector<std::int64_t> all_but_channels(const at::Tensor& x) {
 /// where a graph is recorded.
 inline BatchNormResults batch_norm_double_backward_aten(const BatchNormInputs& in, std::array<bool, 3> needs) {
   const at::Tensor& x = in.x;
-  const double m = static_cast<double>(x.numel() / x.size(1));
+  const std::int64_t per_channel = x.numel() / x.size(1);
+  const auto m = static_cast<double>(per_channel);
   std::vector<std::int64_t> shape(static_cast<std::size_t>(x.dim()), 1);
   shape[1] = x.size(1);
   const auto channel = [&](const at::Tensor& value) { return value.reshape(shape); };

@@ -3,18 +3,19 @@
 #pragma once
 
 #include <microreg/detail/interception.hpp>
-#if !defined(MICROREG_KERNELS_ELSEWHERE)
-#include <microreg/fused/registration.hpp>
-#endif
 
 #include <cstdlib>
 #include <string_view>
 
-namespace microreg {
+#if defined(MICROREG_KERNELS_ELSEWHERE)
+namespace microreg::detail {
+void register_fused_kernels();
+}  // namespace microreg::detail
+#else
+#include <microreg/fused/registration.hpp>
+#endif
 
-namespace detail {
-MICROREG_KERNEL_LINKAGE void register_fused_kernels();
-}  // namespace detail
+namespace microreg {
 
 /// While it lives, backward passes with create_graph on this thread are recorded so that differentiating them again is
 /// fast and exact.

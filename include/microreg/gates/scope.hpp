@@ -26,17 +26,20 @@
 #include <microreg/detail/interception.hpp>
 #include <microreg/gates/kernel.hpp>
 #include <microreg/gates/tape.hpp>
-#if !defined(MICROREG_KERNELS_ELSEWHERE)
-#include <microreg/gates/registration.hpp>
-#endif
 
 #include <utility>
+
+#if defined(MICROREG_KERNELS_ELSEWHERE)
+namespace microreg::detail {
+void register_gate_kernels();
+}  // namespace microreg::detail
+#else
+#include <microreg/gates/registration.hpp>
+#endif
 
 namespace microreg {
 
 namespace detail {
-
-MICROREG_KERNEL_LINKAGE void register_gate_kernels();
 
 /// Makes a session this thread's while it lives, and the one before it afterwards.
 class GateScope {
