@@ -17,11 +17,9 @@ bool keep_freed_memory() {
 #endif
 }
 
-bool map_large_tensors() {
+void map_large_tensors() {
 #if defined(__GLIBC__)
-  return mallopt(M_MMAP_THRESHOLD, 128 * 1024) == 1;
-#else
-  return false;
+  mallopt(M_MMAP_THRESHOLD, 128 * 1024);
 #endif
 }
 

@@ -14,8 +14,8 @@ bool keep_freed_memory();
 
 /// Maps every tensor above 128 KiB on its own, so that the resident set is what is alive. Left alone, glibc raises that
 /// threshold with the sizes that it sees freed, puts large tensors into its heap, and the resident set then depends on
-/// the holes between them. Returns false where the C library has no such knob.
-bool map_large_tensors();
+/// the holes between them. Does nothing where the C library has no such knob.
+void map_large_tensors();
 
 /// The average number of running processes over the last minute.
 [[nodiscard]] std::optional<double> load_average();

@@ -153,6 +153,21 @@ TEST_CASE("the weight gradient by a matrix product is LibTorch's", "[fused]") {
   CHECK_FALSE(microreg::detail::prefers_product(dy, torch::randn({3, 128, 9, 4}), weight));  // two groups
 }
 
+TEST_CASE("a pointwise convolution with a stride of its own in each direction equals stock", "[fused]") {
+  const Function function = [](const std::vector<torch::Tensor>& in) {
+    return at::convolution(in[0], in[1], {}, {2, 3}, {0, 0}, {1, 1}, false, {0, 0}, 1);
+  };
+  for (const torch::Dtype type : {torch::kFloat64, torch::kFloat32}) {
+    for (const Layout layout : {Layout::contiguous, Layout::channels_last, Layout::strided}) {
+      INFO(type << ", layout " << static_cast<int>(layout));
+      torch::manual_seed(4);
+      const torch::Tensor x = with_layout(torch::randn({2, 8, 7, 8}, type), layout).requires_grad_();
+      const torch::Tensor weight = torch::randn({16, 8, 1, 1}, type).requires_grad_();
+      CHECK(fused_error(function, {x, weight}) < tolerance(type));
+    }
+  }
+}
+
 TEST_CASE("inside a scope, and only there, convolution's backward is ours", "[fused]") {
   const auto inputs = inputs_of(cases[1], torch::kFloat32, Layout::contiguous, true, {true, true, true});
   const Function function = convolution(cases[1]);

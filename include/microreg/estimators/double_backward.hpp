@@ -21,29 +21,23 @@
 
 namespace microreg::detail {
 
-/// The gradient of the loss, where a probe gave it: divide by `scale`.
-struct LossGradient {
-  std::vector<at::Tensor> scaled;
-  double scale = 1;
-};
-
-/// Differentiates `scale` times one probe, with a graph if `create_graph`. The loss is differentiated by all
-/// parameters, since that gradient is needed anyway: it is put into `loss_gradient`. Returns the gradients that count,
-/// undefined ones left out.
+/// Differentiates `scale` times one probe, with a graph if `create_graph`. Without one, the loss is differentiated by
+/// all parameters, since that gradient may be all that is needed: it is put into `loss_gradient`. Returns the gradients
+/// that count, undefined ones left out.
 template <class P, class Pass>
 std::vector<at::Tensor> probe_gradient(const P& penalty, const Pass& pass, const at::Tensor& probe, double scale,
-                                       const Parameters& parameters, bool create_graph, LossGradient& loss_gradient) {
+                                       const Parameters& parameters, bool create_graph,
+                                       std::vector<at::Tensor>& loss_gradient) {
   const auto differentiate = [&](const std::vector<at::Tensor>& inputs) {
     return gradients({probe}, inputs, {at::full_like(probe, scale).detach()}, /*retain_graph=*/true, create_graph,
                      penalty.name());
   };
   std::vector<at::Tensor> counted;
-  if (!differentiates_input<P> && probe.is_same(pass.loss)) {
-    std::vector<at::Tensor> all = differentiate(parameters.tensors);
+  if (!differentiates_input<P> && !create_graph && probe.is_same(pass.loss)) {
+    loss_gradient = differentiate(parameters.tensors);
     for (const std::size_t i : parameters.selected) {
-      counted.push_back(all[i]);
+      counted.push_back(loss_gradient[i]);
     }
-    loss_gradient = {std::move(all), scale};
   } else {
     counted = differentiate(counted_tensors(penalty, pass, parameters));
   }
@@ -80,7 +74,8 @@ inline bool at_least_float32(const std::vector<at::Tensor>& tensors) {
 /// The scalar R_M never exists as a graph: the backward pass of the probe's gradients g is seeded with the derivative
 /// of R_M by g, which is 2 g, or g / ||g|| for an unsquared norm. The loss joins that pass as one more root, also where
 /// it is itself a probe: its gradient need not be kept then. Cost: one backward pass with a graph per probe, and one
-/// pass through everything. A penalty with strength 0 is measured but not differentiated.
+/// pass through everything. A penalty with strength 0 is measured but not differentiated; where nothing is, the loss
+/// gradient that it measured is taken as it is.
 ///
 /// A squared norm needs no copy of g for the seeds: with the factor f = strength * weight, the probe is differentiated
 /// times a = sqrt(2 f), and the gradient a g, seeded with itself, gives a^2 H g = 2 f H g.
@@ -90,7 +85,7 @@ void double_backward(const Pass& pass, const std::tuple<Weighted<P>...>& terms, 
                      std::vector<at::Tensor>& squared_norms) {
   std::vector<at::Tensor> roots;
   std::vector<at::Tensor> seeds;
-  LossGradient loss_gradient;
+  std::vector<at::Tensor> loss_gradient;
 
   const auto differentiate = [&]<class Q>(const Q& penalty, double strength, at::Tensor& squared) {
     const double factor = strength * weights.penalty;
@@ -119,11 +114,11 @@ void double_backward(const Pass& pass, const std::tuple<Weighted<P>...>& terms, 
     (differentiate(std::get<I>(terms).penalty, strengths[I], squared_norms[I]), ...);
   }(std::index_sequence_for<P...>{});
 
-  if (roots.empty() && !loss_gradient.scaled.empty()) {
-    accumulate(sums, detached(std::move(loss_gradient.scaled)), weights.loss / loss_gradient.scale);
+  if (roots.empty() && !loss_gradient.empty()) {
+    accumulate(sums, std::move(loss_gradient), weights.loss);
     return;
   }
-  loss_gradient = {};
+  loss_gradient.clear();
   std::vector<at::Tensor> starts{pass.loss};
   std::vector<at::Tensor> start_seeds{at::full_like(pass.loss, weights.loss).detach()};
   if (!roots.empty()) {

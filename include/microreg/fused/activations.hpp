@@ -32,11 +32,11 @@ struct HardtanhSlopes {
   }
 };
 
-/// Backward of leaky_relu; of x its sign counts, which the result shares where it can be given instead.
+/// Backward of leaky_relu. The second number is whether x is the result.
 struct LeakyReluSlopes {
-  static constexpr std::size_t bounds = 1;
+  static constexpr std::size_t bounds = 2;
   static at::Tensor apply(const at::Tensor& dy, const at::Tensor& x, const std::array<at::Scalar, bounds>& bound) {
-    return at::leaky_relu_backward(dy, x, bound[0], /*self_is_result=*/false);
+    return at::leaky_relu_backward(dy, x, bound[0], bound[1].toBool());
   }
 };
 
@@ -68,30 +68,25 @@ struct PiecewiseLinearBackward : torch::autograd::Function<PiecewiseLinearBackwa
   }
 };
 
-inline at::Tensor threshold_backward_kernel(const at::Tensor& dy, const at::Tensor& x, const at::Scalar& threshold) {
+template <class Slopes>
+at::Tensor piecewise_linear_backward(const at::Tensor& dy, const at::Tensor& x,
+                                     const std::array<at::Scalar, Slopes::bounds>& bounds) {
   const StockKernels stock;
-  if (!should_fuse({dy, x})) {
-    return at::threshold_backward(dy, x, threshold);
-  }
-  return PiecewiseLinearBackward<ThresholdSlopes>::apply(dy, x, std::array{threshold});
+  return should_fuse({dy, x}) ? PiecewiseLinearBackward<Slopes>::apply(dy, x, bounds) : Slopes::apply(dy, x, bounds);
+}
+
+inline at::Tensor threshold_backward_kernel(const at::Tensor& dy, const at::Tensor& x, const at::Scalar& threshold) {
+  return piecewise_linear_backward<ThresholdSlopes>(dy, x, {threshold});
 }
 
 inline at::Tensor hardtanh_backward_kernel(const at::Tensor& dy, const at::Tensor& x, const at::Scalar& low,
                                            const at::Scalar& high) {
-  const StockKernels stock;
-  if (!should_fuse({dy, x})) {
-    return at::hardtanh_backward(dy, x, low, high);
-  }
-  return PiecewiseLinearBackward<HardtanhSlopes>::apply(dy, x, std::array{low, high});
+  return piecewise_linear_backward<HardtanhSlopes>(dy, x, {low, high});
 }
 
 inline at::Tensor leaky_relu_backward_kernel(const at::Tensor& dy, const at::Tensor& x, const at::Scalar& slope,
                                              bool self_is_result) {
-  const StockKernels stock;
-  if (!should_fuse({dy, x})) {
-    return at::leaky_relu_backward(dy, x, slope, self_is_result);
-  }
-  return PiecewiseLinearBackward<LeakyReluSlopes>::apply(dy, x, std::array{slope});
+  return piecewise_linear_backward<LeakyReluSlopes>(dy, x, {slope, at::Scalar(self_is_result)});
 }
 
 }  // namespace microreg::detail

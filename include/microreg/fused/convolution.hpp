@@ -32,14 +32,9 @@ struct ConvolutionGeometry {
                                    const std::optional<at::Tensor>& bias) const {
     return at::convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups);
   }
-  [[nodiscard]] bool by_product(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
-                                OutputMask mask) const {
-    return mask[1] && !transposed && groups == 1 && prefers_product(grad_output, input, weight);
-  }
-
   [[nodiscard]] ThreeTensors backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight,
                                       at::OptionalIntArrayRef bias_sizes, OutputMask mask) const {
-    if (by_product(grad_output, input, weight, mask)) {
+    if (mask[1] && !transposed && prefers_product(grad_output, input, weight)) {
       const auto pair = [](const std::vector<std::int64_t>& of) { return std::array{of.front(), of.back()}; };
       const at::Tensor d_bias = mask[2] ? grad_output.sum(at::IntArrayRef{0, 2, 3}) : at::Tensor();
       const at::Tensor d_input =
@@ -168,7 +163,7 @@ inline ThreeTensors convolution_backward_kernel(const at::Tensor& grad_output, c
                                                 OutputMask mask) {
   const StockKernels stock;
   const bool recorded = should_fuse({grad_output, input, weight}) && (mask[0] || mask[1] || mask[2]);
-  if (!recorded && !prefers_product(grad_output, input, weight)) {
+  if (!recorded && !(mask[1] && !transposed && prefers_product(grad_output, input, weight))) {
     return at::_ops::convolution_backward::call(grad_output, input, weight, bias_sizes, stride, padding, dilation,
                                                 transposed, output_padding, groups, mask);
   }

@@ -1,9 +1,9 @@
 /// @file
 /// The weight gradient of 2d convolutions of many channels on small maps, as one matrix product.
 ///
-/// With few pixels, oneDNN's kernel spends its time on the weights that it goes through for every image: for 512
-/// channels on 2x2 pixels it takes three to four times as long as the convolution itself. The patches of all images as
-/// rows of a matrix, a copy no larger than the weights, make it one product instead.
+/// With few pixels, oneDNN's kernel spends its time on the weights, and takes several times as long as the convolution
+/// itself. The patches of all images as rows of a matrix, a copy at most twice as large as the weights, make it one
+/// product instead.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -21,7 +21,8 @@ struct PatchGeometry {
   std::array<std::int64_t, 2> stride, padding, dilation;
 };
 
-/// Whether weight_gradient_by_product() is faster than LibTorch; measured on kernels of 3x3 in float32.
+/// Whether weight_gradient_by_product() is faster than LibTorch for a convolution that is not transposed; measured on
+/// kernels of 3x3 in float32. The last condition bounds the copy.
 inline bool prefers_product(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight) {
   if (at::GradMode::is_enabled() || weight.dim() != 4 || input.dim() != 4 || grad_output.dim() != 4 ||
       !weight.is_cpu() || weight.scalar_type() != at::kFloat || input.scalar_type() != at::kFloat ||
