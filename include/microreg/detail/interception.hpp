@@ -11,11 +11,16 @@
 #include <ATen/functorch/DynamicLayer.h>
 #include <c10/core/DispatchKey.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 #include <torch/library.h>
 
 #include <initializer_list>
 #include <memory>
 #include <mutex>
+#include <string>
+#include <string_view>
+#include <vector>
 
 /// A file that takes a step compiles the kernels, which is most of its time. Where MICROREG_KERNELS_ELSEWHERE is
 /// defined it does not, and one file of the program includes <microreg/kernels.hpp>.
@@ -47,6 +52,47 @@ inline void register_fallthrough() {
     return library;
   }();
 }
+
+/// Kernels on the interception key, registered one by one and taken away with the object. An operation that another
+/// shared object has intercepted is left to it. One that this LibTorch does not have, or has with other arguments, runs
+/// as it is: that is said once, by name, and kept in missing().
+class Interceptors {
+ public:
+  /// `kernel` is TORCH_FN(function); `operation` is named without "aten::", with its overload after a dot.
+  template <class Kernel>
+  void add(const char* operation, const Kernel& kernel) {
+    const std::string_view full = operation;
+    const std::size_t dot = full.find('.');
+    const std::string name = c10::str("aten::", full.substr(0, dot));
+    const std::string overload(dot == std::string_view::npos ? "" : full.substr(dot + 1));
+    const std::lock_guard lock(registration_mutex());
+    register_fallthrough();
+    const auto handle = c10::Dispatcher::singleton().findSchema({name, overload});
+    if (!handle.has_value()) {
+      return report(operation, "is unknown to it");
+    }
+    if (handle->hasKernelForDispatchKey(interception_key)) {
+      return;
+    }
+    try {
+      library_.impl(operation, kernel);
+    } catch (const c10::Error&) {
+      report(operation, "has other arguments there");
+    }
+  }
+
+  /// The operations that could not be intercepted.
+  [[nodiscard]] const std::vector<std::string>& missing() const noexcept { return missing_; }
+
+ private:
+  void report(const char* operation, const char* why) {
+    missing_.emplace_back(operation);
+    TORCH_WARN("microreg leaves aten::", operation, " to this version of LibTorch, since it ", why);
+  }
+
+  torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
+  std::vector<std::string> missing_;
+};
 
 /// Includes the key on this thread. c10's own guard restores everything that was included at its beginning, and would
 /// leave the key behind where two scopes overlap without one holding the other; this one takes away what it brought.

@@ -2,7 +2,6 @@
 /// Puts the fused kernels on the key that the scope includes.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 #include <microreg/detail/interception.hpp>
 #include <microreg/fused/activations.hpp>
@@ -15,7 +14,6 @@
 #include <microreg/fused/softmax.hpp>
 
 #include <cstdlib>
-#include <mutex>
 #include <string>
 
 namespace microreg::detail {
@@ -24,8 +22,6 @@ namespace microreg::detail {
 class FusedRegistration {
  public:
   FusedRegistration() {
-    const std::lock_guard lock(registration_mutex());
-    register_fallthrough();
     add("convolution_backward", TORCH_FN(convolution_backward_kernel));
     add("native_batch_norm_backward", TORCH_FN(native_batch_norm_backward_kernel));
     add("cudnn_batch_norm_backward", TORCH_FN(cudnn_batch_norm_backward_kernel));
@@ -42,10 +38,9 @@ class FusedRegistration {
 
  private:
   template <class Kernel>
-  void add(const std::string& operation, Kernel kernel) {
-    const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(("aten::" + operation).c_str(), "");
-    if (is_chosen(operation) && !handle.hasKernelForDispatchKey(interception_key)) {
-      kernels_.impl(operation.c_str(), kernel);
+  void add(const char* operation, Kernel kernel) {
+    if (is_chosen(operation)) {
+      kernels_.add(operation, kernel);
     }
   }
 
@@ -55,7 +50,7 @@ class FusedRegistration {
     return chosen == nullptr || (std::string(",") + chosen + ",").find("," + operation + ",") != std::string::npos;
   }
 
-  torch::Library kernels_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
+  Interceptors kernels_;
 };
 
 MICROREG_KERNEL_LINKAGE void register_fused_kernels() { static const FusedRegistration registration; }
