@@ -2,21 +2,26 @@
 
 #include <microreg/microreg.hpp>
 
-#include <memory>
 #include <stdexcept>
 
 namespace overhead {
 
 namespace {
 
-template <class Penalty>
-PenalisedStep step_with(const Workload& workload, Penalty penalty, const microreg::RegularizerOptions& options) {
-  microreg::Regularizer regularizer(workload.model, torch::nn::CrossEntropyLoss(), std::move(penalty), options);
-  auto shared = std::make_shared<decltype(regularizer)>(std::move(regularizer));
-  return [workload, shared] {
-    workload.model->zero_grad();
-    return shared->backward(workload.images, workload.labels);
-  };
+microreg::AnyPenalty<> penalty_called(const std::string& name) {
+  if (name == "gradient_norm") {
+    return microreg::GradientNorm{};
+  }
+  if (name == "fisher_trace") {
+    return microreg::FisherTrace{};
+  }
+  if (name == "average_jacobian") {
+    return microreg::AverageJacobian{};
+  }
+  if (name == "unit_jacobian") {
+    return microreg::UnitJacobian{};
+  }
+  throw std::invalid_argument("no penalty is called " + name);
 }
 
 microreg::Estimator estimator_called(const std::string& name) {
@@ -38,27 +43,19 @@ microreg::RegularizerOptions options_of(const Case& which) {
   microreg::RegularizerOptions options{.strength = 1.0, .micro_batch_size = which.micro_batch};
   options.fused = which.fused;
   options.estimator = estimator_called(which.estimator);
-  options.micro_batch_share = which.micro_batch_share;
+  options.sampling.share = which.micro_batch_share;
   return options;
 }
 
 }  // namespace
 
 PenalisedStep make_penalised_step(const Workload& workload, const Case& which) {
-  const auto options = options_of(which);
-  if (which.penalty == "gradient_norm") {
-    return step_with(workload, microreg::GradientNorm{}, options);
-  }
-  if (which.penalty == "fisher_trace") {
-    return step_with(workload, microreg::FisherTrace{}, options);
-  }
-  if (which.penalty == "average_jacobian") {
-    return step_with(workload, microreg::AverageJacobian{}, options);
-  }
-  if (which.penalty == "unit_jacobian") {
-    return step_with(workload, microreg::UnitJacobian{}, options);
-  }
-  throw std::invalid_argument("no penalty is called " + which.penalty);
+  microreg::Regularizer regularizer(workload.model, torch::nn::CrossEntropyLoss(), penalty_called(which.penalty),
+                                    options_of(which));
+  return [workload, regularizer]() mutable {
+    workload.model->zero_grad();
+    return regularizer.backward(workload.images, workload.labels);
+  };
 }
 
 }  // namespace overhead

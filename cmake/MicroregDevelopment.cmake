@@ -41,7 +41,7 @@ if(MICROREG_BUILD_TESTS)
   find_package(Catch2 REQUIRED)
   add_library(microreg_test_kernels STATIC "${PROJECT_SOURCE_DIR}/tests/kernels.cpp")
   target_link_libraries(microreg_test_kernels PUBLIC microreg_development)
-  target_compile_definitions(microreg_test_kernels PUBLIC MICROREG_KERNELS_ELSEWHERE)
+  target_compile_definitions(microreg_test_kernels PUBLIC MICROREG_COMPILED)
   target_precompile_headers(microreg_test_kernels REUSE_FROM microreg_precompiled)
 
   add_library(microreg_test_development INTERFACE)

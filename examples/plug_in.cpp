@@ -1,4 +1,5 @@
-// microreg in a training step, in both ways of use. Both give the same gradient to rounding, which this program checks.
+// microreg in a training step, in its three ways of use. All give the same gradient to rounding, which this program
+// checks.
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -30,9 +31,20 @@ int main() {
   // [end]
   const auto by_regularizer = gradients(model);
 
+  // [penalised]
+  microreg::Penalised penalised(model->parameters(), microreg::GradientNorm{}, {.strength = 0.01});
+  torch::nn::CrossEntropyLoss criterion;
+  optimizer.zero_grad();
+  for (auto [part, x, y] : microreg::micro_batches(16, images, labels)) {
+    auto loss = criterion(model->forward(x), y);
+    penalised.backward(part, loss);  // instead of loss.backward()
+  }
+  // optimizer.step();
+  // [end]
+  const auto by_penalised = gradients(model);
+
   // [functor]
   optimizer.zero_grad();
-  torch::nn::CrossEntropyLoss criterion;
   for (std::int64_t i = 0; i < 4; ++i) {  // four micro-batches of 16
     auto loss = criterion(model->forward(images.narrow(0, 16 * i, 16)), labels.narrow(0, 16 * i, 16));
     auto penalty = microreg::GradientNorm{}(loss, model->parameters());  // a scalar that carries a graph
@@ -44,9 +56,11 @@ int main() {
 
   double difference = 0;
   for (std::size_t i = 0; i < by_functor.size(); ++i) {
-    difference = std::max(difference, (by_functor[i] - by_regularizer[i]).abs().max().item<double>());
+    for (const auto& other : {by_functor[i], by_penalised[i]}) {
+      difference = std::max(difference, (other - by_regularizer[i]).abs().max().item<double>());
+    }
   }
-  std::printf("loss %.4f, penalty %.4f, largest difference between both gradients %.1e\n", report.loss.item<double>(),
+  std::printf("loss %.4f, penalty %.4f, largest difference between the gradients %.1e\n", report.loss.item<double>(),
               report.penalties[0].value.item<double>(), difference);
   return difference < 1e-6 ? 0 : 1;
 }

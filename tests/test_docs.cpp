@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -133,6 +134,59 @@ TEST_CASE("docs: several penalties and schedules", "[docs]") {
   CHECK(second.backward(images, labels).penalties[0].strength == 0);
   second.set_step(1000);
   CHECK(second.backward(images, labels).penalties[0].strength == 0.01);
+}
+
+TEST_CASE("docs: a penalty chosen at run time", "[docs]") {
+  auto model = small_network();
+  torch::nn::CrossEntropyLoss criterion;
+  const auto images = ::images();
+  const auto labels = ::labels();
+  for (const std::string name : {"gradient-norm", "fisher-trace"}) {
+    microreg::AnyPenalty<> penalty = microreg::GradientNorm{};
+    if (name == "fisher-trace") {
+      penalty = 0.1 * microreg::FisherTrace{};
+    }
+    microreg::Regularizer<> regularizer(model, criterion, penalty);
+    CHECK(regularizer.backward(images, labels).penalties[0].strength == (name == "fisher-trace" ? 0.1 : 1));
+  }
+}
+
+TEST_CASE("docs: Penalised in a loop of one's own", "[docs]") {
+  auto model = small_network();
+  torch::nn::CrossEntropyLoss criterion;
+  const auto images = ::images(64);
+  const auto labels = ::labels(64);
+
+  microreg::Penalised penalised(model->parameters(), microreg::GradientNorm{}, {.strength = 0.01});
+  auto loss = criterion(model->forward(images), labels);
+  auto report = penalised.backward(loss);  // instead of loss.backward()
+  CHECK(number(report.loss) == Approx(number(loss)));
+
+  for (auto [part, x, y] : microreg::micro_batches(16, images, labels)) {
+    penalised.backward(part, criterion(model->forward(x), y));
+  }
+  CHECK(penalised.step() == 2);
+
+  auto encoder = torch::nn::Linear(6, 8);
+  auto decoder = torch::nn::Linear(8, 3);
+  microreg::Penalised both(microreg::modules(encoder, decoder), microreg::AverageJacobian{},
+                           {.strength = 0.001, .estimator = microreg::ForwardDifference{}});
+  both.backward([&] {
+    auto output = decoder->forward(encoder->forward(images));
+    return std::pair{criterion(output, labels), output};
+  });
+  CHECK(encoder->weight.grad().defined());
+}
+
+TEST_CASE("docs: several modules as one model", "[docs]") {
+  auto encoder = torch::nn::Linear(6, 8);
+  auto decoder = torch::nn::Linear(8, 3);
+
+  microreg::FunctionModel model{[&](const torch::Tensor& x) { return decoder->forward(encoder->forward(x)); },
+                                microreg::modules(encoder, decoder)};
+  microreg::Regularizer regularizer(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{});
+  regularizer.backward(images(), labels());
+  CHECK(encoder->weight.grad().defined());
 }
 
 TEST_CASE("docs: selection and generator", "[docs]") {
@@ -373,7 +427,7 @@ TEST_CASE("docs: estimators", "[docs]") {
   auto report = regularizer.backward(images, labels);
   CHECK(report.penalised.size() == 2);
 
-  microreg::RegularizerOptions options{.strength = 0.01, .micro_batch_size = 32, .micro_batch_share = 0.25};
+  microreg::RegularizerOptions options{.strength = 0.01, .micro_batch_size = 32, .sampling = {.share = 0.25}};
   options.estimator = microreg::ForwardDifference{.step = 0.01, .gates = microreg::Gates::free};
   microreg::Regularizer shared(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{}, options);
   CHECK(shared.backward(images, labels).penalised.size() == 2);

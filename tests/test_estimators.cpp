@@ -472,10 +472,10 @@ TEST_CASE("options of the estimators are checked", "[estimators]") {
   CHECK(has(message({.estimator = ForwardDifference{-1e-3}}), {"estimator.step", "-0.001", "positive"}));
   CHECK(has(message({.estimator = CentralDifference{std::numeric_limits<double>::infinity()}}),
             {"estimator.step", "inf", "finite"}));
-  CHECK(has(message({.micro_batch_share = 0.0}), {"micro_batch_share", "0", "greater than 0"}));
-  CHECK(has(message({.micro_batch_share = 1.5}), {"micro_batch_share", "1.5", "at most 1"}));
-  CHECK(has(message({.micro_batch_share = std::numeric_limits<double>::quiet_NaN()}), {"micro_batch_share", "nan"}));
-  CHECK(has(message({.every = 0}), {"every", "0", "at least 1"}));
+  CHECK(has(message({.sampling = {.share = 0.0}}), {"sampling.share", "0", "greater than 0"}));
+  CHECK(has(message({.sampling = {.share = 1.5}}), {"sampling.share", "1.5", "at most 1"}));
+  CHECK(has(message({.sampling = {.share = std::numeric_limits<double>::quiet_NaN()}}), {"sampling.share", "nan"}));
+  CHECK(has(message({.sampling = {.every = 0}}), {"sampling.every", "0", "at least 1"}));
 
   auto coarse = networks::seeded_mlp();
   coarse->to(torch::kBFloat16);

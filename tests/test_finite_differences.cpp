@@ -10,16 +10,19 @@ namespace {
 
 constexpr double distance = 1e-5;
 
+/// The same for the step and for measure().
+template <class Options>
+Options options() {
+  return {.strength = 0.5, .micro_batch_size = 4, .generator = generator(7)};
+}
+
 /// Directional derivatives of the objective along random unit directions. Labels and directions are drawn from a fresh
 /// generator of the same seed each time, so that the objective is one function of the parameters.
 template <class Model, class Penalty>
 void check(Model model, const networks::Samples& batch, const Penalty& penalty) {
-  const auto options = [] {
-    return microreg::RegularizerOptions{.strength = 0.5, .micro_batch_size = 4, .generator = generator(7)};
-  };
   const auto parameters = model->parameters();
   clear_grad(parameters);
-  microreg::Regularizer regularizer(model, cross_entropy, penalty, options());
+  microreg::Regularizer regularizer(model, cross_entropy, penalty, options<microreg::RegularizerOptions>());
   (void)regularizer.backward(batch.input, batch.target);
   const torch::Tensor gradient = flat_grad(parameters);
 
@@ -32,7 +35,8 @@ void check(Model model, const networks::Samples& batch, const Penalty& penalty) 
       parameters[i].copy_(start[i] + part.view_as(parameters[i]));
       position += parameters[i].numel();
     }
-    return microreg::measure(model, cross_entropy, penalty, batch.input, batch.target, options())
+    return microreg::measure(model, cross_entropy, penalty, batch.input, batch.target,
+                             options<microreg::MeasureOptions>())
         .objective()
         .template item<double>();
   };

@@ -15,17 +15,19 @@ TEST_CASE("measure reports what Regularizer reports and disturbs nothing", "[mea
   const bool own_generator = GENERATE(false, true);
   const bool training = GENERATE(true, false);
   model->train(training);
-  const auto options = [&] {
-    return microreg::RegularizerOptions{.strength = 0.5,
-                                        .micro_batch_size = 4,
-                                        .weighting = weighting,
-                                        .generator = own_generator ? std::optional(generator(3)) : std::nullopt};
+  const auto options = [&]<class Options>(Options chosen) {
+    chosen.strength = 0.5;
+    chosen.micro_batch_size = 4;
+    chosen.weighting = weighting;
+    chosen.generator = own_generator ? std::optional(generator(3)) : std::nullopt;
+    return chosen;
   };
   model->conv1->weight.mutable_grad() = torch::ones_like(model->conv1->weight);
   const Watch watch(*model);
-  const auto measured = microreg::measure(model, cross_entropy, penalties, batch.input, batch.target, options());
+  const auto measured = microreg::measure(model, cross_entropy, penalties, batch.input, batch.target,
+                                          options(microreg::MeasureOptions{}));
   CHECK(watch.unchanged());
-  microreg::Regularizer regularizer(model, cross_entropy, penalties, options());
+  microreg::Regularizer regularizer(model, cross_entropy, penalties, options(microreg::RegularizerOptions{}));
   const auto report = regularizer.backward(batch.input, batch.target);
 
   CHECK(relative_error(measured.loss, report.loss) < 1e-14);

@@ -95,7 +95,8 @@ TEST_CASE("a tuple of inputs is spread over the model's arguments", "[model]") {
   const auto input = std::make_tuple(torch::randn({10, 2}), torch::randn({10, 4}));
   const auto run = [&](auto&& any_model) {
     clear_grad(model->parameters());
-    microreg::Regularizer regularizer(any_model, cross_entropy, microreg::GradientNorm{}, {.micro_batch_size = 4});
+    microreg::Regularizer<std::tuple<torch::Tensor, torch::Tensor>> regularizer(
+        any_model, cross_entropy, microreg::GradientNorm{}, {.micro_batch_size = 4});
     (void)regularizer.backward(input, batch().target);
     return flat_grad(model->parameters());
   };

@@ -1,8 +1,9 @@
-// micro_batch_share and every: which micro-batches are penalised, and that the gradient stays unbiased.
+// Sampling: which micro-batches are penalised, and that the gradient stays unbiased.
 #include "helpers.hpp"
 #include "networks.hpp"
 
 #include <microreg/microreg.hpp>
+#include <microreg/step/sampling.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -58,7 +59,7 @@ TEST_CASE("a share of the micro-batches is penalised with more weight", "[penali
   (void)scene.step({.strength = 0});
   const torch::Tensor plain = scene.gradient();
   for (std::int64_t step = 0; step < 4; ++step) {
-    const auto report = scene.step({.strength = 0.3, .estimator = estimator, .micro_batch_share = share}, step);
+    const auto report = scene.step({.strength = 0.3, .estimator = estimator, .sampling = {.share = share}}, step);
     torch::Tensor expected = scene.gradient() - plain;
     const auto chosen = report.penalised;
     REQUIRE_FALSE(chosen.empty());
@@ -84,7 +85,7 @@ TEST_CASE("the choice of micro-batches is unbiased", "[penalised]") {
   std::vector<double> mean(static_cast<std::size_t>(count), 0.0);
   std::vector<double> squares(mean);
   for (int step = 0; step < steps; ++step) {
-    const auto choice = microreg::detail::choose_penalised({.micro_batch_share = share, .seed = 4}, step, count);
+    const auto choice = microreg::detail::choose_penalised({.share = share, .seed = 4}, step, count);
     for (std::size_t i = 0; i < mean.size(); ++i) {
       const double factor = choice.chosen[i] ? choice.factor : 0.0;
       mean[i] += factor / steps;
@@ -103,7 +104,7 @@ TEST_CASE("every subset is as likely as another", "[penalised]") {
   std::map<std::vector<bool>, int> seen;
   constexpr int steps = 6000;
   for (int step = 0; step < steps; ++step) {
-    ++seen[microreg::detail::choose_penalised({.micro_batch_share = 0.5}, step, 4).chosen];
+    ++seen[microreg::detail::choose_penalised({.share = 0.5}, step, 4).chosen];
   }
   CHECK(seen.size() == 6);  // 2 of 4
   for (const auto& [subset, times] : seen) {
@@ -114,7 +115,7 @@ TEST_CASE("every subset is as likely as another", "[penalised]") {
 TEST_CASE("the choice depends on seed and step alone", "[penalised]") {
   Scene scene;
   const auto chosen = [&](std::uint64_t seed, std::int64_t step) {
-    return scene.step({.micro_batch_share = 0.5, .seed = seed}, step).penalised;
+    return scene.step({.sampling = {.share = 0.5, .seed = seed}}, step).penalised;
   };
   CHECK(chosen(1, 7) == chosen(1, 7));
   std::set<std::vector<std::int64_t>> by_step;
@@ -135,7 +136,7 @@ TEST_CASE("every k-th step is penalised with k times the weight", "[penalised]")
   const torch::Tensor penalty = scene.gradient() - plain;
   CHECK(full.penalised.size() == 6);
   for (std::int64_t step = 0; step < 7; ++step) {
-    const auto report = scene.step({.strength = 0.3, .every = 3}, step);
+    const auto report = scene.step({.strength = 0.3, .sampling = {.every = 3}}, step);
     if (step % 3 == 0) {
       CHECK(relative_error(scene.gradient() - plain, 3 * penalty) < 1e-12);
       CHECK(relative_error(report.penalties[0].value, 3 * full.penalties[0].value) < 1e-12);
@@ -160,7 +161,8 @@ TEST_CASE("a penalty that is not finite is reported with its own micro-batch", "
   const auto loss = [](const torch::Tensor& output, const torch::Tensor&) { return output.square().mean(); };
   int failures = 0;
   for (std::int64_t step = 0; step < 20; ++step) {
-    microreg::Regularizer regularizer(scene.model, loss, on_target, {.micro_batch_size = 4, .micro_batch_share = 0.4});
+    microreg::Regularizer regularizer(scene.model, loss, on_target,
+                                      {.micro_batch_size = 4, .sampling = {.share = 0.4}});
     regularizer.set_step(step);
     try {
       const auto report = regularizer.backward(scene.batch.input, scene.batch.target);
@@ -177,7 +179,7 @@ TEST_CASE("measure looks at every micro-batch", "[penalised]") {
   Scene scene;
   const auto report =
       microreg::measure(scene.model, cross_entropy, microreg::GradientNorm{}, scene.batch.input, scene.batch.target,
-                        {.micro_batch_size = 4, .micro_batch_share = 0.2, .every = 5});
+                        {.micro_batch_size = 4, .sampling = {.share = 0.2, .every = 5}});
   CHECK(report.penalised.size() == 6);
   CHECK(report.penalties[0].micro_batch_norms.size(0) == 6);
 }

@@ -4,6 +4,12 @@
 
 #include <microreg/microreg.hpp>
 
+#include <functional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
 using namespace helpers;
 
 TEST_CASE("linear warm-up", "[strength]") {
@@ -117,4 +123,176 @@ TEST_CASE("half types: norms add up in float32, gradients keep the parameters' t
   };
   CHECK(relative_error(run(layer, torch::kBFloat16), run(exact, torch::kFloat32)) < 0.05);
   CHECK(relative_error(flat_grad(layer->parameters()), flat_grad(exact->parameters())) < 0.05);
+}
+
+namespace {
+
+/// A member, assigned when the penalty is known.
+class Trainer {
+ public:
+  explicit Trainer(const networks::Mlp& model) : model_(model) {}
+  void penalise(const std::string& name) {
+    if (name == "gradient_norm") {
+      regularizer_ = {model_, cross_entropy, microreg::GradientNorm{}, {.micro_batch_size = 4}};
+    } else {
+      regularizer_ = {model_, cross_entropy, microreg::AverageJacobian{}, {.micro_batch_size = 4}};
+    }
+  }
+  microreg::Report step(const networks::Samples& batch) { return regularizer_.backward(batch.input, batch.target); }
+
+ private:
+  networks::Mlp model_;
+  microreg::Regularizer<> regularizer_;
+};
+
+}  // namespace
+
+TEST_CASE("a Regularizer is a member, is assigned, moved and kept in containers", "[regularizer]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(10);
+  const auto gradient = [&](const auto& step) {
+    clear_grad(model->parameters());
+    step();
+    return flat_grad(model->parameters());
+  };
+  Trainer trainer(model);
+  CHECK(has(message_of<microreg::OptionError>([&] { (void)trainer.step(batch); }), {"empty", "assign"}));
+  std::vector<microreg::Regularizer<>> list;
+  list.emplace_back(model, cross_entropy, microreg::GradientNorm{},
+                    microreg::RegularizerOptions{.micro_batch_size = 4});
+  list.emplace_back(model, cross_entropy, microreg::AverageJacobian{},
+                    microreg::RegularizerOptions{.micro_batch_size = 4});
+  const auto first = gradient([&] { (void)list[0].backward(batch.input, batch.target); });
+  const auto second = gradient([&] { (void)list[1].backward(batch.input, batch.target); });
+  CHECK(relative_error(first, second) > 1e-3);
+  for (const auto& [name, expected] : {std::pair{"gradient_norm", first}, {"average_jacobian", second}}) {
+    trainer.penalise(name);
+    CHECK(same_bits(gradient([&] { (void)trainer.step(batch); }), expected));
+  }
+  // Copies count their steps alone; what is moved goes on where it was.
+  microreg::Regularizer<> copy = list[0];
+  (void)copy.backward(batch.input, batch.target);
+  CHECK(copy.step() == list[0].step() + 1);
+  const microreg::Regularizer<> moved = std::move(copy);
+  CHECK(moved.step() == 2);
+  static_assert(std::is_same_v<decltype(list)::value_type,
+                               decltype(microreg::Regularizer(model, cross_entropy, microreg::FisherTrace{}))>);
+}
+
+TEST_CASE("the types of batch are read off the model and the loss", "[regularizer]") {
+  using torch::Tensor;
+  const auto plain = [](const Tensor& output, const Tensor&) { return output.mean(); };
+  const auto type = [](const auto& model, const auto& loss) {
+    return microreg::Regularizer(model, loss, microreg::GradientNorm{});
+  };
+  const Tensor w = torch::ones({3}).requires_grad_(true);
+  const auto with = [&](auto function) { return microreg::FunctionModel{function, {w}}; };
+  const auto one = with([&](const Tensor& x) { return x * w; });
+  const auto two = with([&](const Tensor& x, const Tensor& y) { return x * y * w; });
+  const auto list = with([&](const std::vector<Tensor>& x) { return x[0] * w; });
+  const auto generic = with([&](const auto& x) { return x * w; });
+  CHECK(std::is_same_v<decltype(type(one, plain)), microreg::Regularizer<>>);
+  CHECK(std::is_same_v<decltype(type(two, plain)), microreg::Regularizer<std::tuple<Tensor, Tensor>>>);
+  CHECK(std::is_same_v<decltype(type(list, plain)), microreg::Regularizer<std::vector<Tensor>>>);
+  CHECK(std::is_same_v<decltype(type(generic, cross_entropy)), microreg::Regularizer<>>);
+  const auto of_pair = [](const Tensor& output, const std::pair<Tensor, double>&) { return output.mean(); };
+  CHECK(std::is_same_v<decltype(type(one, of_pair)), microreg::Regularizer<Tensor, std::pair<Tensor, double>>>);
+  const auto alone = [](const Tensor& output) { return output.mean(); };
+  CHECK(std::is_same_v<decltype(type(one, alone)), microreg::Regularizer<Tensor, microreg::NoTarget>>);
+}
+
+TEST_CASE("losses and models as people have them", "[regularizer]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(10);
+  const auto gradient = [&](auto&& any_model, const auto& loss) {
+    clear_grad(model->parameters());
+    microreg::Regularizer regularizer(any_model, loss, microreg::GradientNorm{}, {.micro_batch_size = 4});
+    (void)regularizer.backward(batch.input, batch.target);
+    return flat_grad(model->parameters());
+  };
+  const torch::Tensor expected = gradient(model, cross_entropy);
+  const auto agrees = [&](auto&& any_model, const auto& loss) {
+    CHECK(relative_error(gradient(any_model, loss), expected) < 1e-14);
+  };
+  agrees(model, [](torch::Tensor& output, torch::Tensor& y) { return torch::cross_entropy_loss(output, y); });
+  agrees(model, [](torch::Tensor output, torch::Tensor y) { return torch::cross_entropy_loss(output, y).view({1}); });
+  agrees(model, std::function<torch::Tensor(const torch::Tensor&, const torch::Tensor&)>(cross_entropy));
+  agrees(
+      model, +[](const torch::Tensor& output, const torch::Tensor& y) { return torch::cross_entropy_loss(output, y); });
+  agrees(microreg::FunctionModel{[&](torch::Tensor& x) { return model->forward(x); }, microreg::modules(model)},
+         cross_entropy);
+  // Without a target.
+  clear_grad(model->parameters());
+  microreg::Regularizer alone(model, [](const torch::Tensor& output) { return output.square().mean(); },
+                              microreg::GradientNorm{}, {.micro_batch_size = 4});
+  const auto report = alone.backward(batch.input);
+  CHECK(relative_error(report.loss, model->forward(batch.input).square().mean()) < 1e-13);
+  CHECK(report.micro_batches() == 3);
+}
+
+TEST_CASE("parts of the loss and outputs come back", "[regularizer]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(10);
+  const auto loss = [](const torch::Tensor& output, const torch::Tensor& y) {
+    const auto first = torch::cross_entropy_loss(output, y);
+    const auto second = output.square().mean();
+    return std::tuple{first + 0.1 * second, first, second};
+  };
+  const bool by_difference = GENERATE(false, true);
+  microreg::RegularizerOptions options{.micro_batch_size = 4, .keep_outputs = true};
+  if (by_difference) {
+    options.estimator = microreg::ForwardDifference{};
+  }
+  microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{}, options);
+  const auto report = regularizer.backward(batch.input, batch.target);
+  const torch::Tensor output = model->forward(batch.input);
+  REQUIRE(report.loss_parts.size() == 2);
+  CHECK(relative_error(report.loss_parts[0], torch::cross_entropy_loss(output, batch.target)) < 1e-13);
+  CHECK(relative_error(report.loss_parts[1], output.square().mean()) < 1e-13);
+  CHECK(relative_error(report.loss, report.loss_parts[0] + 0.1 * report.loss_parts[1]) < 1e-13);
+  CHECK(relative_error(report.output(), output) < 1e-13);
+  CHECK_FALSE(report.output().requires_grad());
+  CHECK(report.micro_batch_outputs.size() == 3);
+  CHECK(has(message_of<microreg::OptionError>([&] { (void)report.output(1); }), {"no output 1", "1 tensors"}));
+
+  const auto measured =
+      microreg::measure(model, loss, microreg::GradientNorm{}, batch.input, batch.target, {.micro_batch_size = 4});
+  CHECK(relative_error(measured.loss_parts[1], output.square().mean()) < 1e-13);
+  CHECK(has(message_of<microreg::OptionError>([&] { (void)measured.output(); }), {"keep_outputs"}));
+}
+
+TEST_CASE("the ratio of the gradients is that of penalty to loss", "[regularizer]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(10);
+  const auto estimator =
+      GENERATE(microreg::Estimator(microreg::Exact{}), microreg::Estimator(microreg::CentralDifference{.step = 1e-4}));
+  const auto gradient = [&](double strength) {
+    clear_grad(model->parameters());
+    microreg::Regularizer regularizer(model, cross_entropy, microreg::GradientNorm{} + microreg::AverageJacobian{},
+                                      {.strength = strength, .micro_batch_size = 4});
+    (void)regularizer.backward(batch.input, batch.target);
+    return flat_grad(model->parameters());
+  };
+  const torch::Tensor plain = gradient(0);
+  const torch::Tensor ratio = (gradient(0.3) - plain).norm() / plain.norm();
+  microreg::Regularizer regularizer(
+      model, cross_entropy, microreg::GradientNorm{} + microreg::AverageJacobian{},
+      {.strength = 0.3, .micro_batch_size = 4, .estimator = estimator, .gradient_ratio = true});
+  CHECK(relative_error(regularizer.backward(batch.input, batch.target).gradient_ratio, ratio) < 1e-6);
+  CHECK_FALSE(microreg::Regularizer(model, cross_entropy, microreg::GradientNorm{})
+                  .backward(batch.input, batch.target)
+                  .gradient_ratio.defined());
+}
+
+TEST_CASE("a step may take several calls", "[regularizer]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(8);
+  microreg::Regularizer regularizer(
+      model, cross_entropy, microreg::GradientNorm{},
+      {.strength = [](std::int64_t step) { return 1.0 + static_cast<double>(step); }, .advance = false});
+  for (int call = 0; call < 2; ++call) {
+    CHECK(regularizer.backward(batch.input, batch.target).penalties[0].strength == 1);
+  }
+  regularizer.advance();
+  CHECK(regularizer.backward(batch.input, batch.target).penalties[0].strength == 2);
 }

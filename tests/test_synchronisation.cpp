@@ -58,7 +58,7 @@ TEST_CASE("a step reads no number from a tensor unless asked", "[synchronisation
         model, cross_entropy,
         microreg::GradientNorm{} + microreg::FisherTrace{} + microreg::AverageJacobian{} + microreg::UnitJacobian{} +
             microreg::InputJacobian{} + microreg::Unsquared{microreg::JacobianNorm{}},
-        {.micro_batch_size = 4, .estimator = estimator, .micro_batch_share = share, .check_finite = check_finite});
+        {.micro_batch_size = 4, .estimator = estimator, .sampling = {.share = share}, .check_finite = check_finite});
     return operations_of([&] {
       (void)regularizer.backward(batch.input, batch.target);
       (void)regularizer.backward(batch.input, batch.target);

@@ -26,11 +26,11 @@ std::vector<double> measured_penalties(const std::shared_ptr<ImageClassifier>& m
                                        const Normalization& normalization, std::int64_t micro_batch_size,
                                        const std::vector<Monitor>& monitors, Layout layout) {
   const torch::Tensor input = network_input(images.pixels, normalization, layout);
-  const auto measured = [&](auto penalty) {
+  const auto measured = [&](microreg::AnyPenalty<> penalty) {
     return microreg::measure(model, torch::nn::CrossEntropyLoss(), std::move(penalty), input, images.labels,
-                             {.micro_batch_size = micro_batch_size, .check_finite = microreg::CheckFinite::never})
+                             {.micro_batch_size = micro_batch_size})
         .penalties.front()
-        .value.template item<double>();
+        .value.item<double>();
   };
   std::vector<double> values{measured(microreg::GradientNorm{})};
   for (const Monitor monitor : monitors) {

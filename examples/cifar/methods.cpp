@@ -1,12 +1,8 @@
 #include "methods.hpp"
 
-#include <microreg/grafting.hpp>
-#include <microreg/microreg.hpp>
-
 #include <utility>
 
 #include "random_streams.hpp"
-#include "recorded_norms.hpp"
 
 namespace cifar {
 
@@ -33,9 +29,9 @@ microreg::RegularizerOptions regularizer_options(const Options& options) {
   return {.strength = microreg::LinearWarmUp{.peak = options.strength, .steps = options.warm_up},
           .micro_batch_size = options.micro_batch_size,
           .estimator = estimator_of(options.estimator),
-          .micro_batch_share = options.micro_batch_share,
-          .every = options.every,
-          .seed = stream_seed(options.seed, Stream::penalty),
+          .sampling = {.share = options.micro_batch_share,
+                       .every = options.every,
+                       .seed = stream_seed(options.seed, Stream::penalty)},
           .weighting = options.weighting == WeightingName::samples ? microreg::Weighting::samples
                                                                    : microreg::Weighting::reference,
           .check_finite = microreg::CheckFinite::always};
@@ -47,60 +43,57 @@ void set_learning_rate(torch::optim::Optimizer& optimizer, double learning_rate)
   }
 }
 
-/// `before_update(step, report)` may change the gradients.
-template <class Penalty, class BeforeUpdate>
-Step step_with(Penalty penalty, const Options& options, const std::shared_ptr<ImageClassifier>& model,
-               const std::shared_ptr<torch::optim::SGD>& optimizer, BeforeUpdate before_update) {
-  return [options, optimizer, before_update = std::move(before_update),
-          regularizer = microreg::Regularizer(model, torch::nn::CrossEntropyLoss(), std::move(penalty),
-                                              regularizer_options(options))](
-             std::int64_t step, const torch::Tensor& images, const torch::Tensor& labels) mutable {
-    set_learning_rate(*optimizer, learning_rate_at(options, step));
-    optimizer->zero_grad();
-    regularizer.set_step(step);
-    microreg::Report report = regularizer.backward(images, labels);
-    before_update(step, report);
-    optimizer->step();
-    return report;
-  };
+microreg::AnyPenalty<> penalty_of(Method method) {
+  switch (method) {
+    case Method::fisher_trace:
+      return microreg::FisherTrace{};
+    case Method::average_jacobian:
+      return microreg::AverageJacobian{};
+    case Method::unit_jacobian:
+      return microreg::UnitJacobian{};
+    case Method::sgd:
+    case Method::large_batch:
+    case Method::gradient_norm:
+    case Method::iterative_grafting:
+    case Method::external_grafting:
+    case Method::normalized:
+      return microreg::GradientNorm{};
+  }
+  throw UsageError("--method is not one that this trainer has");
 }
 
 }  // namespace
 
-Step make_step(const Options& options, const std::shared_ptr<ImageClassifier>& model,
-               const std::shared_ptr<torch::optim::SGD>& optimizer) {
-  const auto with = [&](auto penalty) {
-    return step_with(std::move(penalty), options, model, optimizer, [](std::int64_t, const microreg::Report&) {});
-  };
-  const auto grafted = [&](auto norm) {
-    return step_with(
-        microreg::GradientNorm{}, options, model, optimizer,
-        [parameters = model->parameters(), norm = std::move(norm)](std::int64_t step, const microreg::Report& report) {
-          microreg::graft(parameters, norm(step, report));
-        });
-  };
-  switch (options.method) {
-    case Method::sgd:
-    case Method::large_batch:
-    case Method::gradient_norm:
-      return with(microreg::GradientNorm{});
-    case Method::fisher_trace:
-      return with(microreg::FisherTrace{});
-    case Method::average_jacobian:
-      return with(microreg::AverageJacobian{});
-    case Method::unit_jacobian:
-      return with(microreg::UnitJacobian{});
-    case Method::iterative_grafting:  // The batch is in random order, so its first micro-batch is a random one.
-      return grafted(
-          [](std::int64_t, const microreg::Report& report) { return report.penalties.front().micro_batch_norms[0]; });
-    case Method::external_grafting:
-      return grafted([norms = RecordedNorms(options.norms_from)](std::int64_t step, const microreg::Report&) {
-        return norms.at(step);
-      });
-    case Method::normalized:
-      return grafted([](std::int64_t, const microreg::Report&) { return 1.0; });
+Step::Step(const Options& options, const std::shared_ptr<ImageClassifier>& model,
+           std::shared_ptr<torch::optim::SGD> optimizer)
+    : options_(options),
+      model_(model),
+      optimizer_(std::move(optimizer)),
+      regularizer_(model, torch::nn::CrossEntropyLoss(), penalty_of(options.method), regularizer_options(options)) {
+  if (options.method == Method::external_grafting) {
+    norms_.emplace(options.norms_from);
   }
-  throw UsageError("--method is not one that this trainer has");
+}
+
+microreg::Report Step::operator()(std::int64_t step, const torch::Tensor& images, const torch::Tensor& labels) {
+  set_learning_rate(*optimizer_, learning_rate_at(options_, step));
+  optimizer_->zero_grad();
+  regularizer_.set_step(step);
+  microreg::Report report = regularizer_.backward(images, labels);
+  graft(step, report);
+  optimizer_->step();
+  return report;
+}
+
+void Step::graft(std::int64_t step, const microreg::Report& report) const {
+  if (options_.method == Method::iterative_grafting) {
+    // The batch is in random order, so its first micro-batch is a random one.
+    microreg::graft(model_->parameters(), report.penalties.front().micro_batch_norms[0]);
+  } else if (options_.method == Method::external_grafting) {
+    microreg::graft(model_->parameters(), norms_->at(step));
+  } else if (options_.method == Method::normalized) {
+    microreg::graft(model_->parameters(), 1.0);
+  }
 }
 
 }  // namespace cifar

@@ -65,7 +65,7 @@ class Run {
         order_(data.train.size(), options.batch_size, options.seed) {
     state_.model = make_trained_model(options, data, device);
     state_.optimizer = std::make_shared<torch::optim::SGD>(state_.model->parameters(), options.learning_rate);
-    step_ = make_step(options, state_.model, state_.optimizer);
+    step_.emplace(options, state_.model, state_.optimizer);
   }
 
   /// Goes on from the newest checkpoint that is whole.
@@ -156,7 +156,7 @@ class Run {
       pixels = crop_and_flip(pixels, padding, draw_crop_and_flip(pixels.size(0), padding, generator));
     }
     const microreg::Report report =
-        step_(step, network_input(pixels, normalization_, options_.layout), train_.labels.index_select(0, indices));
+        (*step_)(step, network_input(pixels, normalization_, options_.layout), train_.labels.index_select(0, indices));
     state_.loss.add(report.loss);
     state_.gradient_norm.add(report.gradient_norm);
     state_.penalty.add(report.penalties.front().value * report.penalties.front().strength);
@@ -239,7 +239,7 @@ class Run {
   Checkpoints checkpoints_;
   DataOrder order_;
   RunState state_;
-  Step step_;
+  std::optional<Step> step_;
   Clock::time_point start_;
   double earlier_seconds_ = 0;
   std::int64_t saved_step_ = 0;

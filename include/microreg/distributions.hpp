@@ -8,6 +8,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 
 #include <concepts>
@@ -67,8 +68,8 @@ struct Categorical {
  private:
   static void check(const at::Tensor& logits) {
     if (logits.dim() < 2) {
-      throw ModelError(c10::str("Categorical needs logits of shape [M, C, ...], got ", logits.sizes(),
-                                "; for one logit a sample use Bernoulli"));
+      throw ModelError(detail::text({"Categorical needs logits of shape [M, C, ...], got ", logits.sizes(),
+                                     "; for one logit a sample use Bernoulli"}));
     }
   }
 };
@@ -92,7 +93,7 @@ struct Gaussian {
 
   [[nodiscard]] at::Tensor sample(const at::Tensor& mean, const std::optional<at::Generator>& generator) const {
     if (!(standard_deviation > 0)) {
-      throw OptionError(c10::str("standard_deviation is ", standard_deviation, "; it must be positive"));
+      throw OptionError(detail::text({"standard_deviation is ", standard_deviation, "; it must be positive"}));
     }
     const at::NoGradGuard no_grad;
     return mean.detach() + at::empty_like(mean).normal_(0, standard_deviation, generator);

@@ -7,8 +7,10 @@
 #include <torch/nn/module.h>
 #include <torch/nn/modules/container/any.h>
 #include <torch/nn/pimpl.h>
+#include <microreg/batch.hpp>
+#include <microreg/detail/signature.hpp>
+#include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
-#include <microreg/micro_batch.hpp>
 #include <microreg/parameters.hpp>
 
 #include <memory>
@@ -20,46 +22,78 @@
 
 namespace microreg {
 
+/// The parameters and buffers of several modules as those of one; see modules().
+class Modules {
+ public:
+  explicit Modules(std::vector<std::shared_ptr<torch::nn::Module>> modules) : modules_(std::move(modules)) {}
+
+  /// Named after the module's place and their own name: `modules[1].weight`.
+  [[nodiscard]] std::vector<NamedParameter> parameters() const;
+  [[nodiscard]] std::vector<at::Tensor> buffers() const;
+
+ private:
+  std::vector<std::shared_ptr<torch::nn::Module>> modules_;
+};
+
+/// Several module holders or shared pointers to modules, for a FunctionModel or a Penalised over all of them:
+///
+/// ```cpp
+/// microreg::FunctionModel model{[&](const torch::Tensor& x) { return decoder->forward(encoder->forward(x)); },
+///                               microreg::modules(encoder, decoder)};
+/// ```
+template <class... M>
+[[nodiscard]] Modules modules(const M&... module) {
+  const auto pointer = [](const auto& each) -> std::shared_ptr<torch::nn::Module> {
+    if constexpr (std::is_base_of_v<torch::detail::ModuleHolderIndicator, std::remove_cvref_t<decltype(each)>>) {
+      return each.ptr();
+    } else {
+      return each;
+    }
+  };
+  return Modules({pointer(module)...});
+}
+
 /// A plain callable with a list of the parameters it reads, and of the buffers it writes (so that they can be put back
-/// after an error).
+/// after an error), or with the modules() that have them.
 ///
 /// ```cpp
 /// microreg::FunctionModel model{[&](const torch::Tensor& x) { return torch::addmm(b, x, w); }, {w, b}};
 /// ```
-template <class Function>
+template <class Function, class Parameters = std::vector<at::Tensor>>
 struct FunctionModel {
   Function function;
-  std::vector<at::Tensor> parameters;
+  Parameters parameters;
   std::vector<at::Tensor> buffers = {};
 };
 template <class Function>
 FunctionModel(Function, std::vector<at::Tensor>) -> FunctionModel<Function>;
 template <class Function>
 FunctionModel(Function, std::vector<at::Tensor>, std::vector<at::Tensor>) -> FunctionModel<Function>;
+template <class Function>
+FunctionModel(Function, Modules) -> FunctionModel<Function, Modules>;
 
 namespace detail {
 
-/// Calls `function(input)`, or with the elements of a tuple as arguments where it takes those.
+/// Calls `function(input)`, or with the elements of a tuple as arguments where it takes those. The batch is no
+/// constant: functions that take a Tensor& are called too.
 template <class Function, class Input>
-decltype(auto) call_with(Function&& function, const Input& input) {
-  if constexpr (std::is_invocable_v<Function&, const Input&>) {
+decltype(auto) call_with(Function&& function, Input& input) {
+  if constexpr (std::is_invocable_v<Function&, Input&>) {
     return function(input);
   } else if constexpr (TupleLike<Input>) {
     return std::apply(function, input);
   } else {
-    static_assert(std::is_invocable_v<Function&, const Input&>,
+    static_assert(std::is_invocable_v<Function&, Input&>,
                   "microreg: the model cannot be called with this input: give it a forward() that takes the input "
-                  "batch, or the elements of the tuple as arguments");
+                  "batch, or the elements of the tuple as arguments; a function of another name, or with default "
+                  "arguments, goes into a FunctionModel, as a lambda");
   }
 }
 
-inline std::vector<NamedParameter> named_parameters_of(const torch::nn::Module& module) {
-  std::vector<NamedParameter> result;
-  for (const auto& item : module.named_parameters()) {
-    result.push_back({item.key(), item.value()});
-  }
-  return result;
-}
+std::vector<NamedParameter> named_parameters_of(const torch::nn::Module& module);
+std::vector<NamedParameter> named_parameters_of(const torch::jit::Module& module);
+std::vector<NamedParameter> named_parameters_of(const std::vector<at::Tensor>& tensors);
+std::vector<at::Tensor> buffers_of(const torch::jit::Module& module);
 
 /// A module with a statically known forward().
 template <class Module>
@@ -72,12 +106,10 @@ class ModuleHandle {
   }
 
   template <class Input>
-  decltype(auto) forward(const Input& input) {
-    return call_with(
-        [this]<class... A>(const A&... arguments) -> decltype(std::declval<Module&>().forward(arguments...)) {
-          return module_->forward(arguments...);
-        },
-        input);
+  decltype(auto) forward(Input& input) {
+    return call_with([this]<class... A>(A&... arguments) -> decltype(std::declval<Module&>().forward(
+                                                             arguments...)) { return module_->forward(arguments...); },
+                     input);
   }
   [[nodiscard]] std::vector<NamedParameter> parameters() const { return named_parameters_of(*module_); }
   [[nodiscard]] std::vector<at::Tensor> buffers() const { return module_->buffers(); }
@@ -95,7 +127,7 @@ class AnyModuleHandle {
   }
 
   template <class Input>
-  at::Tensor forward(const Input& input) {
+  at::Tensor forward(Input& input) {
     // AnyModule compares argument types exactly: a tensor must be passed as a Tensor, not as a const Tensor&.
     if constexpr (TupleLike<Input>) {
       return std::apply([this](auto... arguments) { return module_.forward(std::move(arguments)...); }, input);
@@ -115,7 +147,7 @@ class ScriptHandle {
   explicit ScriptHandle(torch::jit::Module module) : module_(std::move(module)) {}
 
   template <class Input>
-  at::Tensor forward(const Input& input) {
+  at::Tensor forward(Input& input) {
     std::vector<c10::IValue> arguments;
     if constexpr (TupleLike<Input>) {
       std::apply([&](const auto&... argument) { (arguments.emplace_back(argument), ...); }, input);
@@ -124,50 +156,46 @@ class ScriptHandle {
     }
     const c10::IValue output = module_.forward(std::move(arguments));
     if (!output.isTensor()) {
-      throw ModelError(c10::str("the scripted model returned a ", output.tagKind(),
-                                ", a Tensor is needed; wrap it in a FunctionModel that picks the tensor"));
+      throw ModelError(text({"the scripted model returned a ", output.tagKind(),
+                             ", a Tensor is needed; wrap it in a FunctionModel that picks the tensor"}));
     }
     return output.toTensor();
   }
-  [[nodiscard]] std::vector<NamedParameter> parameters() const {
-    std::vector<NamedParameter> result;
-    for (const auto& item : module_.named_parameters()) {
-      result.push_back({item.name, item.value});
-    }
-    return result;
-  }
-  [[nodiscard]] std::vector<at::Tensor> buffers() const {
-    std::vector<at::Tensor> result;
-    for (const auto& buffer : module_.buffers()) {
-      result.push_back(buffer);
-    }
-    return result;
-  }
+  [[nodiscard]] std::vector<NamedParameter> parameters() const { return named_parameters_of(module_); }
+  [[nodiscard]] std::vector<at::Tensor> buffers() const { return buffers_of(module_); }
 
  private:
   torch::jit::Module module_;
 };
 
-template <class Function>
+template <class Function, class Parameters>
 class FunctionHandle {
  public:
-  explicit FunctionHandle(FunctionModel<Function> model) : model_(std::move(model)) {}
+  explicit FunctionHandle(FunctionModel<Function, Parameters> model) : model_(std::move(model)) {}
 
   template <class Input>
-  decltype(auto) forward(const Input& input) {
+  decltype(auto) forward(Input& input) {
     return call_with(model_.function, input);
   }
   [[nodiscard]] std::vector<NamedParameter> parameters() const {
-    std::vector<NamedParameter> result;
-    for (std::size_t i = 0; i < model_.parameters.size(); ++i) {
-      result.push_back({c10::str("parameters[", i, "]"), model_.parameters[i]});
+    if constexpr (std::is_same_v<Parameters, Modules>) {
+      return model_.parameters.parameters();
+    } else {
+      return named_parameters_of(model_.parameters);
     }
-    return result;
   }
-  [[nodiscard]] std::vector<at::Tensor> buffers() const { return model_.buffers; }
+  [[nodiscard]] std::vector<at::Tensor> buffers() const {
+    if constexpr (std::is_same_v<Parameters, Modules>) {
+      std::vector<at::Tensor> result = model_.parameters.buffers();
+      result.insert(result.end(), model_.buffers.begin(), model_.buffers.end());
+      return result;
+    } else {
+      return model_.buffers;
+    }
+  }
 
  private:
-  FunctionModel<Function> model_;
+  FunctionModel<Function, Parameters> model_;
 };
 
 template <class T>
@@ -176,8 +204,8 @@ template <class T>
 struct IsSharedModule<std::shared_ptr<T>> : std::is_base_of<torch::nn::Module, T> {};
 template <class T>
 struct IsFunctionModel : std::false_type {};
-template <class T>
-struct IsFunctionModel<FunctionModel<T>> : std::true_type {};
+template <class T, class P>
+struct IsFunctionModel<FunctionModel<T, P>> : std::true_type {};
 
 template <class M>
 inline constexpr bool is_module_holder = std::is_base_of_v<torch::detail::ModuleHolderIndicator, M>;
@@ -198,6 +226,10 @@ auto make_handle(M&& model) {
     using Module = typename Plain::ContainedType;
     return ModuleHandle<Module>(model.is_empty() ? nullptr : model.ptr());
   } else if constexpr (IsSharedModule<Plain>::value) {
+    static_assert(
+        !std::is_same_v<typename Plain::element_type, torch::nn::Module>,
+        "microreg: a torch::nn::Module has no forward(): keep the pointer to your own class, or put the module "
+        "into an AnyModule, or a lambda that calls it into a FunctionModel");
     return ModuleHandle<typename Plain::element_type>(std::forward<M>(model));
   } else if constexpr (std::is_base_of_v<torch::nn::Module, Plain>) {
     static_assert(std::is_lvalue_reference_v<M> && !std::is_const_v<std::remove_reference_t<M>>,
@@ -216,6 +248,55 @@ auto make_handle(M&& model) {
 template <class M>
 using HandleFor = decltype(make_handle(std::declval<M>()));
 
+/// The class whose forward() a model calls, or the function.
+template <class M>
+struct CalledBy {
+  using type = M;
+};
+template <class M>
+  requires is_module_holder<M>
+struct CalledBy<M> {
+  using type = typename M::ContainedType;
+};
+template <>
+struct CalledBy<torch::jit::Module> {
+  using type = void;  // its forward() takes a list of anything
+};
+template <class T>
+struct CalledBy<std::shared_ptr<T>> {
+  using type = T;
+};
+template <class T, class P>
+struct CalledBy<FunctionModel<T, P>> {
+  using type = T;
+};
+
+/// The batch that F takes, by its arguments: the one that it has, or, where it can be called with a tensor alone, a
+/// tensor, or the tuple of all. A tensor too where nothing is known, or its one argument is no batch.
+template <class F, bool known = Signature<F>::known>
+struct BatchFor {
+  using type = at::Tensor;
+};
+template <class F>
+struct BatchFor<F, true> {
+ private:
+  template <class All>
+  struct Of {
+    using type = std::conditional_t<callable_with<F, at::Tensor>, at::Tensor, All>;
+  };
+  template <class One>
+  struct Of<std::tuple<One>> {
+    using type = std::conditional_t<callable_with<F, at::Tensor> && !is_batch<One>(), at::Tensor, One>;
+  };
+
+ public:
+  using type = typename Of<typename Signature<F>::Arguments>::type;
+};
+
+/// What a model's forward() takes, as far as its declaration says it.
+template <class M>
+using InputOf = typename BatchFor<typename CalledBy<std::remove_cvref_t<M>>::type>::type;
+
 }  // namespace detail
 
 /// Everything `Regularizer` takes as its first argument.
@@ -223,3 +304,7 @@ template <class M>
 concept Model = detail::is_model<std::remove_cvref_t<M>>;
 
 }  // namespace microreg
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/model.hpp>
+#endif

@@ -1,20 +1,15 @@
 /// @file
-/// The options of Regularizer and of measure.
+/// The options of Regularizer and of measure().
 #pragma once
 
 #include <ATen/core/Generator.h>
-#include <c10/util/StringUtil.h>
-#include <microreg/error.hpp>
-#include <microreg/estimators/estimator.hpp>
-#include <microreg/micro_batch.hpp>
+#include <microreg/estimator.hpp>
+#include <microreg/micro_batches.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/strength.hpp>
 
-#include <cmath>
 #include <cstdint>
 #include <optional>
-#include <type_traits>
-#include <variant>
 
 namespace microreg {
 
@@ -31,6 +26,17 @@ enum class CheckFinite {
   never,   ///< call Report::throw_if_not_finite() yourself
 };
 
+/// Penalising a part of the micro-batches or steps, with weights that keep the gradient unbiased.
+struct Sampling {
+  /// q, the share of the micro-batches that is penalised, in (0, 1]. A random subset each step, with a weight that
+  /// keeps the gradient unbiased: a step costs 1 + 2q plain steps instead of 3.
+  double share = 1.0;
+  /// Penalise every k-th step only, with k times the weight, at least 1.
+  std::int64_t every = 1;
+  /// Seed of the choice that `share` makes. The choice is a function of seed and step alone.
+  std::uint64_t seed = 0;
+};
+
 /// The options of Regularizer. Every member has a default; set those you need by name.
 struct RegularizerOptions {
   /// Factor on the penalty, or on each of several: a number or a schedule over steps. Finite, at least 0. At 0 the
@@ -40,13 +46,8 @@ struct RegularizerOptions {
   std::int64_t micro_batch_size = 128;
   /// How the penalty is differentiated: Exact, ForwardDifference or CentralDifference.
   Estimator estimator = Exact{};
-  /// q, the share of the micro-batches that is penalised, in (0, 1]. A random subset each step, with a weight that
-  /// keeps the gradient unbiased: a step costs 1 + 2q plain steps instead of 3.
-  double micro_batch_share = 1.0;
-  /// Penalise every k-th step only, with k times the weight, at least 1.
-  std::int64_t every = 1;
-  /// Seed of the choice that micro_batch_share makes. The choice is a function of seed and step alone.
-  std::uint64_t seed = 0;
+  /// Which micro-batches and steps are penalised; all of them by default.
+  Sampling sampling = {};
   /// How much each micro-batch counts.
   Weighting weighting = Weighting::samples;
   /// What the loss callable does over the samples it is given.
@@ -60,37 +61,37 @@ struct RegularizerOptions {
   /// Use the fast double backward of microreg/fused, where it applies. The environment variable MICROREG_FUSED=0 turns
   /// it off too.
   bool fused = true;
+  /// Keep what the model returned, for Report::output(): accuracy, hidden states, pictures. Takes the memory of the
+  /// outputs of all micro-batches.
+  bool keep_outputs = false;
+  /// Report the norm of the penalties' gradient over that of the loss gradient, by which a strength is chosen: a tenth
+  /// to one is usual. Costs one backward pass more for each micro-batch.
+  bool gradient_ratio = false;
+  /// Whether each call that succeeds counts as a step of the schedules. False where an iteration calls several times
+  /// (the two networks of a GAN, an optimizer with a closure): call advance() once an iteration then.
+  bool advance = true;
+};
+
+/// The options of measure(), each as in RegularizerOptions.
+struct MeasureOptions {
+  Strength strength = 1.0;  ///< for the report; a schedule is asked for step 0
+  std::int64_t micro_batch_size = 128;
+  Weighting weighting = Weighting::samples;
+  Reduction reduction = Reduction::mean;
+  ParameterSelection select = {};
+  std::optional<at::Generator> generator = std::nullopt;
+  bool keep_outputs = false;
 };
 
 namespace detail {
-
 /// Throws OptionError with the field, its value and the remedy.
-inline void validate(const RegularizerOptions& options) {
-  if (options.micro_batch_size < 1) {
-    throw OptionError(
-        c10::str("micro_batch_size is ", options.micro_batch_size, "; it must be at least 1 (the paper uses 128)"));
-  }
-  if (!(options.micro_batch_share > 0 && options.micro_batch_share <= 1)) {
-    throw OptionError(c10::str("micro_batch_share is ", options.micro_batch_share,
-                               "; it must be greater than 0 and at most 1 (for no penalty, set the strength to 0)"));
-  }
-  if (options.every < 1) {
-    throw OptionError(c10::str("every is ", options.every, "; it must be at least 1, which penalises every step"));
-  }
-  std::visit(
-      [](const auto& estimator) {
-        if constexpr (!std::is_same_v<std::decay_t<decltype(estimator)>, Exact>) {
-          if (!(std::isfinite(estimator.step) && estimator.step >= 0)) {
-            throw OptionError(c10::str("estimator.step is ", estimator.step,
-                                       "; it must be a finite positive number, or 0 for an automatic choice"));
-          }
-        }
-      },
-      options.estimator);
-  if (options.generator.has_value() && !options.generator->defined()) {
-    throw OptionError("generator is undefined; make one with at::make_generator, or leave the option empty");
-  }
-}
-
+void validate(const RegularizerOptions& options);
+/// What a step takes for those of measure(), validated.
+RegularizerOptions options_of(MeasureOptions options);
 }  // namespace detail
+
 }  // namespace microreg
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/options.hpp>
+#endif

@@ -3,14 +3,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/ScalarType.h>
-#include <c10/util/StringUtil.h>
-#include <microreg/error.hpp>
 
+#include <cstddef>
 #include <functional>
 #include <string>
-#include <unordered_set>
-#include <utility>
 #include <vector>
 
 namespace microreg {
@@ -38,36 +34,10 @@ struct Parameters {
 
 /// Drops frozen and repeated parameters and applies `selection`. Throws ModelError if nothing is left to train or to
 /// penalise, or if a parameter is complex.
-[[nodiscard]] inline Parameters trainable(const std::vector<NamedParameter>& all,
-                                          const ParameterSelection& selection = {}) {
-  Parameters result;
-  std::unordered_set<const c10::TensorImpl*> seen;
-  for (const auto& [name, tensor] : all) {
-    if (!tensor.defined() || !tensor.requires_grad() || !seen.insert(tensor.unsafeGetTensorImpl()).second) {
-      continue;
-    }
-    if (tensor.is_complex()) {
-      throw ModelError(c10::str("parameter ", name, " is complex (", c10::toString(tensor.scalar_type()),
-                                "); the penalties are defined for real parameters: freeze it, or keep its real and "
-                                "imaginary parts as two parameters"));
-    }
-    if (!selection || selection(name, tensor)) {
-      result.selected.push_back(result.tensors.size());
-    }
-    result.names.push_back(name);
-    result.tensors.push_back(tensor);
-  }
-  if (result.tensors.empty()) {
-    throw ModelError(c10::str("no parameter requires a gradient (", all.size(),
-                              " given); unfreeze at least one with parameter.requires_grad_(true)"));
-  }
-  if (result.selected.empty()) {
-    throw ModelError(
-        c10::str("the option select chose none of the ", result.tensors.size(),
-                 " parameters that require a gradient, so every penalty would be zero; the first is named ",
-                 result.names.front()));
-  }
-  return result;
-}
+[[nodiscard]] Parameters trainable(const std::vector<NamedParameter>& all, const ParameterSelection& selection = {});
 
 }  // namespace microreg
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/parameters.hpp>
+#endif

@@ -8,8 +8,6 @@
 
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
-#include <c10/util/StringUtil.h>
-#include <microreg/error.hpp>
 #include <microreg/strength.hpp>
 
 #include <concepts>
@@ -31,16 +29,7 @@ class Draws {
   /// The next draw. In a further pass `sample` is called too, so that the generators move as they did in the first.
   template <class Sample>
   [[nodiscard]] at::Tensor next(const Sample& sample) {
-    at::Tensor fresh = sample();
-    if (!replaying_) {
-      recorded_.push_back(fresh);
-      return fresh;
-    }
-    if (position_ == recorded_.size()) {
-      throw ModelError(c10::str("a probe drew more than the ", recorded_.size(),
-                                " random tensors of its first pass over the micro-batch; draw as often in every pass"));
-    }
-    return recorded_[position_++];
+    return keep(sample());
   }
 
   /// From here on `next` returns what was recorded, from the beginning.
@@ -50,6 +39,9 @@ class Draws {
   }
 
  private:
+  /// Records `fresh`, or gives what stands in its place. Throws ModelError past the end.
+  at::Tensor keep(const at::Tensor& fresh);
+
   std::vector<at::Tensor> recorded_;
   std::size_t position_ = 0;
   bool replaying_ = false;
@@ -76,17 +68,7 @@ struct ForwardPass {
 
 /// Checks that `output` is a floating-point tensor [M, ...] with a graph, and returns it; throws ModelError otherwise.
 /// `penalty` is named in messages.
-[[nodiscard]] inline const at::Tensor& differentiable_output(const at::Tensor& output, std::string_view penalty) {
-  if (!output.defined() || output.dim() == 0 || output.size(0) == 0) {
-    throw ModelError(c10::str(penalty, " needs an output of shape [M, ...] with at least one sample, got ",
-                              output.defined() ? c10::str("shape ", output.sizes()) : "an undefined tensor"));
-  }
-  if (!output.is_floating_point()) {
-    throw ModelError(c10::str(penalty, " needs a floating-point output, got ", c10::toString(output.scalar_type()),
-                              "; return the logits or predictions, not class indices"));
-  }
-  return output;  // NOLINT(bugprone-return-const-ref-from-parameter): lives as long as the caller's expression
-}
+[[nodiscard]] const at::Tensor& differentiable_output(const at::Tensor& output, std::string_view penalty);
 
 namespace detail {
 
@@ -163,6 +145,9 @@ struct PenaltySum {
   std::tuple<Weighted<P>...> terms;
 };
 
+template <class Input, class Output, class Target>
+class AnyPenalty;
+
 namespace detail {
 
 template <Penalty P>
@@ -179,6 +164,10 @@ PenaltySum<P...> as_sum(PenaltySum<P...> sum) {
 }
 
 template <class T>
+struct IsAnyPenalty : std::false_type {};
+template <class Input, class Output, class Target>
+struct IsAnyPenalty<AnyPenalty<Input, Output, Target>> : std::true_type {};
+template <class T>
 struct IsWeighted : std::false_type {};
 template <class P>
 struct IsWeighted<Weighted<P>> : std::true_type {};
@@ -191,7 +180,8 @@ struct IsPenaltySum<PenaltySum<P...>> : std::true_type {};
 
 /// A penalty, a weighted penalty, or a sum of them: what `Regularizer` takes as its third argument.
 template <class T>
-concept PenaltyExpression = Penalty<T> || detail::IsWeighted<T>::value || detail::IsPenaltySum<T>::value;
+concept PenaltyExpression =
+    Penalty<T> || detail::IsWeighted<T>::value || detail::IsPenaltySum<T>::value || detail::IsAnyPenalty<T>::value;
 
 /// Gives a penalty a strength of its own.
 template <Penalty P>
@@ -201,6 +191,7 @@ template <Penalty P>
 
 /// Adds penalties up; a penalty without a strength of its own counts with 1.
 template <PenaltyExpression A, PenaltyExpression B>
+  requires(!detail::IsAnyPenalty<A>::value && !detail::IsAnyPenalty<B>::value)
 [[nodiscard]] auto operator+(A a, B b) {
   auto left = detail::as_sum(std::move(a));
   auto right = detail::as_sum(std::move(b));
@@ -210,3 +201,7 @@ template <PenaltyExpression A, PenaltyExpression B>
 }
 
 }  // namespace microreg
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/penalty.hpp>
+#endif

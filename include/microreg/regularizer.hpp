@@ -2,19 +2,18 @@
 /// Regularizer: the loop over micro-batches that fills `.grad` with the gradient of loss and penalties.
 #pragma once
 
-#include <microreg/detail/micro_batch_loop.hpp>
-#include <microreg/estimators/double_backward.hpp>
-#include <microreg/estimators/finite_difference.hpp>
-#include <microreg/fused/scope.hpp>
+#include <microreg/error.hpp>
 #include <microreg/model.hpp>
 #include <microreg/options.hpp>
 #include <microreg/penalty.hpp>
 #include <microreg/report.hpp>
+#include <microreg/step/mini_batch.hpp>
+#include <microreg/step/objective.hpp>
 
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 namespace microreg {
 
@@ -29,10 +28,17 @@ namespace microreg {
 /// - Model: see Model in model.hpp. A module passed by reference must outlive the Regularizer.
 /// - Loss: any callable `loss(output, target)` that returns a scalar, the mean over samples (or the sum, with
 ///   `.reduction = Reduction::sum`). A loss whose mean does not count samples (class weights, ignore_index) is taken
-///   as it is for each micro-batch.
-/// - Penalty: one penalty, or a sum of penalties with strengths of their own.
-/// - Estimator: Exact, or a difference of first derivatives, which is cheaper; `.micro_batch_share` and `.every` make
+///   as it is for each micro-batch. Of a tuple, or a type with microreg_fields, the first tensor is the loss, and the
+///   others come back in Report::loss_parts. A loss that takes the output alone goes with the target type NoTarget.
+/// - Penalty: one penalty, a sum of penalties with strengths of their own, or an AnyPenalty.
+/// - Estimator: Exact, or a difference of first derivatives, which is cheaper; `.sampling` makes
 ///   any of them cheaper still. See RegularizerOptions.
+///
+/// Its type depends on the batch alone, Input and Target, which are tensors by default. So it can be a member of a
+/// class
+/// (`microreg::Regularizer<> regularizer_;`), be assigned, and stand in a container. Constructed with arguments it
+/// reads the types off the signatures of forward() and the loss, where these are no templates. Copies share model, loss
+/// and penalty, and count their steps alone.
 ///
 /// Cost: 3.0 plain steps in exact arithmetic for one penalty. No synchronisation of a CUDA device, unless
 /// `.check_finite = CheckFinite::always`. Strong guarantee: if anything throws, parameters, buffers, `.grad`, random
@@ -45,14 +51,15 @@ namespace microreg {
 /// auto report = regularizer.backward(images, labels);
 /// optimizer.step();
 /// ```
-template <class Handle, class Loss, class Terms>
+template <class Input = at::Tensor, class Target = at::Tensor>
 class Regularizer {
  public:
-  template <class M, class PenaltyOrSum>
+  /// None yet: to be assigned to. backward() throws OptionError.
+  Regularizer() = default;
+
+  template <class M, class Loss, class PenaltyOrSum>
   Regularizer(M&& model, Loss loss, PenaltyOrSum penalty, RegularizerOptions options = {})
-      : handle_(detail::make_handle(std::forward<M>(model))),
-        loss_(std::move(loss)),
-        terms_(detail::as_terms(std::move(penalty))),
+      : objective_(detail::make_objective<Input, Target>(std::forward<M>(model), std::move(loss), std::move(penalty))),
         options_(std::move(options)) {
     detail::validate(options_);
   }
@@ -62,61 +69,57 @@ class Regularizer {
   /// Throws BatchError (empty, first dimensions that differ, wrong device), ModelError (no parameter to train, a loss
   /// that is no scalar, an output or operation that cannot be differentiated), OptionError (a strength schedule's
   /// value), NonFiniteError (see CheckFinite), and whatever model and loss throw.
-  template <class Input, class Target>
-  Report backward(const Input& input, const Target& target) {
-    detail::assert_batches<Input, Target>();
-    const std::vector<double> strengths = detail::strengths_at(terms_, options_.strength, step_);
-    detail::MicroBatchLoop loop(handle_, options_, input, target);
-    try {
-      std::vector<at::Tensor> sums(loop.parameters().tensors.size());
-      auto difference = detail::finite_difference(options_.estimator, terms_, strengths, loop.parameters());
-      const FusedScope fused(options_.fused && !difference.has_value());
-      Report report =
-          loop.run(loss_, terms_, strengths, detail::choose_penalised(options_, step_, loop.count()),
-                   [&](const auto& micro_batch, const auto& weights, std::vector<at::Tensor>& squared_norms) {
-                     if (weights.penalty == 0) {
-                       const auto evaluated = micro_batch();
-                       detail::add_loss_gradient(evaluated.loss, weights.loss, loop.parameters(), sums);
-                     } else if (difference.has_value()) {
-                       (*difference)(micro_batch, weights, sums, squared_norms);
-                     } else {
-                       const auto evaluated = micro_batch();
-                       detail::double_backward(evaluated.pass(), terms_, strengths, weights, loop.parameters(), sums,
-                                               squared_norms);
-                     }
-                   });
-      report.step = step_;
-      report.gradient_norm = detail::squared_norm(sums, report.loss.options()).sqrt();
-      if (options_.check_finite == CheckFinite::always ||
-          (options_.check_finite == CheckFinite::on_cpu && report.loss.is_cpu())) {
-        report.throw_if_not_finite();
-      }
-      detail::add_to_grad(loop.parameters().tensors, sums);
-      ++step_;
-      return report;
-    } catch (...) {
-      loop.restore();
-      throw;
+  template <class I, class T>
+  Report backward(const I& input, const T& target) {
+    detail::assert_batches<I, T>();
+    static_assert(std::is_convertible_v<const I&, Input>,
+                  "microreg: the model cannot be called with this input: the Regularizer was made for another type; "
+                  "write Regularizer<Input, Target> with the types that backward() is to take");
+    static_assert(!std::is_same_v<Target, NoTarget> || std::is_same_v<T, NoTarget>,
+                  "microreg: the loss cannot be called as loss(output, target), since it takes the output alone: call "
+                  "backward(input)");
+    static_assert(std::is_convertible_v<const T&, Target> || std::is_same_v<Target, NoTarget>,
+                  "microreg: the loss cannot be called as loss(output, target) with this target: the Regularizer was "
+                  "made for another type; write Regularizer<Input, Target> with the types that backward() is to take");
+    if constexpr (std::is_convertible_v<const I&, Input> && std::is_convertible_v<const T&, Target>) {
+      return step_on(input, target);
     }
+  }
+
+  /// The same with a loss that takes the output alone.
+  Report backward(const Input& input)
+    requires std::is_same_v<Target, NoTarget>
+  {
+    return step_on(input, NoTarget{});
   }
 
   /// How many steps were taken: what a strength schedule is asked with.
   [[nodiscard]] std::int64_t step() const noexcept { return step_; }
   /// Sets the step, for a run that resumes.
   void set_step(std::int64_t step) noexcept { step_ = step; }
+  /// Counts a step, where `.advance = false` keeps backward() from it.
+  void advance() noexcept { ++step_; }
 
   [[nodiscard]] const RegularizerOptions& options() const noexcept { return options_; }
 
  private:
-  Handle handle_;
-  Loss loss_;
-  Terms terms_;
+  Report step_on(const Input& input, const Target& target) {
+    if (objective_ == nullptr) {
+      throw OptionError("this Regularizer is empty; assign one that is made of a model, a loss and a penalty");
+    }
+    detail::ObjectiveOnBatch<Input, Target> batch(*objective_, options_, input, target);
+    Report report = detail::take_step(batch, options_, step_);
+    step_ += options_.advance ? 1 : 0;
+    return report;
+  }
+
+  std::shared_ptr<detail::Objective<Input, Target>> objective_;
   RegularizerOptions options_;
   std::int64_t step_ = 0;
 };
 
 template <class M, class Loss, class PenaltyOrSum>
 Regularizer(M&&, Loss, PenaltyOrSum, RegularizerOptions = {})
-    -> Regularizer<detail::HandleFor<M>, Loss, detail::TermsFor<PenaltyOrSum>>;
+    -> Regularizer<detail::InputOf<M>, detail::TargetOf<Loss>>;
 
 }  // namespace microreg

@@ -2,10 +2,6 @@
 /// The strength of a penalty: a number, or a schedule over steps.
 #pragma once
 
-#include <c10/util/StringUtil.h>
-#include <microreg/error.hpp>
-
-#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <functional>
@@ -25,7 +21,7 @@ namespace microreg {
 /// ```
 class Strength {
  public:
-  Strength(double constant) : constant_(checked(constant, "")) {}  // NOLINT(google-explicit-constructor)
+  Strength(double constant) : constant_(checked(constant, -1)) {}  // NOLINT(google-explicit-constructor)
 
   template <class Schedule>
     requires(!std::convertible_to<Schedule, double> && !std::same_as<std::remove_cvref_t<Schedule>, Strength> &&
@@ -33,17 +29,19 @@ class Strength {
   Strength(Schedule schedule) : schedule_(std::move(schedule)) {}  // NOLINT(google-explicit-constructor)
 
   /// The strength at `step`.
-  [[nodiscard]] double at(std::int64_t step) const {
-    return schedule_ ? checked(schedule_(step), c10::str(" at step ", step)) : constant_;
+  [[nodiscard]] double at(std::int64_t step) const { return schedule_ ? checked(schedule_(step), step) : constant_; }
+
+  /// The product, step by step.
+  [[nodiscard]] friend Strength operator*(const Strength& a, const Strength& b) {
+    if (!a.schedule_ && !b.schedule_) {
+      return a.constant_ * b.constant_;
+    }
+    return [a, b](std::int64_t step) { return a.at(step) * b.at(step); };
   }
 
  private:
-  static double checked(double value, const std::string& when) {
-    if (!std::isfinite(value) || value < 0) {
-      throw OptionError(c10::str("strength", when, " is ", value, "; it must be a finite number, at least 0"));
-    }
-    return value;
-  }
+  /// `value`, if it is one; `step` is -1 for a constant.
+  static double checked(double value, std::int64_t step);
 
   double constant_ = std::numeric_limits<double>::quiet_NaN();
   std::function<double(std::int64_t)> schedule_;
@@ -64,3 +62,7 @@ struct LinearWarmUp {
 };
 
 }  // namespace microreg
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/strength.hpp>
+#endif

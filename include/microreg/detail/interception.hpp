@@ -22,9 +22,9 @@
 #include <string_view>
 #include <vector>
 
-/// A file that takes a step compiles the kernels, which is most of its time. Where MICROREG_KERNELS_ELSEWHERE is
+/// A file that takes a step compiles the kernels, which is most of its time. Where MICROREG_COMPILED is
 /// defined it does not, and one file of the program includes <microreg/kernels.hpp>.
-#if defined(MICROREG_KERNELS_ELSEWHERE)
+#if defined(MICROREG_COMPILED)
 #define MICROREG_KERNEL_LINKAGE
 #else
 #define MICROREG_KERNEL_LINKAGE inline

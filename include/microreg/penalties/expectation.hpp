@@ -2,7 +2,7 @@
 /// What penalties with random draws have in common: how their expectation is taken.
 #pragma once
 
-#include <c10/util/StringUtil.h>
+#include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 
 #include <cstdint>
@@ -20,7 +20,7 @@ namespace detail {
 /// Throws OptionError unless `count`, the option called `field`, is at least 1.
 inline void check_count(std::int64_t count, std::string_view field) {
   if (count < 1) {
-    throw OptionError(c10::str(field, " is ", count, "; it must be at least 1"));
+    throw OptionError(text({field, " is ", count, "; it must be at least 1"}));
   }
 }
 }  // namespace detail

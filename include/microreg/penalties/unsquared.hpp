@@ -3,7 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <c10/util/StringUtil.h>
+#include <microreg/detail/text.hpp>
 #include <microreg/penalty.hpp>
 
 #include <concepts>
@@ -31,7 +31,7 @@ struct Unsquared {
 
   P penalty;
 
-  [[nodiscard]] std::string name() const { return c10::str("unsquared_", penalty.name()); }
+  [[nodiscard]] std::string name() const { return detail::text({"unsquared_", penalty.name()}); }
 
   template <class Pass>
     requires PenaltyFor<P, Pass>

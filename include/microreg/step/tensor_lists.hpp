@@ -1,11 +1,11 @@
 /// @file
-/// Thin wrappers of `torch::autograd::grad` and of the multi-tensor operations that the estimators share.
+/// Lists of tensors, one a parameter, of which some may be undefined: gradients, and what the step does with them.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/util/StringUtil.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 
 #include <algorithm>
@@ -37,8 +37,7 @@ namespace microreg::detail {
   } else {
     throw;  // Not about differentiability: the original error says it best.
   }
-  throw ModelError(
-      c10::str(what, " needs a second derivative that LibTorch does not have: ", first_line, "; ", remedy));
+  throw ModelError(text({what, " needs a second derivative that LibTorch does not have: ", first_line, "; ", remedy}));
 }
 
 /// d(sum of <outputs, seeds>)/d(inputs); undefined where an input does not take part.
@@ -132,6 +131,40 @@ inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> te
       sums[i] = owned(std::move(terms[i])).mul_(local);
     }
   }
+}
+
+/// scalar / sqrt(squared), or 0 where that is 0.
+inline at::Tensor over_norm(const at::Tensor& squared, double scalar) {
+  return at::where(squared == 0, at::zeros_like(squared), scalar * squared.rsqrt());
+}
+
+/// tensors[i] * factor, where factor is a number or a scalar tensor on any device.
+inline std::vector<at::Tensor> scaled(const std::vector<at::Tensor>& tensors, double factor) {
+  return at::_foreach_mul(tensors, factor);
+}
+inline std::vector<at::Tensor> scaled(const std::vector<at::Tensor>& tensors, const at::Tensor& factor) {
+  std::vector<at::Tensor> result;
+  result.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    result.push_back(tensor * factor.to(tensor.device(), tensor.scalar_type()));
+  }
+  return result;
+}
+
+/// a[i] - b[i], where undefined is zero.
+inline std::vector<at::Tensor> differences(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> result;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    result.push_back(a[i].defined() && b[i].defined() ? a[i] - b[i] : a[i].defined() ? a[i] : b[i]);
+  }
+  return result;
+}
+
+inline bool at_least_float32(const std::vector<at::Tensor>& tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor& tensor) {
+    return tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
+  });
 }
 
 /// from[i] + factor * (to[i] - from[i]), where undefined is zero and `factor` is a scalar tensor on any device.

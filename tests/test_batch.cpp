@@ -62,7 +62,7 @@ torch::Tensor gradient(const Input& input, const Read& read) {
 
 }  // namespace
 
-TEST_CASE("slices are views, and other values go along", "[micro_batch]") {
+TEST_CASE("slices are views, and other values go along", "[batch]") {
   const torch::Tensor x = rows(10);
   CHECK(is_view(microreg::slice(x, 4, 3), x, 4, 3));
   CHECK(microreg::slice(x, 0, 10).is_same(x));
@@ -86,7 +86,7 @@ TEST_CASE("slices are views, and other values go along", "[micro_batch]") {
   CHECK(nested.at("b")[0]->size(0) == 10);
 }
 
-TEST_CASE("every kind of batch gives the same gradient", "[micro_batch]") {
+TEST_CASE("every kind of batch gives the same gradient", "[batch]") {
   const torch::Tensor x = rows(10) / 20;
   const torch::Tensor exact = gradient(x, [](const torch::Tensor& in) { return in; });
   const auto agrees = [&](const auto& input, const auto& read) {
@@ -103,7 +103,7 @@ TEST_CASE("every kind of batch gives the same gradient", "[micro_batch]") {
          [](const auto& in) { return in.first[0].tokens; });
 }
 
-TEST_CASE("targets of any kind reach the loss", "[micro_batch]") {
+TEST_CASE("targets of any kind reach the loss", "[batch]") {
   const torch::Tensor x = rows(10) / 20;
   torch::nn::Linear layer(2, 3);
   std::vector<std::int64_t> sizes;
@@ -117,7 +117,7 @@ TEST_CASE("targets of any kind reach the loss", "[micro_batch]") {
   CHECK(sizes == std::vector<std::int64_t>{4, 4, 2});
 }
 
-TEST_CASE("the cut and its weights", "[micro_batch]") {
+TEST_CASE("the cut and its weights", "[batch]") {
   const std::int64_t samples = GENERATE(1, 4, 7, 8, 9, 100);
   const std::int64_t size = GENERATE(1, 4, 8, 1000);
   for (const auto weighting : {microreg::Weighting::samples, microreg::Weighting::reference}) {
@@ -141,7 +141,7 @@ TEST_CASE("the cut and its weights", "[micro_batch]") {
   }
 }
 
-TEST_CASE("a batch that cannot be split names the tensor and the remedy", "[micro_batch]") {
+TEST_CASE("a batch that cannot be split names the tensor and the remedy", "[batch]") {
   const torch::Tensor x = rows(10);
   const auto message = [](const auto& batch) {
     return message_of<BatchError>([&] { (void)microreg::sample_count(batch, "input"); });
@@ -156,4 +156,64 @@ TEST_CASE("a batch that cannot be split names the tensor and the remedy", "[micr
   CHECK(has(message(std::vector{x, torch::Tensor()}), {"input[1]", "undefined", "std::optional"}));
   CHECK(has(message(std::vector<torch::Tensor>{}), {"input", "no tensor"}));
   CHECK(has(message(3), {"input", "no tensor"}));
+}
+
+namespace custom {
+
+/// What only its own functions can count and cut.
+struct Graphs {
+  std::vector<torch::Tensor> nodes;
+};
+std::int64_t microreg_size(const Graphs& graphs) { return static_cast<std::int64_t>(graphs.nodes.size()); }
+Graphs microreg_slice(const Graphs& graphs, std::int64_t begin, std::int64_t length) {
+  return {{graphs.nodes.begin() + begin, graphs.nodes.begin() + begin + length}};
+}
+
+}  // namespace custom
+
+TEST_CASE("samples that do not lie along the first dimension", "[batch]") {
+  const torch::Tensor x = rows(10) / 20;
+  const torch::Tensor exact = gradient(x, [](const torch::Tensor& in) { return in; });
+  const auto agrees = [&](const auto& input, const auto& read) {
+    CHECK(relative_error(gradient(input, read), exact) < 1e-6);
+  };
+  agrees(microreg::Along<1>(x.t()), [](const auto& in) { return in.t(); });
+  agrees(std::pair{x, microreg::Whole(torch::full({3, 4}, 2.0))},
+         [](const auto& in) { return in.first * in.second[2][3] / 2; });
+  agrees(std::pair{x, microreg::OnHost(torch::ones({10}))},
+         [](const auto& in) { return in.first * in.second.unsqueeze(1); });
+  agrees(microreg::PerSample<torch::Tensor>(x.unbind()), [](const auto& in) { return torch::stack(in); });
+  agrees(custom::Graphs{x.unbind()}, [](const auto& in) { return torch::stack(in.nodes); });
+  agrees(std::tuple{custom::Graphs{x.unbind()}, x}, [](const auto& in) { return std::get<1>(in); });
+
+  const auto message = [](const auto& batch) {
+    return message_of<BatchError>([&] { (void)microreg::sample_count(batch, "input"); });
+  };
+  CHECK(has(message(std::pair{x, microreg::PerSample<torch::Tensor>(x.unbind().size() - 1)}),
+            {"input[0] has 10", "input[1] has 9"}));
+  CHECK(has(message(std::pair{x, microreg::Along<1>(x)}), {"input[1] has 2"}));
+  CHECK(has(message(microreg::Along<2>(x)), {"[10, 2]", "no dimension 2"}));
+  CHECK(has(message(microreg::Whole(x)), {"no tensor"}));
+}
+
+TEST_CASE("a loop of one's own over micro-batches", "[batch]") {
+  const torch::Tensor x = rows(10);
+  const torch::Tensor y = torch::arange(10);
+  std::int64_t begin = 0;
+  double weight = 0;
+  for (const auto& [part, first, second] : microreg::micro_batches(4, x, y)) {
+    CHECK(part.index == begin / 4);
+    CHECK(part.count == 3);
+    CHECK(part.begin == begin);
+    CHECK(is_view(first, x, begin, part.size));
+    CHECK(is_view(second, y, begin, part.size));
+    begin += part.size;
+    weight += part.weight;
+  }
+  CHECK(begin == 10);
+  CHECK(weight == Approx(1.0));
+  CHECK(microreg::micro_batches(4, x).size() == 3);
+  CHECK(has(message_of<BatchError>([&] { (void)microreg::micro_batches(4, x, y.narrow(0, 0, 9)); }), {"10", "9"}));
+  CHECK(has(message_of<BatchError>([&] { (void)microreg::micro_batches(4, x.narrow(0, 0, 0)); }), {"empty"}));
+  CHECK(has(message_of<microreg::OptionError>([&] { (void)microreg::micro_batches(0, x); }), {"is 0"}));
 }

@@ -1,0 +1,235 @@
+/// @file
+/// What a mini-batch may be, how many samples it has, and how it is cut.
+///
+/// A batch is a tensor, or a `std::tuple`, `std::pair`, `std::array`, `std::vector`, `std::optional` or `std::map` of
+/// batches, nested as you like; numbers, strings and enumerations inside go along unchanged. A type of your own
+/// becomes a batch by one function beside it, found by argument-dependent lookup:
+///
+/// ```cpp
+/// struct Sentences {
+///   torch::Tensor tokens, mask;
+/// };
+/// auto microreg_fields(Sentences& s) { return std::tie(s.tokens, s.mask); }
+/// ```
+///
+/// Samples lie along the first dimension of every tensor. Where they do not, the type says so: Along<1>, Whole, OnHost
+/// and PerSample. What is no collection of tensors, a list of graphs for instance, is counted and cut by two functions
+/// of yours: `std::int64_t microreg_size(const Graphs&)` and `Graphs microreg_slice(const Graphs&, std::int64_t begin,
+/// std::int64_t length)`.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace microreg {
+
+/// A tensor whose samples lie along `Dimension`: Along<1> for [T, B, F] sequences or [layers, B, H] states.
+template <std::int64_t Dimension>
+struct Along : at::Tensor {
+  Along() = default;
+  Along(at::Tensor tensor) : at::Tensor(std::move(tensor)) {}  // NOLINT(google-explicit-constructor)
+};
+
+/// A tensor that goes along whole with every micro-batch, on any device: an adjacency matrix, a table.
+struct Whole : at::Tensor {
+  Whole() = default;
+  Whole(at::Tensor tensor) : at::Tensor(std::move(tensor)) {}  // NOLINT(google-explicit-constructor)
+};
+
+/// A tensor of one value a sample that stays on the CPU wherever the model is: lengths of packed sequences.
+struct OnHost : at::Tensor {
+  OnHost() = default;
+  OnHost(at::Tensor tensor) : at::Tensor(std::move(tensor)) {}  // NOLINT(google-explicit-constructor)
+};
+
+/// A list with one element a sample, a tensor of boxes for each image for instance. (The tensors in a plain
+/// std::vector are cut along their first dimension.)
+template <class T>
+struct PerSample : std::vector<T> {
+  using std::vector<T>::vector;
+  PerSample(std::vector<T> elements) : std::vector<T>(std::move(elements)) {}  // NOLINT(google-explicit-constructor)
+
+  friend std::int64_t microreg_size(const PerSample& list) { return static_cast<std::int64_t>(list.size()); }
+  friend PerSample microreg_slice(const PerSample& list, std::int64_t begin, std::int64_t length) {
+    return std::vector<T>(list.begin() + begin, list.begin() + begin + length);
+  }
+};
+
+namespace detail {
+
+template <class T>
+inline constexpr bool is_tensor = std::is_base_of_v<at::Tensor, T>;
+
+/// Types that have nothing to cut and are handed on as they are.
+template <class T>
+inline constexpr bool is_plain_value = std::is_arithmetic_v<T> || std::is_enum_v<T> || std::is_same_v<T, std::string>;
+
+template <class T>
+concept HasFields = requires(T& batch) { microreg_fields(batch); };
+
+template <class T>
+concept HasSlices = requires(const T& batch) {
+  { microreg_size(batch) } -> std::convertible_to<std::int64_t>;
+  { microreg_slice(batch, std::int64_t{}, std::int64_t{}) } -> std::convertible_to<T>;
+};
+
+template <class T>
+concept TupleLike = requires { std::tuple_size<T>::value; };
+
+template <class T>
+struct IsVector : std::false_type {};
+template <class T, class A>
+struct IsVector<std::vector<T, A>> : std::true_type {};
+template <class T>
+struct IsOptional : std::false_type {};
+template <class T>
+struct IsOptional<std::optional<T>> : std::true_type {};
+template <class T>
+struct IsMap : std::false_type {};
+template <class K, class V, class C, class A>
+struct IsMap<std::map<K, V, C, A>> : std::true_type {};
+
+template <class T>
+constexpr bool is_batch();
+
+template <class T, std::size_t... I>
+constexpr bool all_elements_are_batches(std::index_sequence<I...>) {
+  return (is_batch<std::remove_cvref_t<std::tuple_element_t<I, T>>>() && ...);
+}
+
+template <class T>
+constexpr bool is_batch() {
+  if constexpr (is_tensor<T> || is_plain_value<T> || HasSlices<T> || HasFields<T>) {
+    return true;
+  } else if constexpr (IsVector<T>::value || IsOptional<T>::value) {
+    return is_batch<typename T::value_type>();
+  } else if constexpr (IsMap<T>::value) {
+    return is_batch<typename T::mapped_type>();
+  } else if constexpr (TupleLike<T>) {
+    return all_elements_are_batches<T>(std::make_index_sequence<std::tuple_size_v<T>>{});
+  } else {
+    return false;
+  }
+}
+
+/// Calls `visit(part, path)` for every tensor and everything with microreg_slice in `batch`; `path` reads like
+/// `input[1]`.
+template <class Batch, class Visit>
+void for_each_part(Batch& batch, const std::string& path, const Visit& visit) {
+  const auto elements = [&](auto&... element) {
+    std::size_t index = 0;
+    (for_each_part(element, text({path, HasFields<Batch> ? ".field " : "[", index++, HasFields<Batch> ? "" : "]"}),
+                   visit),
+     ...);
+  };
+  if constexpr (is_tensor<Batch> || HasSlices<Batch>) {
+    visit(batch, path);
+  } else if constexpr (is_plain_value<Batch>) {
+    // Nothing to visit.
+  } else if constexpr (HasFields<Batch>) {
+    auto fields = microreg_fields(batch);
+    std::apply(elements, fields);
+  } else if constexpr (IsVector<Batch>::value) {
+    for (std::size_t i = 0; i < batch.size(); ++i) {
+      for_each_part(batch[i], text({path, "[", i, "]"}), visit);
+    }
+  } else if constexpr (IsOptional<Batch>::value) {
+    if (batch.has_value()) {
+      for_each_part(*batch, path, visit);
+    }
+  } else if constexpr (IsMap<Batch>::value) {
+    for (auto& [key, value] : batch) {
+      for_each_part(value, text({path, "[", key, "]"}), visit);
+    }
+  } else {
+    std::apply(elements, batch);
+  }
+}
+
+/// Calls `visit(tensor, path)` for every tensor in `batch`.
+template <class Batch, class Visit>
+void for_each_tensor(Batch& batch, const std::string& path, const Visit& visit) {
+  for_each_part(batch, path, [&]<class Part>(Part& part, const std::string& where) {
+    if constexpr (is_tensor<Part>) {
+      visit(part, where);
+    }
+  });
+}
+
+/// Counts the samples of one batch and holds its parts against one another.
+class SampleCounter {
+ public:
+  void add(const Whole& /*tensor*/, const std::string& /*path*/) {}
+  void add(const at::Tensor& tensor, const std::string& path) { add(tensor, path, 0); }
+  template <std::int64_t Dimension>
+  void add(const Along<Dimension>& tensor, const std::string& path) {
+    add(tensor, path, Dimension);
+  }
+  template <HasSlices T>
+  void add(const T& part, const std::string& path) {
+    add(static_cast<std::int64_t>(microreg_size(part)), path, "");
+  }
+
+  /// The number of samples. Throws if nothing had any.
+  [[nodiscard]] std::int64_t count(const std::string& name) const;
+
+ private:
+  void add(const at::Tensor& tensor, const std::string& path, std::int64_t dimension);
+  void add(std::int64_t samples, const std::string& path, const std::string& shape);
+
+  std::int64_t count_ = -1;
+  std::string first_;
+};
+
+inline void cut(Whole& /*tensor*/, std::int64_t /*begin*/, std::int64_t /*length*/) {}
+void cut(at::Tensor& tensor, std::int64_t begin, std::int64_t length, std::int64_t dimension = 0);
+template <std::int64_t Dimension>
+void cut(Along<Dimension>& tensor, std::int64_t begin, std::int64_t length) {
+  cut(tensor, begin, length, Dimension);
+}
+template <HasSlices T>
+void cut(T& part, std::int64_t begin, std::int64_t length) {
+  part = microreg_slice(part, begin, length);
+}
+
+}  // namespace detail
+
+/// What `Regularizer::backward` takes as input and as target.
+template <class T>
+concept Batch = detail::is_batch<std::remove_cvref_t<T>>();
+
+/// Number of samples: the first dimension that all tensors of `batch` share. `name` stands for the batch in messages.
+/// Throws BatchError for a batch without tensors, an undefined tensor, a scalar, or first dimensions that differ.
+template <Batch B>
+[[nodiscard]] std::int64_t sample_count(const B& batch, const std::string& name = "batch") {
+  detail::SampleCounter counter;
+  B handles = batch;  // Fields are visited through non-const references; tensors are handles, so this copies no data.
+  detail::for_each_part(handles, name, [&](const auto& part, const std::string& path) { counter.add(part, path); });
+  return counter.count(name);
+}
+
+/// The samples [begin, begin + length) of `batch`, as views: no data is copied.
+template <Batch B>
+[[nodiscard]] B slice(const B& batch, std::int64_t begin, std::int64_t length) {
+  B part = batch;
+  detail::for_each_part(part, "batch",
+                        [&](auto& tensor, const std::string& /*path*/) { detail::cut(tensor, begin, length); });
+  return part;
+}
+
+}  // namespace microreg
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/batch.hpp>
+#endif

@@ -1,0 +1,48 @@
+/// @file
+/// Definitions of grafting.hpp.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <microreg/detail/config.hpp>
+#include <microreg/detail/finite.hpp>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
+#include <microreg/grafting.hpp>
+#include <microreg/step/tensor_lists.hpp>
+
+namespace microreg {
+
+MICROREG_INLINE at::Tensor graft(const std::vector<at::Tensor>& parameters, const at::Tensor& norm) {
+  const at::NoGradGuard no_grad;
+  if (!norm.defined() || norm.numel() != 1) {
+    throw OptionError(detail::text({"the norm to graft has ", norm.defined() ? norm.numel() : 0,
+                                    " values; pass one, as a number or a scalar tensor"}));
+  }
+  std::vector<at::Tensor> gradients;
+  for (const at::Tensor& parameter : parameters) {
+    if (parameter.defined() && parameter.grad().defined()) {
+      gradients.push_back(parameter.grad());
+    }
+  }
+  if (gradients.empty()) {
+    throw ModelError(detail::text({"none of the ", parameters.size(),
+                                   " parameters has a gradient to graft onto; call backward() before graft()"}));
+  }
+  at::Tensor before = detail::squared_norm(gradients, gradients.front().options()).sqrt_();
+  const at::Tensor target = norm.detach().reshape({}).to(before.options());
+  const at::Tensor factor = at::where(before > 0, target / before, at::zeros_like(before));
+  for (at::Tensor& gradient : gradients) {
+    gradient.mul_(factor.to(gradient.device()));
+  }
+  return before;
+}
+
+MICROREG_INLINE at::Tensor graft(const std::vector<at::Tensor>& parameters, double norm) {
+  if (!detail::is_finite(norm) || norm < 0) {
+    throw OptionError(detail::text({"the norm to graft is ", norm, "; it must be a finite number, at least 0"}));
+  }
+  return graft(parameters, at::scalar_tensor(norm, at::kDouble));
+}
+
+}  // namespace microreg

@@ -1,0 +1,66 @@
+/// @file
+/// Definitions of model.hpp.
+#pragma once
+
+#include <microreg/detail/config.hpp>
+#include <microreg/detail/text.hpp>
+#include <microreg/model.hpp>
+
+namespace microreg {
+
+MICROREG_INLINE std::vector<NamedParameter> Modules::parameters() const {
+  std::vector<NamedParameter> result;
+  for (std::size_t i = 0; i < modules_.size(); ++i) {
+    for (auto& [name, tensor] : detail::named_parameters_of(*modules_[i])) {
+      result.push_back({detail::text({"modules[", i, "].", name}), tensor});
+    }
+  }
+  return result;
+}
+
+MICROREG_INLINE std::vector<at::Tensor> Modules::buffers() const {
+  std::vector<at::Tensor> result;
+  for (const auto& module : modules_) {
+    const std::vector<at::Tensor> buffers = module->buffers();
+    result.insert(result.end(), buffers.begin(), buffers.end());
+  }
+  return result;
+}
+
+namespace detail {
+
+MICROREG_INLINE std::vector<NamedParameter> named_parameters_of(const torch::nn::Module& module) {
+  std::vector<NamedParameter> result;
+  for (const auto& item : module.named_parameters()) {
+    result.push_back({item.key(), item.value()});
+  }
+  return result;
+}
+
+MICROREG_INLINE std::vector<NamedParameter> named_parameters_of(const torch::jit::Module& module) {
+  std::vector<NamedParameter> result;
+  for (const auto& item : module.named_parameters()) {
+    result.push_back({item.name, item.value});
+  }
+  return result;
+}
+
+MICROREG_INLINE std::vector<NamedParameter> named_parameters_of(const std::vector<at::Tensor>& tensors) {
+  std::vector<NamedParameter> result;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    result.push_back({text({"parameters[", i, "]"}), tensors[i]});
+  }
+  return result;
+}
+
+MICROREG_INLINE std::vector<at::Tensor> buffers_of(const torch::jit::Module& module) {
+  std::vector<at::Tensor> result;
+  for (const auto& buffer : module.buffers()) {
+    result.push_back(buffer);
+  }
+  return result;
+}
+
+}  // namespace detail
+
+}  // namespace microreg

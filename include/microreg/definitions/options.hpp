@@ -1,0 +1,58 @@
+/// @file
+/// Definitions of options.hpp.
+#pragma once
+
+#include <microreg/detail/config.hpp>
+#include <microreg/detail/finite.hpp>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
+#include <microreg/options.hpp>
+
+#include <type_traits>
+#include <utility>
+#include <variant>
+
+namespace microreg::detail {
+
+/// Throws OptionError with the field, its value and the remedy.
+MICROREG_INLINE void validate(const RegularizerOptions& options) {
+  if (options.micro_batch_size < 1) {
+    throw OptionError(
+        text({"micro_batch_size is ", options.micro_batch_size, "; it must be at least 1 (the paper uses 128)"}));
+  }
+  if (!(options.sampling.share > 0 && options.sampling.share <= 1)) {
+    throw OptionError(text({"sampling.share is ", options.sampling.share,
+                            "; it must be greater than 0 and at most 1 (for no penalty, set the strength to 0)"}));
+  }
+  if (options.sampling.every < 1) {
+    throw OptionError(
+        text({"sampling.every is ", options.sampling.every, "; it must be at least 1, which penalises every step"}));
+  }
+  std::visit(
+      [](const auto& estimator) {
+        if constexpr (!std::is_same_v<std::decay_t<decltype(estimator)>, Exact>) {
+          if (!(is_finite(estimator.step) && estimator.step >= 0)) {
+            throw OptionError(text({"estimator.step is ", estimator.step,
+                                    "; it must be a finite positive number, or 0 for an automatic choice"}));
+          }
+        }
+      },
+      options.estimator);
+  if (options.generator.has_value() && !options.generator->defined()) {
+    throw OptionError("generator is undefined; make one with at::make_generator, or leave the option empty");
+  }
+}
+
+MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
+  RegularizerOptions result{.strength = std::move(options.strength),
+                            .micro_batch_size = options.micro_batch_size,
+                            .weighting = options.weighting,
+                            .reduction = options.reduction,
+                            .select = std::move(options.select),
+                            .generator = std::move(options.generator),
+                            .keep_outputs = options.keep_outputs};
+  validate(result);
+  return result;
+}
+
+}  // namespace microreg::detail

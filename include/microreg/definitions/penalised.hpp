@@ -1,0 +1,116 @@
+/// @file
+/// Definitions of penalised.hpp: one pass that the user's loop has made, or makes when it is asked, as a mini-batch.
+#pragma once
+
+#include <microreg/detail/config.hpp>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
+#include <microreg/penalised.hpp>
+#include <microreg/step/mini_batch.hpp>
+
+#include <memory>
+#include <variant>
+
+namespace microreg {
+
+namespace detail {
+
+class GivenEvaluation final : public Evaluation {
+ public:
+  GivenEvaluation(const AnyPenalty<>& penalty, const RegularizerOptions& options, PassTensors pass)
+      : penalty_(penalty), generator_(options.generator), pass_(std::move(pass)) {
+    loss = checked_loss(pass_.loss, Reduction::mean, 1);
+    if (pass_.input.defined()) {
+      inputs.push_back(pass_.input);
+    }
+  }
+
+  [[nodiscard]] std::vector<at::Tensor> probes(std::size_t term, Draws* draws) const override {
+    return penalty_.terms()[term].probes({pass_.input, pass_.output, none_, loss, generator_, draws});
+  }
+
+ private:
+  const AnyPenalty<>& penalty_;
+  const std::optional<at::Generator>& generator_;
+  PassTensors pass_;
+  at::Tensor none_;
+};
+
+class GivenPass final : public MiniBatch {
+ public:
+  GivenPass(const std::function<std::vector<NamedParameter>()>& parameters,
+            const std::function<std::vector<at::Tensor>()>& buffers, const AnyPenalty<>& penalty,
+            const RegularizerOptions& options, const Part& part, const std::function<PassTensors()>& pass)
+      : parameters_(parameters), buffers_(buffers), penalty_(penalty), options_(options), part_(part), pass_(pass) {}
+
+  [[nodiscard]] std::vector<NamedParameter> parameters() const override { return parameters_(); }
+  [[nodiscard]] std::vector<at::Tensor> buffers() const override {
+    return buffers_ ? buffers_() : std::vector<at::Tensor>();
+  }
+  [[nodiscard]] std::size_t terms() const override { return penalty_.size(); }
+  [[nodiscard]] const TermInfo& term(std::size_t index) const override { return penalty_.terms()[index]; }
+  [[nodiscard]] std::vector<Part> parts() const override { return {part_}; }
+  void for_each_tensor(const std::function<void(const at::Tensor&, const std::string&)>& /*visit*/) const override {}
+
+  [[nodiscard]] std::unique_ptr<Evaluation> evaluate(const Part& /*part*/,
+                                                     const std::vector<at::Tensor>& inputs) override {
+    if (!inputs.empty()) {
+      throw OptionError(
+          "a difference of a penalty by the input needs the model called at another input, which Penalised cannot do; "
+          "use Exact, or a Regularizer");
+    }
+    return std::make_unique<GivenEvaluation>(penalty_, options_, pass_());
+  }
+
+ private:
+  const std::function<std::vector<NamedParameter>()>& parameters_;
+  const std::function<std::vector<at::Tensor>()>& buffers_;
+  const AnyPenalty<>& penalty_;
+  const RegularizerOptions& options_;
+  Part part_;
+  const std::function<PassTensors()>& pass_;
+};
+
+}  // namespace detail
+
+MICROREG_INLINE Penalised::Penalised(std::vector<at::Tensor> parameters, AnyPenalty<> penalty, PenalisedOptions options)
+    : named_parameters_([parameters = std::move(parameters)] { return detail::named_parameters_of(parameters); }),
+      penalty_(std::move(penalty)),
+      options_{.strength = std::move(options.strength),
+               .estimator = options.estimator,
+               .sampling = options.sampling,
+               .select = std::move(options.select),
+               .generator = std::move(options.generator),
+               .check_finite = options.check_finite,
+               .fused = options.fused,
+               .gradient_ratio = options.gradient_ratio,
+               .advance = options.advance} {
+  detail::validate(options_);
+}
+
+MICROREG_INLINE Report Penalised::backward(const Part& part, const PassTensors& pass) {
+  if (!std::holds_alternative<Exact>(options_.estimator)) {
+    throw OptionError(
+        "a difference needs the forward pass again: call backward([&] { return loss; }) with a closure that computes "
+        "the loss, or use Exact");
+  }
+  return run(part, [&pass] { return pass; });
+}
+
+MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<PassTensors()>& pass) {
+  if (!std::holds_alternative<Exact>(options_.estimator) && !buffers_) {
+    throw OptionError(
+        "a difference runs the closure again and has to put buffers (BatchNorm statistics) back, which a list of "
+        "parameters does not tell: make the Penalised with the model, or modules(), instead of its parameters");
+  }
+  if (part.index < 0 || part.index >= part.count) {
+    throw OptionError(
+        detail::text({"part ", part.index, " of ", part.count, " is none; take it from micro_batches()"}));
+  }
+  detail::GivenPass batch(named_parameters_, buffers_, penalty_, options_, part, pass);
+  Report report = detail::take_step(batch, options_, step_);
+  step_ += options_.advance && part.index + 1 == part.count ? 1 : 0;
+  return report;
+}
+
+}  // namespace microreg

@@ -1,0 +1,98 @@
+/// @file
+/// Definitions of report.hpp.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <microreg/detail/config.hpp>
+#include <microreg/detail/finite.hpp>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
+#include <microreg/report.hpp>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace microreg {
+
+namespace detail {
+
+inline constexpr const char* remedy_of_non_finite =
+    "lower the learning rate or the strength, check the input for NaN, or use float32 where half types overflow";
+
+/// The position of the first value that is NaN or infinite, or -1, and the value.
+inline std::pair<std::int64_t, double> first_non_finite(const at::Tensor& values) {
+  const at::Tensor on_host = values.detach().to(at::kCPU, at::kDouble).contiguous();
+  const double* data = on_host.const_data_ptr<double>();
+  for (std::int64_t i = 0; i < on_host.numel(); ++i) {
+    if (!is_finite(data[i])) {
+      return {i, data[i]};
+    }
+  }
+  return {-1, 0};
+}
+
+}  // namespace detail
+
+MICROREG_INLINE at::Tensor Report::objective() const {
+  at::Tensor sum = loss;
+  for (const PenaltyReport& penalty : penalties) {
+    sum = sum + penalty.value * penalty.strength;
+  }
+  return sum;
+}
+
+MICROREG_INLINE const PenaltyReport& Report::penalty(std::string_view name) const {
+  std::string names;
+  for (const PenaltyReport& candidate : penalties) {
+    if (candidate.name == name) {
+      return candidate;
+    }
+    names += (names.empty() ? "" : ", ") + candidate.name;
+  }
+  throw OptionError(detail::text({"the report has no penalty named ", name, "; it has: ", names}));
+}
+
+MICROREG_INLINE at::Tensor Report::output(std::size_t index) const {
+  if (micro_batch_outputs.empty()) {
+    throw OptionError("the report has no outputs; set .keep_outputs = true");
+  }
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> tensors;
+  for (const std::vector<at::Tensor>& outputs : micro_batch_outputs) {
+    if (index >= outputs.size()) {
+      throw OptionError(
+          detail::text({"the report has no output ", index, "; the model returned ", outputs.size(), " tensors"}));
+    }
+    tensors.push_back(outputs[index]);
+  }
+  return tensors.front().dim() == 0 ? at::stack(tensors) : at::cat(tensors);
+}
+
+MICROREG_INLINE void Report::throw_if_not_finite() const {
+  const auto check = [&](const at::Tensor& values, const std::string& what, const std::vector<std::int64_t>& of) {
+    const auto [position, value] = detail::first_non_finite(values);
+    if (position >= 0) {
+      const std::int64_t micro_batch = of.empty() ? position : of[static_cast<std::size_t>(position)];
+      throw NonFiniteError(detail::text({what, " is ", value, " in micro-batch ", micro_batch, " of ", micro_batches(),
+                                         " at step ", step, "; ", detail::remedy_of_non_finite}),
+                           micro_batch);
+    }
+  };
+  check(micro_batch_losses, "the loss", {});
+  for (const PenaltyReport& penalty : penalties) {
+    check(penalty.micro_batch_norms, detail::text({"the gradient norm of penalty ", penalty.name}), penalised);
+  }
+  if (!gradient_norm.defined()) {
+    return;
+  }
+  if (const auto [position, value] = detail::first_non_finite(gradient_norm); position >= 0) {
+    throw NonFiniteError(detail::text({"the gradient of the objective is ", value, " at step ", step,
+                                       " although every loss and penalty is finite; ", detail::remedy_of_non_finite}),
+                         0);
+  }
+}
+
+}  // namespace microreg

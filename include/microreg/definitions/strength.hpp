@@ -1,0 +1,21 @@
+/// @file
+/// Definitions of strength.hpp.
+#pragma once
+
+#include <microreg/detail/config.hpp>
+#include <microreg/detail/finite.hpp>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
+#include <microreg/strength.hpp>
+
+namespace microreg {
+
+MICROREG_INLINE double Strength::checked(double value, std::int64_t step) {
+  if (!detail::is_finite(value) || value < 0) {
+    throw OptionError(detail::text({"strength", step < 0 ? "" : detail::text({" at step ", step}), " is ", value,
+                                    "; it must be a finite number, at least 0"}));
+  }
+  return value;
+}
+
+}  // namespace microreg

@@ -1,0 +1,32 @@
+/// @file
+/// Definitions of detail/text.hpp.
+#pragma once
+
+#include <microreg/detail/config.hpp>
+#include <microreg/detail/text.hpp>
+
+#include <sstream>
+
+namespace microreg::detail {
+
+MICROREG_INLINE std::string Piece::of(double number) {
+  std::ostringstream out;
+  out << number;
+  return out.str();
+}
+
+MICROREG_INLINE std::string Piece::of(at::IntArrayRef shape) {
+  std::ostringstream out;
+  out << shape;
+  return out.str();
+}
+
+MICROREG_INLINE std::string text(std::initializer_list<Piece> pieces) {
+  std::string result;
+  for (const Piece& piece : pieces) {
+    result += piece.words();
+  }
+  return result;
+}
+
+}  // namespace microreg::detail

@@ -1,0 +1,120 @@
+/// @file
+/// The cut of a mini-batch into micro-batches, for Regularizer and for loops of one's own.
+#pragma once
+
+#include <microreg/batch.hpp>
+#include <microreg/error.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <utility>
+
+namespace microreg {
+
+/// How much each micro-batch M of a mini-batch B counts.
+enum class Weighting {
+  samples,    ///< |M| / |B|: the loss is exactly the mean over B, a ragged last micro-batch counts by its samples.
+  reference,  ///< 1 / ceil(|B| / |M|), as in the authors' code, where a short micro-batch gets full weight.
+};
+
+/// Which micro-batch of its mini-batch one is, and how much it counts.
+struct Part {
+  std::int64_t index = 0;  ///< counted from 0
+  std::int64_t count = 1;  ///< K, the micro-batches of the mini-batch
+  std::int64_t begin = 0;  ///< its first sample
+  std::int64_t size = 0;   ///< |M|, its samples; 0: not known
+  double weight = 1;       ///< weight(M); all of them add up to 1
+};
+
+/// The cut of `samples` samples into micro-batches of at most `micro_batch_size`, the last one possibly shorter.
+class MicroBatches {
+ public:
+  MicroBatches(std::int64_t samples, std::int64_t micro_batch_size, Weighting weighting) noexcept
+      : samples_(samples), micro_batch_size_(micro_batch_size), weighting_(weighting) {}
+
+  [[nodiscard]] std::int64_t count() const noexcept { return (samples_ + micro_batch_size_ - 1) / micro_batch_size_; }
+  [[nodiscard]] std::int64_t samples() const noexcept { return samples_; }
+  [[nodiscard]] std::int64_t begin(std::int64_t index) const noexcept { return index * micro_batch_size_; }
+  [[nodiscard]] std::int64_t size(std::int64_t index) const noexcept {
+    return std::min(micro_batch_size_, samples_ - begin(index));
+  }
+  /// Micro-batch `index` with all of that.
+  [[nodiscard]] Part part(std::int64_t index) const noexcept {
+    return {index, count(), begin(index), size(index), weight(index)};
+  }
+  /// weight(M), the factor of both the loss and the penalty of micro-batch `index`.
+  [[nodiscard]] double weight(std::int64_t index) const noexcept {
+    return weighting_ == Weighting::samples ? static_cast<double>(size(index)) / static_cast<double>(samples_)
+                                            : 1.0 / static_cast<double>(count());
+  }
+
+ private:
+  std::int64_t samples_;
+  std::int64_t micro_batch_size_;
+  Weighting weighting_;
+};
+
+/// Micro-batches of batches that are cut alike, each as {Part, slice of the first, slice of the second, ...}, for a
+/// range-based for loop. The slices are views.
+template <Batch... B>
+class MicroBatchRange {
+ public:
+  MicroBatchRange(MicroBatches cut, B... batches) : cut_(cut), batches_(std::move(batches)...) {}
+
+  class Iterator {
+   public:
+    Iterator(const MicroBatchRange& range, std::int64_t index) : range_(&range), index_(index) {}
+    std::tuple<Part, B...> operator*() const { return range_->at(index_); }
+    Iterator& operator++() {
+      ++index_;
+      return *this;
+    }
+    bool operator==(const Iterator& other) const noexcept { return index_ == other.index_; }
+
+   private:
+    const MicroBatchRange* range_;
+    std::int64_t index_;
+  };
+
+  [[nodiscard]] Iterator begin() const { return {*this, 0}; }
+  [[nodiscard]] Iterator end() const { return {*this, cut_.count()}; }
+  [[nodiscard]] std::int64_t size() const noexcept { return cut_.count(); }
+
+ private:
+  [[nodiscard]] std::tuple<Part, B...> at(std::int64_t i) const {
+    return std::apply(
+        [&](const B&... batch) {
+          return std::tuple<Part, B...>(cut_.part(i), slice(batch, cut_.begin(i), cut_.size(i))...);
+        },
+        batches_);
+  }
+
+  MicroBatches cut_;
+  std::tuple<B...> batches_;
+};
+
+/// Cuts batches of the same samples into micro-batches of `micro_batch_size`, for the body of a loop of one's own.
+///
+/// ```cpp
+/// for (auto [part, x, y] : microreg::micro_batches(16, images, labels)) {
+///   penalised.backward(part, criterion(model->forward(x), y));
+/// }
+/// ```
+///
+/// Throws OptionError for a size below 1, BatchError where the batches are empty or differ in samples.
+template <Batch First, Batch... More>
+[[nodiscard]] MicroBatchRange<First, More...> micro_batches(std::int64_t micro_batch_size, const First& first,
+                                                            const More&... more) {
+  if (micro_batch_size < 1) {
+    throw OptionError(detail::text({"micro_batch_size is ", micro_batch_size, "; it must be at least 1"}));
+  }
+  const std::int64_t samples = sample_count(std::tuple<First, More...>(first, more...));
+  if (samples == 0) {
+    throw BatchError("the mini-batch is empty; skip empty batches in the data loader");
+  }
+  return {MicroBatches(samples, micro_batch_size, Weighting::samples), first, more...};
+}
+
+}  // namespace microreg

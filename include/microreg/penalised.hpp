@@ -1,0 +1,138 @@
+/// @file
+/// Penalised: the loop that you have, with `loss.backward()` replaced.
+#pragma once
+
+#include <microreg/any_penalty.hpp>
+#include <microreg/estimator.hpp>
+#include <microreg/micro_batches.hpp>
+#include <microreg/model.hpp>
+#include <microreg/options.hpp>
+#include <microreg/parameters.hpp>
+#include <microreg/penalty.hpp>
+#include <microreg/report.hpp>
+#include <microreg/strength.hpp>
+
+#include <concepts>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace microreg {
+
+/// The options of Penalised, each as in RegularizerOptions.
+struct PenalisedOptions {
+  Strength strength = 1.0;
+  Estimator estimator = Exact{};  ///< a difference needs the form of backward() that takes a closure
+  Sampling sampling = {};
+  ParameterSelection select = {};
+  std::optional<at::Generator> generator = std::nullopt;
+  CheckFinite check_finite = CheckFinite::on_cpu;
+  bool fused = true;
+  bool gradient_ratio = false;
+  bool advance = true;
+};
+
+/// What the penalties of a Penalised may read: the loss, and what backward() is handed beside it.
+struct PassTensors {
+  at::Tensor loss;         ///< a scalar with a graph
+  at::Tensor output = {};  ///< what the model returned, for FisherTrace and the Jacobians
+  at::Tensor input = {};   ///< what it was called with, a leaf with requires_grad, for InputJacobian
+};
+
+/// Takes the place of `loss.backward()` in a loop of one's own: adds to `.grad` the gradient of
+///
+///     loss + strength * R,   R = || grad_w s ||^2,
+///
+/// for one micro-batch, whose loss (and output) the loop has computed as it always did. Everything else is as in
+/// Regularizer: sum of penalties, schedules, report, checks, exact by double backward, nothing changed after an error.
+///
+/// ```cpp
+/// microreg::Penalised penalised(model->parameters(), microreg::GradientNorm{}, {.strength = 0.01});
+/// auto loss = criterion(model->forward(images), labels);
+/// auto report = penalised.backward(loss);  // instead of loss.backward()
+/// ```
+///
+/// Several micro-batches for one step of the optimizer come from micro_batches(), whose `part` carries the weight. A
+/// closure in place of the loss is needed by the differences, which run it again, and has one more merit: the fused
+/// double backward of group normalisation begins in the forward pass, and sees it there.
+class Penalised {
+ public:
+  /// `parameters` are all that receive a gradient; those that do not require one are passed over.
+  Penalised(std::vector<at::Tensor> parameters, AnyPenalty<> penalty, PenalisedOptions options = {});
+  /// The same with the names and the buffers of a model, of any kind that Regularizer takes, or of several modules().
+  /// The differences need the buffers, which their further passes must not move.
+  template <class M>
+    requires(Model<M> || std::same_as<std::remove_cvref_t<M>, Modules>)
+  Penalised(M&& model, AnyPenalty<> penalty, PenalisedOptions options = {})
+      : Penalised(std::vector<at::Tensor>(), std::move(penalty), std::move(options)) {
+    const auto held = [&] {
+      if constexpr (std::same_as<std::remove_cvref_t<M>, Modules>) {
+        return model;
+      } else {
+        return detail::make_handle(std::forward<M>(model));
+      }
+    }();
+    named_parameters_ = [held] { return held.parameters(); };
+    buffers_ = [held] { return held.buffers(); };
+  }
+
+  /// Adds the gradient of loss and penalties to `.grad`. `output` is for penalties that read it. Throws ModelError (no
+  /// graph, no parameter, an operation that cannot be differentiated), OptionError (a difference), NonFiniteError.
+  Report backward(const at::Tensor& loss, const at::Tensor& output = {}) { return backward(Part{}, loss, output); }
+  Report backward(const Part& part, const at::Tensor& loss, const at::Tensor& output = {}) {
+    return backward(part, PassTensors{loss, output});
+  }
+  Report backward(const PassTensors& pass) { return backward(Part{}, pass); }
+  Report backward(const Part& part, const PassTensors& pass);
+
+  /// The same, where `closure()` does forward pass and loss and returns the loss, {loss, output} or PassTensors.
+  template <class Closure>
+    requires std::invocable<Closure&>
+  Report backward(Closure closure) {
+    return backward(Part{}, std::move(closure));
+  }
+  template <class Closure>
+    requires std::invocable<Closure&>
+  Report backward(const Part& part, Closure closure) {
+    return run(part, [&closure] { return tensors(closure()); });
+  }
+
+  /// How many steps were taken. A mini-batch of several parts is one step, counted with its last part.
+  [[nodiscard]] std::int64_t step() const noexcept { return step_; }
+  void set_step(std::int64_t step) noexcept { step_ = step; }
+  void advance() noexcept { ++step_; }
+
+ private:
+  template <class Result>
+  static PassTensors tensors(const Result& result) {
+    if constexpr (std::is_convertible_v<const Result&, PassTensors>) {
+      return result;
+    } else if constexpr (std::is_convertible_v<const Result&, at::Tensor>) {
+      return {result};
+    } else {
+      static_assert(
+          requires { std::tuple_size<Result>::value; },
+          "microreg: the closure must return the loss, a pair or tuple {loss, output}, or PassTensors");
+      return std::apply([](const at::Tensor& loss, const at::Tensor& output) { return PassTensors{loss, output}; },
+                        result);
+    }
+  }
+
+  Report run(const Part& part, const std::function<PassTensors()>& pass);
+
+  std::function<std::vector<NamedParameter>()> named_parameters_;
+  std::function<std::vector<at::Tensor>()> buffers_;  // empty: not known
+  AnyPenalty<> penalty_;
+  RegularizerOptions options_;
+  std::int64_t step_ = 0;
+};
+
+}  // namespace microreg
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/penalised.hpp>
+#endif

@@ -1,0 +1,83 @@
+/// @file
+/// What a step asks of the user's program. Behind this interface stand the user's types; before it there are tensors.
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+#include <microreg/any_penalty.hpp>
+#include <microreg/micro_batches.hpp>
+#include <microreg/options.hpp>
+#include <microreg/parameters.hpp>
+#include <microreg/penalty.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace microreg::detail {
+
+/// One forward pass and loss of a micro-batch, with its graph.
+class Evaluation {
+ public:
+  Evaluation() = default;
+  Evaluation(const Evaluation&) = delete;
+  Evaluation& operator=(const Evaluation&) = delete;
+  virtual ~Evaluation() = default;
+
+  /// The probes of penalty `term` as it gives them. `draws` may be null.
+  [[nodiscard]] virtual std::vector<at::Tensor> probes(std::size_t term, Draws* draws) const = 0;
+
+  at::Tensor loss;                     ///< L_M, a scalar
+  std::vector<at::Tensor> loss_parts;  ///< what the loss returned behind it, without a graph
+  std::vector<at::Tensor> inputs;      ///< the tensors of the input that require a gradient
+  std::vector<at::Tensor> outputs;     ///< the tensors in what the model returned, without a graph; if they are kept
+};
+
+/// What model, loss and penalties say of one mini-batch.
+class MiniBatch {
+ public:
+  MiniBatch() = default;
+  MiniBatch(const MiniBatch&) = delete;
+  MiniBatch& operator=(const MiniBatch&) = delete;
+  virtual ~MiniBatch() = default;
+
+  [[nodiscard]] virtual std::vector<NamedParameter> parameters() const = 0;
+  [[nodiscard]] virtual std::vector<at::Tensor> buffers() const = 0;
+  /// The number of penalties, and what is known of each.
+  [[nodiscard]] virtual std::size_t terms() const = 0;
+  [[nodiscard]] virtual const TermInfo& term(std::size_t index) const = 0;
+  /// The micro-batches of this step. Throws BatchError for a batch that cannot be cut.
+  [[nodiscard]] virtual std::vector<Part> parts() const = 0;
+  /// Calls `visit(tensor, path)` for every tensor that has to be on the model's device.
+  virtual void for_each_tensor(const std::function<void(const at::Tensor&, const std::string&)>& visit) const = 0;
+  /// Forward pass and loss of one micro-batch; `inputs`, if there are any, take the place of Evaluation::inputs.
+  [[nodiscard]] virtual std::unique_ptr<Evaluation> evaluate(const Part& part,
+                                                             const std::vector<at::Tensor>& inputs) = 0;
+};
+
+/// Adds the gradient of the objective on the mini-batch to `.grad`; the whole of Regularizer::backward.
+Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step);
+
+/// The whole of measure().
+Report measure_step(MiniBatch& batch, const RegularizerOptions& options);
+
+/// The mean loss from what the user's loss returned: checked, and divided where it was the sum over `size` samples.
+at::Tensor checked_loss(const at::Tensor& value, Reduction reduction, std::int64_t size);
+
+/// Throws ModelError if the model's output cannot have a gradient.
+void check_output(const at::Tensor& output);
+
+/// The cut into micro-batches. Throws BatchError if input and target differ in samples or there are none; `targets` is
+/// -1 where there is no target.
+std::vector<Part> cut(std::int64_t inputs, std::int64_t targets, const RegularizerOptions& options);
+
+}  // namespace microreg::detail
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/step.hpp>
+#endif

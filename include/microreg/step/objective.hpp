@@ -1,0 +1,280 @@
+/// @file
+/// Model, loss and penalties of a user's, behind the interface of a step: all that is compiled anew for each of them.
+#pragma once
+
+#include <microreg/any_penalty.hpp>
+#include <microreg/batch.hpp>
+#include <microreg/detail/signature.hpp>
+#include <microreg/model.hpp>
+#include <microreg/options.hpp>
+#include <microreg/step/mini_batch.hpp>
+
+#include <concepts>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace microreg {
+
+/// The target of a Regularizer whose loss takes the output alone.
+struct NoTarget {
+  friend std::tuple<> microreg_fields(NoTarget& /*none*/) { return {}; }
+};
+
+namespace detail {
+
+/// The concept's message, where a constraint on a template parameter would only say that no function matches.
+template <class Input, class Target>
+constexpr void assert_batches() {
+  static_assert(Batch<Input>,
+                "microreg: the input is not a batch: pass a tensor, a tuple, pair, array, vector, optional or map of "
+                "batches, or give your type a function microreg_fields(T&) that returns std::tie of its fields");
+  static_assert(Batch<Target>,
+                "microreg: the target is not a batch: pass a tensor, a tuple, pair, array, vector, optional or map of "
+                "batches, or give your type a function microreg_fields(T&) that returns std::tie of its fields");
+}
+
+/// The second argument of a loss: a tensor where it takes one, or where nothing is known.
+template <class Loss, bool known = Signature<Loss>::known>
+struct SecondArgument {
+  using type = at::Tensor;
+};
+template <class Loss>
+struct SecondArgument<Loss, true> {
+ private:
+  template <class Arguments>
+  struct Of {
+    using type = NoTarget;
+  };
+  template <class Output, class Target, class... More>
+  struct Of<std::tuple<Output, Target, More...>> {
+    using type =
+        std::conditional_t<std::is_invocable_v<Loss&, Output&, at::Tensor&> && !is_batch<Target>(), at::Tensor, Target>;
+  };
+
+ public:
+  using type = typename Of<typename Signature<Loss>::Arguments>::type;
+};
+template <class Loss>
+using TargetOf = typename SecondArgument<Loss>::type;
+
+/// What a loss returned: its value, and the other members of what it came in.
+struct LossValue {
+  at::Tensor value;
+  std::vector<at::Tensor> parts;
+};
+
+template <class Value>
+LossValue loss_value(Value&& value) {
+  if constexpr (std::is_convertible_v<Value, at::Tensor>) {
+    return {std::forward<Value>(value), {}};
+  } else {
+    LossValue result;
+    for_each_tensor(value, "loss", [&](const at::Tensor& tensor, const std::string& /*path*/) {
+      result.value.defined() ? result.parts.push_back(tensor.detach()) : void(result.value = tensor);
+    });
+    return result;
+  }
+}
+
+template <class Value>
+concept LossResult =
+    std::convertible_to<Value, at::Tensor> || (Batch<Value> && !is_plain_value<std::remove_cvref_t<Value>>);
+
+template <class Loss, class Output, class Target>
+concept TakesOutput = std::same_as<Target, NoTarget> && requires(Loss& loss, Output& output) {
+  { loss(output) } -> LossResult;
+};
+template <class Loss, class Output, class Target>
+concept TakesTarget = (!std::same_as<Target, NoTarget>) && requires(Loss& loss, Output& output, Target& target) {
+  { loss(output, target) } -> LossResult;
+};
+
+template <class Loss, class Output, class Target>
+LossValue call_loss(Loss& loss, Output& output, Target& target) {
+  constexpr bool takes_target = TakesTarget<Loss, Output, Target>;
+  constexpr bool takes_output = TakesOutput<Loss, Output, Target>;
+  static_assert(takes_target || takes_output,
+                "microreg: the loss cannot be called as loss(output, target) with what the model returns and the "
+                "target batch, or it does not return a torch::Tensor, alone or as the first member of a tuple; a "
+                "function with default arguments goes into a lambda, and a loss without a target makes a "
+                "Regularizer<Input, microreg::NoTarget>");
+  if constexpr (takes_target) {
+    return loss_value(loss(output, target));
+  } else if constexpr (takes_output) {
+    return loss_value(loss(output));
+  } else {
+    return {};
+  }
+}
+
+/// The objective of one Regularizer on batches of these types.
+template <class Input, class Target>
+class Objective {
+ public:
+  Objective() = default;
+  Objective(const Objective&) = delete;
+  Objective& operator=(const Objective&) = delete;
+  virtual ~Objective() = default;
+
+  [[nodiscard]] virtual std::vector<NamedParameter> parameters() const = 0;
+  [[nodiscard]] virtual std::vector<at::Tensor> buffers() const = 0;
+  [[nodiscard]] virtual std::size_t terms() const = 0;
+  [[nodiscard]] virtual const TermInfo& term(std::size_t index) const = 0;
+  [[nodiscard]] virtual std::unique_ptr<Evaluation> evaluate(Input input, Target target, std::int64_t size,
+                                                             const RegularizerOptions& options) = 0;
+};
+
+/// What a forward pass returned, kept for the probes.
+template <class Input, class Output, class Target>
+class PassEvaluation final : public Evaluation {
+ public:
+  using Penalty = AnyPenalty<Input, Output, Target>;
+
+  PassEvaluation(const Penalty& penalty, const std::optional<at::Generator>& generator, Input input, Output output,
+                 Target target)
+      : penalty_(penalty),
+        generator_(generator),
+        input_(std::move(input)),
+        output_(std::move(output)),
+        target_(std::move(target)) {}
+
+  [[nodiscard]] std::vector<at::Tensor> probes(std::size_t term, Draws* draws) const override {
+    return penalty_.terms()[term].probes({input_, output_, target_, loss, generator_, draws});
+  }
+
+  Output& output() noexcept { return output_; }
+  Target& target() noexcept { return target_; }
+
+ private:
+  const Penalty& penalty_;
+  const std::optional<at::Generator>& generator_;
+  Input input_;
+  Output output_;
+  Target target_;
+};
+
+template <class Handle, class Loss, class Input, class Target>
+class TypedObjective final : public Objective<Input, Target> {
+ public:
+  using Output = std::remove_cvref_t<decltype(std::declval<Handle&>().forward(std::declval<Input&>()))>;
+  using Penalty = AnyPenalty<Input, Output, Target>;
+
+  TypedObjective(Handle handle, Loss loss, Penalty penalty)
+      : handle_(std::move(handle)), loss_(std::move(loss)), penalty_(std::move(penalty)) {}
+
+  [[nodiscard]] std::vector<NamedParameter> parameters() const override { return handle_.parameters(); }
+  [[nodiscard]] std::vector<at::Tensor> buffers() const override { return handle_.buffers(); }
+  [[nodiscard]] std::size_t terms() const override { return penalty_.size(); }
+  [[nodiscard]] const TermInfo& term(std::size_t index) const override { return penalty_.terms()[index]; }
+
+  [[nodiscard]] std::unique_ptr<Evaluation> evaluate(Input input, Target target, std::int64_t size,
+                                                     const RegularizerOptions& options) override {
+    Output output = handle_.forward(input);
+    if constexpr (is_tensor<Output>) {
+      check_output(output);
+    }
+    auto result = std::make_unique<PassEvaluation<Input, Output, Target>>(penalty_, options.generator, std::move(input),
+                                                                          std::move(output), std::move(target));
+    LossValue loss = call_loss(loss_, result->output(), result->target());
+    result->loss = checked_loss(loss.value, options.reduction, size);
+    result->loss_parts = std::move(loss.parts);
+    if constexpr (Batch<Output>) {
+      if (options.keep_outputs) {
+        for_each_tensor(result->output(), "output", [&](const at::Tensor& tensor, const std::string& /*path*/) {
+          result->outputs.push_back(tensor.detach());
+        });
+      }
+    }
+    return result;
+  }
+
+ private:
+  Handle handle_;
+  Loss loss_;
+  Penalty penalty_;
+};
+
+template <class Input, class Target, class M, class Loss, class Expression>
+auto make_objective(M&& model, Loss loss, Expression penalty) {
+  assert_batches<Input, Target>();
+  using Handle = HandleFor<M>;
+  using Typed = TypedObjective<Handle, Loss, Input, Target>;
+  return std::make_shared<Typed>(make_handle(std::forward<M>(model)), std::move(loss),
+                                 as_any_penalty<Input, typename Typed::Output, Target>(std::move(penalty)));
+}
+
+/// An objective on one mini-batch.
+template <class Input, class Target>
+class ObjectiveOnBatch final : public MiniBatch {
+ public:
+  ObjectiveOnBatch(Objective<Input, Target>& objective, const RegularizerOptions& options, const Input& input,
+                   const Target& target)
+      : objective_(objective), options_(options), input_(input), target_(target) {
+    for (std::size_t i = 0; i < objective.terms(); ++i) {
+      input_gradient_ = input_gradient_ || objective.term(i).by_input;
+    }
+  }
+
+  [[nodiscard]] std::vector<NamedParameter> parameters() const override { return objective_.parameters(); }
+  [[nodiscard]] std::vector<at::Tensor> buffers() const override { return objective_.buffers(); }
+  [[nodiscard]] std::size_t terms() const override { return objective_.terms(); }
+  [[nodiscard]] const TermInfo& term(std::size_t index) const override { return objective_.term(index); }
+
+  [[nodiscard]] std::vector<Part> parts() const override {
+    const std::int64_t inputs = sample_count(input_, "input");
+    if constexpr (std::is_same_v<Target, NoTarget>) {
+      return cut(inputs, -1, options_);
+    } else {
+      return cut(inputs, sample_count(target_, "target"), options_);
+    }
+  }
+
+  void for_each_tensor(const std::function<void(const at::Tensor&, const std::string&)>& visit) const override {
+    const auto visit_all = [&](auto batch, const std::string& name) {
+      for_each_part(batch, name, [&]<class Leaf>(const Leaf& leaf, const std::string& path) {
+        if constexpr (is_tensor<Leaf> && !std::is_base_of_v<Whole, Leaf> && !std::is_base_of_v<OnHost, Leaf>) {
+          visit(leaf, path);
+        }
+      });
+    };
+    visit_all(input_, "input");
+    visit_all(target_, "target");
+  }
+
+  [[nodiscard]] std::unique_ptr<Evaluation> evaluate(const Part& part, const std::vector<at::Tensor>& inputs) override {
+    Input input = slice(input_, part.begin, part.size);
+    std::vector<at::Tensor> differentiable;
+    if (input_gradient_) {
+      // Leaves of the graph, as views: the user's own tensors are left alone.
+      detail::for_each_tensor(input, "input", [&](at::Tensor& tensor, const std::string& /*path*/) {
+        if (!tensor.is_floating_point() && !tensor.requires_grad()) {
+          return;
+        }
+        if (!inputs.empty()) {
+          tensor = inputs[differentiable.size()];
+        } else if (!tensor.requires_grad()) {
+          tensor = tensor.detach().requires_grad_(true);
+        }
+        differentiable.push_back(tensor);
+      });
+    }
+    auto result = objective_.evaluate(std::move(input), slice(target_, part.begin, part.size), part.size, options_);
+    result->inputs = std::move(differentiable);
+    return result;
+  }
+
+ private:
+  Objective<Input, Target>& objective_;
+  const RegularizerOptions& options_;
+  const Input& input_;
+  const Target& target_;
+  bool input_gradient_ = false;
+};
+
+}  // namespace detail
+
+}  // namespace microreg

@@ -1,0 +1,106 @@
+/// @file
+/// What all estimators do with the probes of a penalty: check them, find the tensors that they are differentiated by,
+/// and square the gradients.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
+#include <microreg/parameters.hpp>
+#include <microreg/squared_gradient_norm.hpp>
+#include <microreg/step/mini_batch.hpp>
+#include <microreg/step/tensor_lists.hpp>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+namespace microreg::detail {
+
+/// The probes of penalty `index`, checked.
+inline std::vector<at::Tensor> checked_probes(const Evaluation& evaluation, std::size_t index, const TermInfo& term,
+                                              Draws* draws = nullptr) {
+  std::vector<at::Tensor> probes = evaluation.probes(index, draws);
+  for (const at::Tensor& probe : probes) {
+    check_probe(probe, term.name);
+  }
+  if (probes.empty()) {
+    throw ModelError(text({term.name,
+                           ": there is no probe, so the penalty would do nothing; return at least one from "
+                           "probes(pass)"}));
+  }
+  return probes;
+}
+
+inline std::vector<at::Tensor> selected(const std::vector<at::Tensor>& tensors, const Parameters& parameters) {
+  std::vector<at::Tensor> result;
+  result.reserve(parameters.selected.size());
+  for (const std::size_t i : parameters.selected) {
+    result.push_back(tensors[i]);
+  }
+  return result;
+}
+
+/// The tensors by which the probes are differentiated to give what is squared: the selected parameters, or the
+/// floating-point tensors of the input.
+inline std::vector<at::Tensor> counted_tensors(const Evaluation& evaluation, const TermInfo& term,
+                                               const Parameters& parameters) {
+  if (!term.by_input) {
+    return selected(parameters.tensors, parameters);
+  }
+  if (evaluation.inputs.empty()) {
+    throw ModelError(text({term.name,
+                           " needs a floating-point tensor in the input, to differentiate by; embed token or class "
+                           "indices before the model, and pass the embeddings (to Penalised as PassTensors::input)"}));
+  }
+  return evaluation.inputs;
+}
+
+/// Throws unless one of `gradients`, of a probe by its counted tensors, is defined.
+inline void require_dependence(const TermInfo& term, const std::vector<at::Tensor>& gradients,
+                               const Parameters& parameters) {
+  if (std::any_of(gradients.begin(), gradients.end(), [](const at::Tensor& each) { return each.defined(); })) {
+    return;
+  }
+  throw ModelError(text({term.name, ": the probe does not depend on ",
+                         term.by_input ? std::string("the input")
+                                       : text({"any selected parameter (the first is ",
+                                               parameters.names[parameters.selected.front()], ")"}),
+                         ", so the penalty would do nothing; check that the model's own output is used, and the "
+                         "option select"}));
+}
+
+/// `sum` + `value`, where an undefined sum is zero.
+inline void add_to(at::Tensor& sum, const at::Tensor& value) { sum = sum.defined() ? sum + value : value; }
+
+/// The squared gradient norm of each penalty, without a graph for more.
+inline std::vector<at::Tensor> squared_norms(const MiniBatch& batch, const Evaluation& evaluation,
+                                             const Parameters& parameters) {
+  std::vector<at::Tensor> result(batch.terms());
+  for (std::size_t i = 0; i < result.size(); ++i) {
+    const TermInfo& term = batch.term(i);
+    const auto counted = counted_tensors(evaluation, term, parameters);
+    for (const at::Tensor& probe : checked_probes(evaluation, i, term)) {
+      const auto g = gradients({probe}, counted, {}, /*retain_graph=*/true, /*create_graph=*/false, term.name);
+      require_dependence(term, g, parameters);
+      add_to(result[i], squared_norm(g, probe.options()));
+    }
+  }
+  return result;
+}
+
+/// What one penalised micro-batch counts, and how strong each penalty is in this step.
+struct Weights {
+  double loss;     ///< weight(M)
+  double penalty;  ///< weight(M) times the factor of sampling; 0: not penalised in this step
+  std::vector<double> strengths;
+};
+
+/// What the micro-batches of one step add up to, one tensor a parameter, undefined where nothing came.
+struct Sums {
+  std::vector<at::Tensor> objective;
+  std::vector<at::Tensor> loss;  ///< the loss alone on penalised micro-batches; empty unless it is asked for
+};
+
+}  // namespace microreg::detail
