@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <string_view>
 
-#if defined(MICROREG_KERNELS_ELSEWHERE)
+#if defined(MICROREG_COMPILED)
 namespace microreg::detail {
 void register_fused_kernels();
 }  // namespace microreg::detail

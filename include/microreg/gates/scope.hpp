@@ -29,7 +29,7 @@
 
 #include <utility>
 
-#if defined(MICROREG_KERNELS_ELSEWHERE)
+#if defined(MICROREG_COMPILED)
 namespace microreg::detail {
 void register_gate_kernels();
 }  // namespace microreg::detail
