@@ -35,17 +35,12 @@ function(microreg_executable name)
   target_precompile_headers(${name} REUSE_FROM microreg_precompiled)
 endfunction()
 
-# For tests. Most of their time is the compiler's, so they leave the kernels to one file and are compiled at -O1. GCC can
-# use a precompiled header at the level alone that it was made at, so they have one of their own, with Catch2.
+# For tests. Most of their time is the compiler's, so they are compiled at -O1. GCC can use a precompiled header at the
+# level alone that it was made at, so they have one of their own, with Catch2.
 if(MICROREG_BUILD_TESTS)
   find_package(Catch2 REQUIRED)
-  add_library(microreg_test_kernels STATIC "${PROJECT_SOURCE_DIR}/tests/kernels.cpp")
-  target_link_libraries(microreg_test_kernels PUBLIC microreg_development)
-  target_compile_definitions(microreg_test_kernels PUBLIC MICROREG_COMPILED)
-  target_precompile_headers(microreg_test_kernels REUSE_FROM microreg_precompiled)
-
   add_library(microreg_test_development INTERFACE)
-  target_link_libraries(microreg_test_development INTERFACE microreg_test_kernels Catch2::Catch2)
+  target_link_libraries(microreg_test_development INTERFACE microreg_development Catch2::Catch2)
   target_compile_options(microreg_test_development INTERFACE $<$<NOT:$<CONFIG:Debug>>:-O1>)
   target_include_directories(microreg_test_development INTERFACE "${PROJECT_SOURCE_DIR}/tests")
 

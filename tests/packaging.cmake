@@ -21,12 +21,16 @@ set_tests_properties(two_objects PROPERTIES FAIL_REGULAR_EXPRESSION "Warning;Ove
 add_subdirectory(compile_fail)
 add_subdirectory(headers)
 
-foreach(mode IN ITEMS installed fetched)
+get_target_property(libtorch_includes microreg::libtorch INTERFACE_INCLUDE_DIRECTORIES)
+if(NOT libtorch_includes)
+  set(libtorch_includes "${TORCH_INCLUDE_DIRS}")
+endif()
+foreach(mode IN ITEMS installed fetched header_only compiled)
   add_test(
     NAME consumer.${mode}
     COMMAND
       "${CMAKE_COMMAND}" "-DMODE=${mode}" "-DBUILD_DIR=${PROJECT_BINARY_DIR}" "-DSOURCE_DIR=${PROJECT_SOURCE_DIR}"
       "-DWORK_DIR=${CMAKE_CURRENT_BINARY_DIR}/consumer_${mode}" "-DTORCH_PREFIX=${TORCH_INSTALL_PREFIX}"
       "-DGENERATOR=${CMAKE_GENERATOR}" "-DCXX=${CMAKE_CXX_COMPILER}" "-DCXX_FLAGS=${CMAKE_CXX_FLAGS}"
-      "-DBUILD_TYPE=${CMAKE_BUILD_TYPE}" -P "${CMAKE_CURRENT_SOURCE_DIR}/consumer/run.cmake")
+      "-DINCLUDES=${libtorch_includes}" -P "${CMAKE_CURRENT_SOURCE_DIR}/consumer/run.cmake")
 endforeach()

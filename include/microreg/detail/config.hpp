@@ -1,10 +1,11 @@
 /// @file
-/// Whether this file compiles what is no template, or leaves it to one unit of the program.
+/// Whether what is no template is compiled in every file that uses it, or once a program.
+///
+/// By `#include` alone the library is header-only. Where MICROREG_COMPILED is defined, the headers only declare what is
+/// no template, and one file of the program, which includes <microreg/compiled.hpp>, has the definitions. The CMake
+/// target microreg::microreg does both by itself.
 #pragma once
 
-/// Headers declare. Where MICROREG_COMPILED is not defined they include their definitions too, as inline functions:
-/// header-only. Where it is defined, for all files of a program, one of them includes <microreg/compiled.hpp>. CMake's
-/// target microreg::microreg does that by itself.
 #if defined(MICROREG_COMPILED)
 #define MICROREG_INLINE
 #else

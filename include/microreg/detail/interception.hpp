@@ -14,6 +14,7 @@
 #include <c10/util/Exception.h>
 #include <c10/util/StringUtil.h>
 #include <torch/library.h>
+#include <microreg/detail/config.hpp>
 
 #include <initializer_list>
 #include <memory>
@@ -21,14 +22,6 @@
 #include <string>
 #include <string_view>
 #include <vector>
-
-/// A file that takes a step compiles the kernels, which is most of its time. Where MICROREG_COMPILED is
-/// defined it does not, and one file of the program includes <microreg/kernels.hpp>.
-#if defined(MICROREG_COMPILED)
-#define MICROREG_KERNEL_LINKAGE
-#else
-#define MICROREG_KERNEL_LINKAGE inline
-#endif
 
 namespace microreg::detail {
 

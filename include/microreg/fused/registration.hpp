@@ -53,6 +53,6 @@ class FusedRegistration {
   Interceptors kernels_;
 };
 
-MICROREG_KERNEL_LINKAGE void register_fused_kernels() { static const FusedRegistration registration; }
+MICROREG_INLINE void register_fused_kernels() { static const FusedRegistration registration; }
 
 }  // namespace microreg::detail

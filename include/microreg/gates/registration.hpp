@@ -87,6 +87,6 @@ class GateRegistration {
   Interceptors kernels_;
 };
 
-MICROREG_KERNEL_LINKAGE void register_gate_kernels() { static const GateRegistration registration; }
+MICROREG_INLINE void register_gate_kernels() { static const GateRegistration registration; }
 
 }  // namespace microreg::detail
