@@ -2,13 +2,12 @@
 
     fused_parts.py build/release/benchmarks/penalty_overhead [--threads 1] [--seconds 2] [--repeats 3]
 
-Which operations are fused is settled once in a process (MICROREG_FUSED_OPERATIONS), so every entry is a process of its
-own, with plain and penalised steps interleaved in it; entries take turns, and medians over the turns are printed.
+Which operations are fused is settled once in a process, so every entry is a process of its own, with plain and
+penalised steps interleaved in it; entries take turns, and medians over the turns are printed.
 """
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -16,7 +15,7 @@ import tempfile
 PARTS = {
     "convolution": ["convolution_backward"],
     "normalisation": ["native_batch_norm_backward", "cudnn_batch_norm_backward", "native_layer_norm_backward",
-                      "group_norm"],
+                      "native_group_norm"],
     "activations": ["threshold_backward", "hardtanh_backward", "leaky_relu_backward"],
     "max pooling": ["max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward"],
     "GELU": ["gelu_backward"],
@@ -35,9 +34,9 @@ def ratio(arguments, model, layout, parts):
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [arguments.program, "--model", model, "--layout", layout, "--penalty", "gradient_norm",
                    "--micro-batch", "32", "--estimator", "exact", "--fused", "on", "--no-memory", "--no-sweep",
+                   "--fused-operations", ",".join(operations) or "none",
                    "--threads", str(arguments.threads), "--seconds", str(arguments.seconds), "--json", file.name]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL,
-                       env=os.environ | {"MICROREG_FUSED_OPERATIONS": ",".join(operations)})
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return json.load(file)[0]["ratio"]
 
 

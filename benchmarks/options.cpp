@@ -90,6 +90,9 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
   what->add_option("--fused", options.fused, "Fused double backward: on, off or both")
       ->check(CLI::IsMember({"on", "off", "both"}))
       ->type_name("on|off|both");
+  what->add_option("--fused-operations", options.fused_operations, "Fuse these operations of ATen alone")
+      ->delimiter(',')
+      ->type_name("NAME,...");
   what->add_flag("--sweep,!--no-sweep", options.sweeps, "Time and memory as the batch and the micro-batch grow");
 
   auto* how = app.add_option_group("How");

@@ -21,6 +21,7 @@ struct Options {
   std::vector<std::string> estimators;
   std::vector<std::int64_t> micro_batches;
   std::string fused = "both";
+  std::vector<std::string> fused_operations;  ///< of this process, all others are LibTorch's; empty: no limit
 
   int threads = 0;  ///< 0: LibTorch's choice
   std::string device = "cpu";

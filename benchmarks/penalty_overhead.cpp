@@ -6,6 +6,7 @@
 
 #include <fmt/format.h>
 #include <torch/torch.h>
+#include <microreg/fused/operations.hpp>
 
 #include <cstdio>
 #include <exception>
@@ -58,6 +59,9 @@ int run(const Options& options) {
   }
   if (options.threads > 0) {
     torch::set_num_threads(options.threads);
+  }
+  if (!options.fused_operations.empty()) {
+    microreg::detail::limit_fused_operations({options.fused_operations.begin(), options.fused_operations.end()});
   }
   if (!options.memory_of.empty()) {
     const auto bytes = peak_bytes_here(options.single_case(), options.memory_of);

@@ -6,6 +6,7 @@
 
 #include <microreg/fused/scope.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <optional>
@@ -130,6 +131,47 @@ inline double third_derivative_error(const Function& function, const std::vector
   const double difference = (moved(step) - moved(-step)) / (2 * step);
   return std::abs(derivative - difference) / std::abs(difference);
 }
+
+/// What a normalisation reads, and what comes in for its backward's results, in float32.
+struct NormCase {
+  torch::Tensor x, weight, bias, dy, v, a, b;
+
+  NormCase(const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& affine, double offset) {
+    torch::manual_seed(1);
+    x = torch::randn(shape) + offset;
+    weight = torch::rand(affine) + 0.5;
+    bias = torch::randn(affine);
+    dy = torch::randn(shape) + 0.3;
+    v = torch::randn(shape) - 0.2;
+    a = torch::randn(affine);
+    b = torch::randn(affine);
+  }
+
+  /// The derivatives of <d_x, v> + <d_weight, a> + <d_bias, b> by dy, x, weight, where d_x, d_weight, d_bias are what
+  /// the backward of `function` makes of dy.
+  [[nodiscard]] std::vector<torch::Tensor> double_backward(const Function& function, torch::Dtype type,
+                                                           bool fused) const {
+    const auto leaf = [type](const torch::Tensor& t) { return t.to(type).detach().requires_grad_(); };
+    const std::vector<torch::Tensor> inputs{leaf(x), leaf(weight), leaf(bias)};
+    const torch::Tensor upstream = leaf(dy);
+    const torch::AutoGradMode graph(true);
+    const microreg::FusedScope scope(fused);
+    const auto first = torch::autograd::grad({function(inputs)}, inputs, {upstream}, true, true);
+    return torch::autograd::grad({first}, {upstream, inputs[0], inputs[1]}, {v.to(type), a.to(type), b.to(type)});
+  }
+
+  /// Checks that no result is less accurate than LibTorch's in float32, both against float64. Below `floor` the
+  /// rounding of the results is all there is.
+  void check(const Function& function, const std::vector<torch::Tensor>& ours, double floor = 1e-7) const {
+    const auto exact = double_backward(function, torch::kFloat64, false);
+    const auto stock = double_backward(function, torch::kFloat32, false);
+    for (std::size_t i = 0; i < exact.size(); ++i) {
+      INFO("result " << i << ", LibTorch's error " << relative_error(stock[i], exact[i]));
+      CHECK(relative_error(ours[i].view(exact[i].sizes()), exact[i]) <
+            std::max(1.5 * relative_error(stock[i], exact[i]), floor));
+    }
+  }
+};
 
 inline double tolerance(torch::Dtype type) { return type == torch::kFloat64 ? 1e-9 : 1e-4; }
 

@@ -81,7 +81,7 @@ TEST_CASE("inside a scope batch normalisation in training mode is ours, in evalu
   const auto inputs = inputs_of({4, 5, 6, 7}, torch::kFloat64);
   const Function training = batch_norm(5, torch::kFloat64);
   const Function evaluation = batch_norm(5, torch::kFloat64, {.training = false});
-  CHECK(graph_has(second_derivatives(training, inputs, true).first, "microreg::detail::BatchNormBackward"));
+  CHECK(graph_has(second_derivatives(training, inputs, true).first, "microreg::aten::native_batch_norm_backward"));
   CHECK_FALSE(graph_has(second_derivatives(training, inputs, false).first, "microreg"));
   CHECK_FALSE(graph_has(second_derivatives(evaluation, inputs, true).first, "microreg"));
   CHECK(fused_error(evaluation, inputs) == 0);
@@ -97,37 +97,38 @@ TEST_CASE("third derivatives through fused batch normalisation are exact", "[fus
 
 namespace {
 
-microreg::detail::BatchNormInputs problem(const std::vector<std::int64_t>& shape, torch::Dtype type, double offset) {
+using microreg::detail::NormProblem;
+
+NormProblem problem(const std::vector<std::int64_t>& shape, torch::Dtype type, double offset) {
   torch::manual_seed(2);
-  microreg::detail::BatchNormInputs in;
-  in.x = torch::randn(shape, torch::kFloat64) * 2 + offset;
-  in.dy = torch::randn(shape, torch::kFloat64) + 0.5;
-  in.v = torch::randn(shape, torch::kFloat64) - 0.25;
+  const torch::Tensor x = torch::randn(shape, torch::kFloat64) * 2 + offset;
+  const torch::Tensor dy = torch::randn(shape, torch::kFloat64) + 0.5;
+  const torch::Tensor v = torch::randn(shape, torch::kFloat64) - 0.25;
   std::vector<std::int64_t> rest;
-  for (std::int64_t d = 0; d < in.x.dim(); ++d) {
+  for (std::int64_t d = 0; d < x.dim(); ++d) {
     if (d != 1) {
       rest.push_back(d);
     }
   }
-  in.mean = in.x.mean(rest);
-  in.invstd = (in.x.var(rest, /*unbiased=*/false) + 1e-5).rsqrt();
-  in.weight = torch::rand({shape[1]}, torch::kFloat64) + 0.5;
-  in.a = torch::randn({shape[1]}, torch::kFloat64);
-  in.b = torch::randn({shape[1]}, torch::kFloat64);
-  for (torch::Tensor* tensor : {&in.x, &in.dy, &in.v, &in.mean, &in.invstd, &in.weight, &in.a, &in.b}) {
-    *tensor = tensor->to(type);
-  }
-  return in;
+  const auto channel = [&] { return torch::randn({shape[1]}, torch::kFloat64).to(type); };
+  return microreg::detail::batch_norm_problem(
+      dy.to(type), x.to(type), (torch::rand({shape[1]}, torch::kFloat64) + 0.5).to(type), x.mean(rest).to(type),
+      (x.var(rest, /*unbiased=*/false) + 1e-5).rsqrt().to(type), {v.to(type), channel(), channel()});
 }
 
-void check_close(const microreg::detail::BatchNormResults& a, const microreg::detail::BatchNormResults& b,
-                 double bound) {
-  CHECK(relative_error(a.d_dy, b.d_dy) < bound);
-  CHECK(relative_error(a.d_x, b.d_x) < bound);
-  CHECK(relative_error(a.d_weight, b.d_weight) < bound);
+template <class Results>
+void check_close(const Results& a, const Results& b, double bound) {
+  for (std::size_t i = 0; i < 3; ++i) {
+    CHECK(relative_error(a[i].flatten(), b[i].flatten()) < bound);
+  }
 }
 
 constexpr std::array<bool, 3> all{true, true, true};
+
+std::vector<torch::Tensor> aten_form(const NormProblem& in) {
+  const auto out = microreg::detail::norm_double_backward_aten(in, all);
+  return {out.begin(), out.end()};
+}
 
 }  // namespace
 
@@ -140,11 +141,10 @@ TEST_CASE("float32 sums stay accurate for a million elements a channel", "[fused
     }
     auto exact = single;
     for (torch::Tensor* tensor :
-         {&exact.x, &exact.dy, &exact.v, &exact.mean, &exact.invstd, &exact.weight, &exact.a, &exact.b}) {
+         {&exact.x, &exact.dy, &exact.v, &exact.mean, &exact.rstd, &exact.weight, &exact.a, &exact.b}) {
       *tensor = tensor->to(torch::kFloat64);
     }
-    check_close(microreg::detail::batch_norm_double_backward(single, all),
-                microreg::detail::batch_norm_double_backward_aten(exact, all), 2e-6);
+    check_close(microreg::detail::batch_norm_double_backward(single, all), aten_form(exact), 2e-6);
   }
 }
 
@@ -153,44 +153,59 @@ TEST_CASE("the ATen form, which CUDA runs, equals the CPU kernels", "[fused]") {
   for (const auto& shape : shapes) {
     INFO("shape " << shape);
     const auto in = problem(shape, torch::kFloat64, 1.0);
-    check_close(microreg::detail::batch_norm_double_backward_aten(in, all),
-                microreg::detail::batch_norm_double_backward(in, all), 1e-10);
+    check_close(aten_form(in), microreg::detail::batch_norm_double_backward(in, all), 1e-10);
+  }
+}
+
+TEST_CASE("batch normalisation far from zero is as accurate as LibTorch's, in the form for CUDA too", "[fused]") {
+  const Function function = [](const std::vector<torch::Tensor>& in) {
+    return torch::batch_norm(in[0], in[1], in[2], {}, {}, true, 0.1, 1e-5, false);
+  };
+  for (const double offset : {0.0, 1e3, 1e4}) {
+    for (const auto format : {torch::MemoryFormat::Contiguous, torch::MemoryFormat::ChannelsLast}) {
+      INFO("offset " << offset << ", " << format);
+      NormCase c({16, 8, 12, 12}, {8}, offset);
+      for (torch::Tensor* tensor : {&c.x, &c.dy, &c.v}) {
+        *tensor = tensor->contiguous(format);
+      }
+      c.check(function, c.double_backward(function, torch::kFloat32, true), 3e-7);
+      const torch::NoGradGuard no_graph;
+      const auto [y, mean, rstd] = at::native_batch_norm(c.x, c.weight, c.bias, {}, {}, true, 0.1, 1e-5);
+      c.check(function,
+              aten_form(microreg::detail::batch_norm_problem(c.dy, c.x, c.weight, mean, rstd, {c.v, c.a, c.b})), 3e-7);
+    }
   }
 }
 
 TEST_CASE("every instruction set gives the same batch normalisation", "[fused]") {
   using namespace microreg::detail;
-  const auto in = problem({3, 5, 7, 9}, torch::kFloat32, 1.0);
+  const torch::NoGradGuard no_graph;
+  NormProblem in = problem({3, 5, 7, 9}, torch::kFloat32, 1.0);
+  const NormPointers<float> pointers = pointers_of<float>(in);
+  const RowLayout layout{.rows = 5, .parts = 1, .runs = 3, .length = 63, .row_step = 1, .run_step = 5};
+  using Kernel = RowKernel<ChannelNorm<float>>;
   const auto run = [&](auto kernel) {
-    BatchNormResults out{torch::empty_like(in.x), torch::empty_like(in.x), torch::empty_like(in.invstd)};
-    const BatchNormProblem<float> p{in.x.const_data_ptr<float>(),
-                                    in.dy.const_data_ptr<float>(),
-                                    in.v.const_data_ptr<float>(),
-                                    in.mean.const_data_ptr<float>(),
-                                    in.invstd.const_data_ptr<float>(),
-                                    in.weight.const_data_ptr<float>(),
-                                    in.a.const_data_ptr<float>(),
-                                    in.b.const_data_ptr<float>(),
-                                    out.d_dy.mutable_data_ptr<float>(),
-                                    out.d_x.mutable_data_ptr<float>(),
-                                    out.d_weight.mutable_data_ptr<float>(),
-                                    3,
-                                    5,
-                                    63};
-    kernel(p);
+    std::vector<torch::Tensor> out{torch::empty_like(in.x), torch::empty_like(in.x),
+                                   torch::empty({5}, torch::kFloat64)};
+    ChannelNorm<float> norm(pointers, 1, 5, out[2].mutable_data_ptr<double>());
+    kernel(norm,
+           Streams<float>{in.x.const_data_ptr<float>(), in.dy.const_data_ptr<float>(), in.v.const_data_ptr<float>(),
+                          out[0].mutable_data_ptr<float>(), out[1].mutable_data_ptr<float>()});
     return out;
   };
-  const auto baseline = run([](const auto& p) { BatchNormPlanes<float>::run(p, 0, 5); });
-  const auto widest = run([](const auto& p) {
-    run_widest<BatchNormPlanes<float>, const BatchNormProblem<float>&>(p, std::int64_t{0}, std::int64_t{5});
+  const auto baseline = run([&](auto& norm, const auto& streams) { Kernel::run(norm, streams, layout, 0, 5); });
+  const auto widest = run([&](auto& norm, const auto& streams) {
+    run_widest<Kernel, ChannelNorm<float>&, const Streams<float>&, const RowLayout&>(norm, streams, layout,
+                                                                                     std::int64_t{0}, std::int64_t{5});
   });
   check_close(widest, baseline, 1e-5);
 #if MICROREG_MULTIVERSION
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    check_close(run([](const auto& p) {
-                  run_avx2<BatchNormPlanes<float>, const BatchNormProblem<float>&>(p, std::int64_t{0}, std::int64_t{5});
-                }),
-                baseline, 1e-5);
+    const auto avx2 = run([&](auto& norm, const auto& streams) {
+      run_avx2<Kernel, ChannelNorm<float>&, const Streams<float>&, const RowLayout&>(norm, streams, layout,
+                                                                                     std::int64_t{0}, std::int64_t{5});
+    });
+    check_close(avx2, baseline, 1e-5);
   }
 #endif
 }

@@ -16,11 +16,13 @@
 #include <torch/library.h>
 #include <microreg/detail/config.hpp>
 
-#include <initializer_list>
+#include <algorithm>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace microreg::detail {
@@ -46,6 +48,19 @@ inline void register_fallthrough() {
   }();
 }
 
+/// The operation "aten::name.overload" of this LibTorch, if there is one.
+inline std::optional<c10::OperatorHandle> find_operation(std::string_view name) {
+  const std::size_t dot = name.find('.');
+  const std::string_view overload = dot == std::string_view::npos ? "" : name.substr(dot + 1);
+  return c10::Dispatcher::singleton().findSchema({std::string(name.substr(0, dot)), std::string(overload)});
+}
+
+/// The same by its whole schema, as LibTorch prints it.
+inline std::optional<c10::OperatorHandle> find_schema(std::string_view schema) {
+  const auto operation = find_operation(schema.substr(0, schema.find('(')));
+  return operation.has_value() && c10::toString(operation->schema()) == schema ? operation : std::nullopt;
+}
+
 /// Kernels on the interception key, registered one by one and taken away with the object. An operation that another
 /// shared object has intercepted is left to it. One that this LibTorch does not have, or has with other arguments, runs
 /// as it is: that is said once, by name, and kept in missing().
@@ -54,13 +69,24 @@ class Interceptors {
   /// `kernel` is TORCH_FN(function); `operation` is named without "aten::", with its overload after a dot.
   template <class Kernel>
   void add(const char* operation, const Kernel& kernel) {
-    const std::string_view full = operation;
-    const std::size_t dot = full.find('.');
-    const std::string name = c10::str("aten::", full.substr(0, dot));
-    const std::string overload(dot == std::string_view::npos ? "" : full.substr(dot + 1));
+    add_function(c10::str("aten::", operation), "", torch::CppFunction(kernel));
+  }
+
+  /// The same for a functor that gets its arguments boxed: which ones, the whole schema tells.
+  template <class Functor>
+  void add_boxed(std::string_view schema, std::unique_ptr<Functor> functor) {
+    add_function(std::string(schema.substr(0, schema.find('('))), schema,
+                 torch::CppFunction::makeFromBoxedFunctor(std::move(functor)));
+  }
+
+  /// The operations that could not be intercepted.
+  [[nodiscard]] const std::vector<std::string>& missing() const noexcept { return missing_; }
+
+ private:
+  void add_function(const std::string& operation, std::string_view schema, torch::CppFunction&& kernel) {
     const std::lock_guard lock(registration_mutex());
     register_fallthrough();
-    const auto handle = c10::Dispatcher::singleton().findSchema({name, overload});
+    const auto handle = find_operation(operation);
     if (!handle.has_value()) {
       return report(operation, "is unknown to it");
     }
@@ -68,19 +94,16 @@ class Interceptors {
       return;
     }
     try {
-      library_.impl(operation, kernel);
+      TORCH_CHECK(schema.empty() || find_schema(schema).has_value());
+      library_.impl(operation.c_str(), std::move(kernel));
     } catch (const c10::Error&) {
       report(operation, "has other arguments there");
     }
   }
 
-  /// The operations that could not be intercepted.
-  [[nodiscard]] const std::vector<std::string>& missing() const noexcept { return missing_; }
-
- private:
-  void report(const char* operation, const char* why) {
-    missing_.emplace_back(operation);
-    TORCH_WARN("microreg leaves aten::", operation, " to this version of LibTorch, since it ", why);
+  void report(const std::string& operation, const char* why) {
+    missing_.push_back(operation);
+    TORCH_WARN("microreg leaves ", operation, " to this version of LibTorch, since it ", why);
   }
 
   torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
@@ -115,7 +138,16 @@ class StockKernels {
   c10::impl::ExcludeDispatchKeyGuard guard_{interception_key};
 };
 
-/// Whether a tensor is one that our formulas were written for: a dense, real float32 or float64 tensor on the CPU or on
+/// The element types that our formulas and kernels are for. Decided here alone: with_type() is the one way to them.
+inline bool has_formulas(at::ScalarType type) { return type == at::kFloat || type == at::kDouble; }
+
+/// body(T{}) for the C++ type T of `type`, one of those above.
+template <class Body>
+void with_type(at::ScalarType type, const Body& body) {
+  type == at::kDouble ? body(double{}) : body(float{});
+}
+
+/// Whether a tensor is one that our formulas were written for: dense, real, of one of the types above, on the CPU or on
 /// CUDA, no subclass, no forward-mode tangent.
 inline bool is_plain(const at::Tensor& tensor) {
   if (!tensor.defined()) {
@@ -125,17 +157,12 @@ inline bool is_plain(const at::Tensor& tensor) {
   static const c10::DispatchKeySet special(
       {DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::Conjugate, DispatchKey::Negative});
   return (tensor.is_cpu() || tensor.is_cuda()) && tensor.layout() == at::kStrided &&
-         (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble) &&
-         !tensor.key_set().has_any(special) && !tensor._fw_grad(0).defined();
+         has_formulas(tensor.scalar_type()) && !tensor.key_set().has_any(special) && !tensor._fw_grad(0).defined();
 }
 
-/// Whether an intercepted backward operation should be recorded with a formula of ours for its own derivative.
-inline bool should_fuse(std::initializer_list<at::Tensor> tensors) {
-  // Under a functorch transform no autograd Function may be applied, not even to tensors that are not wrapped.
-  if (!at::GradMode::is_enabled() || !at::functorch::getDynamicLayerStack().empty()) {
-    return false;
-  }
-  bool differentiable = false;
+/// Whether all of them are, of one type, and no functorch transform is at work: under one no node of ours may be
+/// recorded, not even for tensors that are not wrapped.
+inline bool are_plain(at::TensorList tensors) {
   at::ScalarType type = at::ScalarType::Undefined;
   for (const at::Tensor& tensor : tensors) {
     if (!tensor.defined()) {
@@ -145,9 +172,15 @@ inline bool should_fuse(std::initializer_list<at::Tensor> tensors) {
       return false;
     }
     type = tensor.scalar_type();
-    differentiable = differentiable || tensor.requires_grad();
   }
-  return differentiable;
+  return at::functorch::getDynamicLayerStack().empty();
+}
+
+/// Whether an intercepted backward operation should be recorded with a formula of ours for its own derivative.
+inline bool should_fuse(at::TensorList tensors) {
+  return at::GradMode::is_enabled() && are_plain(tensors) &&
+         std::any_of(tensors.begin(), tensors.end(),
+                     [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); });
 }
 
 }  // namespace microreg::detail

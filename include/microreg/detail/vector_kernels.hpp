@@ -36,6 +36,33 @@ MICROREG_ALWAYS_INLINE void store(T* to, const typename Lanes<T>::type& lanes) {
   std::memcpy(to, &lanes, sizeof(lanes));
 }
 
+/// Zero in the first `skip` lanes.
+template <class T>
+MICROREG_ALWAYS_INLINE void drop_first(typename Lanes<T>::type& lanes, std::int64_t skip) {
+  typename Lanes<T>::type number;
+  for (std::int64_t lane = 0; lane < Lanes<T>::count; ++lane) {
+    number[lane] = static_cast<T>(lane);
+  }
+  const typename Lanes<T>::type zero{};
+  lanes = number < zero + static_cast<T>(skip) ? zero : lanes;
+}
+
+/// The sum of all lanes, in float64.
+MICROREG_ALWAYS_INLINE double total(const Lanes<double>::type& lanes) {
+  double sum = 0;
+  for (std::int64_t lane = 0; lane < Lanes<double>::count; ++lane) {
+    sum += lanes[lane];
+  }
+  return sum;
+}
+MICROREG_ALWAYS_INLINE double total(const Lanes<float>::type& lanes) {
+  typedef float Half __attribute__((vector_size(32)));  // NOLINT(modernize-use-using)
+  Half low, high;
+  std::memcpy(&low, &lanes, sizeof(low));
+  std::memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof(low), sizeof(high));
+  return total(__builtin_convertvector(low, Lanes<double>::type) + __builtin_convertvector(high, Lanes<double>::type));
+}
+
 #if MICROREG_MULTIVERSION
 template <class Kernel, class... Arguments>
 __attribute__((target("avx512f,avx512vl,avx512dq,fma"))) void run_avx512(Arguments... arguments) {
@@ -59,10 +86,10 @@ void run_widest(Arguments... arguments) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
   }();
   if (level == 2) {
-    return run_avx512<Kernel>(arguments...);
+    return run_avx512<Kernel, Arguments...>(arguments...);
   }
   if (level == 1) {
-    return run_avx2<Kernel>(arguments...);
+    return run_avx2<Kernel, Arguments...>(arguments...);
   }
 #endif
   Kernel::run(arguments...);

@@ -3,13 +3,14 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <microreg/detail/interception.hpp>
+#include <ATen/core/grad_mode.h>
+#include <microreg/detail/parallel.hpp>
 #include <microreg/detail/vector_kernels.hpp>
+#include <microreg/fused/rule.hpp>
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <numbers>
 
 namespace microreg::detail {
@@ -78,41 +79,23 @@ inline at::Tensor gelu_second_derivative(const at::Tensor& x, const at::Tensor& 
   const at::Tensor xs = x.contiguous(), dys = dy.contiguous(), vs = v.contiguous();
   at::Tensor out = at::empty_like(xs);
   float* const to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, xs.numel(), 16384, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(0, xs.numel(), 16384, [&](std::int64_t begin, std::int64_t end) {
     run_widest<GeluSecondDerivative>(xs.const_data_ptr<float>(), dys.const_data_ptr<float>(),
                                      vs.const_data_ptr<float>(), to, begin, end);
   });
   return out;
 }
 
-/// gelu_backward as a node whose own backward is, for incoming v, v * gelu'(x) by dy and v * dy * gelu''(x) by x.
-struct GeluBackward : torch::autograd::Function<GeluBackward> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& dy, const at::Tensor& x) {
-    context->save_for_backward({dy, x});
-    context->set_materialize_grads(false);
-    return at::gelu_backward(dy, x, "none");
-  }
-
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list upstream) {
-    const at::Tensor& v = upstream[0];
-    if (!v.defined()) {
-      return {{}, {}};
-    }
-    const auto saved = context->get_saved_variables();
-    const at::Tensor& dy = saved[0];
-    const at::Tensor& x = saved[1];
-    return {context->needs_input_grad(0) ? at::gelu_backward(v, x, "none") : at::Tensor(),
-            context->needs_input_grad(1) ? gelu_second_derivative(x, dy, v) : at::Tensor()};
-  }
-};
-
-inline at::Tensor gelu_backward_kernel(const at::Tensor& dy, const at::Tensor& x, c10::string_view approximate) {
-  const StockKernels stock;
-  if (approximate != "none" || !should_fuse({dy, x})) {
-    return at::gelu_backward(dy, x, approximate);
-  }
-  return GeluBackward::apply(dy, x);
-}
+/// For incoming v: v * gelu'(x) by dy, and v * dy * gelu''(x) by x.
+inline constexpr Rule gelu_backward_rule{
+    .schema = "aten::gelu_backward(Tensor grad_output, Tensor self, *, str approximate=\"none\") -> Tensor",
+    .inputs = {0, 1},
+    .saved = {0, 1},
+    .derivative = [](const Call& call, const Tensors& upstream, OutputMask needs) -> Tensors {
+      const at::Tensor& v = upstream[0];
+      return {needs[0] ? call.with(0, v).run()[0] : at::Tensor(),
+              needs[1] ? gelu_second_derivative(call.tensor(1), call.tensor(0), v) : at::Tensor()};
+    },
+    .fits = [](const Call& call) { return call.arguments[2].toStringView() == "none"; }};
 
 }  // namespace microreg::detail

@@ -1,158 +1,122 @@
 /// @file
-/// Group normalisation with the double backward of layer normalisation, which it is within a group of channels.
+/// Double backward of group normalisation in one pass over memory.
 ///
 /// LibTorch's backward with create_graph composes it of elementary operations, and there is no operation to get in
-/// front of. So the forward pass is recorded.
+/// front of. So the forward pass is recorded, and its derivative is a recorded call too.
 #pragma once
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <microreg/detail/interception.hpp>
-#include <microreg/fused/layer_norm.hpp>
-#include <microreg/fused/output_mask.hpp>
-#include <microreg/fused/statistics.hpp>
+#include <microreg/fused/norm_kernels.hpp>
+#include <microreg/fused/normalisation.hpp>
+#include <microreg/fused/rule.hpp>
 
 #include <array>
 #include <cstdint>
-#include <optional>
-#include <tuple>
 #include <utility>
 
 namespace microreg::detail {
 
-/// Tensors of group normalisation in the shapes of LayerNormInputs: rows are samples, and what belongs to a channel is
-/// repeated for its elements.
-struct ChannelGroups {
-  std::int64_t batch, channels, plane, groups;
+/// The problem of a call as [sample, group, channel of the group, pixel], and what came in for its results.
+inline NormProblem group_norm_problem(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                      const at::Tensor& mean, const at::Tensor& rstd, std::int64_t groups,
+                                      const Tensors& upstream) {
+  const std::int64_t batch = x.size(0), channels = x.size(1), plane = x.numel() / (batch * channels);
+  const auto pixels = [&](const at::Tensor& t) {
+    return t.defined() ? t.reshape({batch, groups, channels / groups, plane}) : t;
+  };
+  const auto channel = [&](const at::Tensor& t) { return t.defined() ? t.reshape({groups, channels / groups, 1}) : t; };
+  const auto group = [&](const at::Tensor& t) { return t.reshape({batch, groups, 1, 1}); };
+  return {pixels(dy),
+          pixels(x),
+          channel(weight),
+          group(mean),
+          group(rstd),
+          pixels(upstream[0]),
+          channel(upstream[1]),
+          channel(upstream[2]),
+          {3},
+          {2}};
+}
 
-  ChannelGroups(const at::Tensor& x, std::int64_t group_count)
-      : batch(x.size(0)), channels(x.size(1)), plane(x.numel() / (batch * channels)), groups(group_count) {}
+inline std::array<at::Tensor, 3> group_norm_double_backward(const NormProblem& p, OutputMask needs) {
+  if (at::GradMode::is_enabled() || !p.x.is_cpu()) {
+    return norm_double_backward_aten(p, needs);
+  }
+  const std::int64_t groups = p.x.size(1), channels = p.x.size(2);
+  std::array<at::Tensor, 3> out;
+  with_type(p.x.scalar_type(), [&](auto zero) {
+    out = channel_norm<decltype(zero)>(p,
+                                       {.rows = p.x.size(0) * groups,
+                                        .parts = channels,
+                                        .runs = 1,
+                                        .length = p.x.size(3),
+                                        .row_step = channels,
+                                        .part_step = 1,
+                                        .run_step = 0},
+                                       groups * channels);
+  });
+  return out;
+}
 
-  [[nodiscard]] at::Tensor rows(const at::Tensor& t) const {
-    return t.defined() ? t.contiguous().view({batch, groups, -1}) : t;
-  }
-  [[nodiscard]] at::Tensor repeated(const at::Tensor& t) const {
-    return t.defined() ? t.view({channels, 1}).expand({channels, plane}).contiguous().view({groups, -1}) : t;
-  }
-  [[nodiscard]] at::Tensor statistics(const at::Tensor& t) const { return t.view({batch, groups}); }
-  /// The inverse of repeated(), summed.
-  [[nodiscard]] at::Tensor per_channel(const at::Tensor& t) const { return t.view({channels, plane}).sum(1); }
-};
+/// Not called by LibTorch's formulas when they record a graph, but by the rule below.
+inline constexpr Rule native_group_norm_backward_rule{
+    .schema =
+        "aten::native_group_norm_backward(Tensor grad_out, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, "
+        "SymInt N, SymInt C, SymInt HxW, int group, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+    .inputs = {0, 1, 4},
+    .saved = {0, 1, 2, 3, 4},
+    .derivative = [](const Call& call, const Tensors& upstream, OutputMask needs) -> Tensors {
+      const at::Tensor x = call.tensor(1);
+      const auto [d_dy, d_x, d_weight] =
+          group_norm_double_backward(group_norm_problem(call.tensor(0), x, call.tensor(4), call.tensor(2),
+                                                        call.tensor(3), call.arguments[8].toInt(), upstream),
+                                     needs);
+      return {needs[0] ? d_dy.view(x.sizes()) : at::Tensor(), needs[1] ? d_x.view(x.sizes()) : at::Tensor(),
+              needs[2] ? d_weight.flatten() : at::Tensor()};
+    }};
 
 /// d_x, d_weight, d_bias by elementary operations, which any transform and any order of derivative can take.
-inline std::array<at::Tensor, 3> group_norm_backward_aten(const at::Tensor& dy, const at::Tensor& x,
-                                                          const at::Tensor& weight, const at::Tensor& rstd,
-                                                          std::int64_t group_count) {
-  const ChannelGroups shape(x, group_count);
-  const at::Tensor rows = shape.rows(x);
-  const at::Tensor dys = dy.reshape(rows.sizes());
-  const auto [mean, r] = differentiable_statistics(rows, {-1}, shape.statistics(rstd));
-  const at::Tensor xh = (rows - mean.unsqueeze(-1)) * r.unsqueeze(-1);
-  const at::Tensor h = weight.defined() ? dys * shape.repeated(weight) : dys;
-  const auto average = [](const at::Tensor& z) { return z.mean(-1, /*keepdim=*/true); };
-  return {((h - average(h) - xh * average(h * xh)) * r.unsqueeze(-1)).view(x.sizes()),
-          shape.per_channel((dys * xh).sum(0)), shape.per_channel(dys.sum(0))};
+inline Tensors group_norm_backward_aten(NormProblem p, const at::Tensor& x) {
+  p.differentiate_statistics();
+  const at::Tensor xh = (p.x - p.mean) * p.rstd;
+  const at::Tensor h = p.weight.defined() ? p.dy * p.weight : p.dy;
+  const auto mean = [](const at::Tensor& z) { return z.mean(at::IntArrayRef{2, 3}, /*keepdim=*/true); };
+  const auto channels = [](const at::Tensor& z) { return z.sum(at::IntArrayRef{0, 3}).flatten(); };
+  return {((h - mean(h) - xh * mean(h * xh)) * p.rstd).view(x.sizes()), channels(p.dy * xh), channels(p.dy)};
 }
 
-/// Group normalisation's backward as a node with the double backward of layer_norm_double_backward().
-struct GroupNormBackward : torch::autograd::Function<GroupNormBackward> {
-  static ThreeTensors stock(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& mean,
-                            const at::Tensor& rstd, std::int64_t groups, OutputMask mask) {
-    const auto format = x.is_cpu() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous;
-    const ChannelGroups shape(x, groups);
-    return at::native_group_norm_backward(dy.contiguous(format), x.contiguous(format), mean, rstd,
-                                          weight.defined() ? std::optional(weight) : std::nullopt, shape.batch,
-                                          shape.channels, shape.plane, groups, mask);
-  }
-
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* context, const at::Tensor& dy,
-                                                const at::Tensor& x, const std::optional<at::Tensor>& weight,
-                                                const at::Tensor& mean, const at::Tensor& rstd, std::int64_t groups,
-                                                OutputMask mask) {
-    const at::Tensor w = weight.value_or(at::Tensor());
-    context->save_for_backward({dy, x, w, mean, rstd});
-    context->set_materialize_grads(false);
-    context->saved_data["groups"] = groups;
-    context->saved_data["mask"] = pack(mask);
-    auto [d_x, d_weight, d_bias] = stock(dy, x, w, mean, rstd, groups, mask);
-    return gather(mask, {d_x, d_weight, d_bias});
-  }
-
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list upstream) {
-    const auto saved = context->get_saved_variables();
-    const at::Tensor &dy = saved[0], &x = saved[1], &weight = saved[2], &mean = saved[3], &rstd = saved[4];
-    const auto [v, a, b] = spread(unpack(context->saved_data["mask"]), std::move(upstream));
-    if (!v.defined() && !a.defined() && !b.defined()) {
-      return {{}, {}, {}, {}, {}, {}, {}};
-    }
-    const ChannelGroups shape(x, context->saved_data["groups"].toInt());
-    auto out = layer_norm_double_backward(
-        {shape.rows(dy), shape.rows(x), shape.repeated(weight), shape.statistics(mean), shape.statistics(rstd),
-         shape.rows(v), shape.repeated(a), shape.repeated(b)},
-        {context->needs_input_grad(0), context->needs_input_grad(1), weight.defined() && context->needs_input_grad(2)});
-    for (std::size_t i = 0; i < 2; ++i) {
-      out[i] = out[i].defined() ? out[i].view(x.sizes()) : out[i];
-    }
-    out[2] = out[2].defined() ? shape.per_channel(out[2]) : out[2];
-    return {out[0], out[1], out[2], {}, {}, {}, {}};
-  }
-};
-
-/// Group normalisation as a node whose backward is recorded as a GroupNormBackward.
-struct GroupNorm : torch::autograd::Function<GroupNorm> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x,
-                            const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
-                            std::int64_t groups, double eps) {
-    const ChannelGroups shape(x, groups);
-    const auto format = x.is_cpu() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous;
-    auto [y, mean, rstd] = at::native_group_norm(x.contiguous(format), weight, bias, shape.batch, shape.channels,
-                                                 shape.plane, groups, eps);
-    context->save_for_backward({x, weight.value_or(at::Tensor()), mean, rstd});
-    context->set_materialize_grads(false);
-    context->saved_data["groups"] = groups;
-    return y;
-  }
-
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list upstream) {
-    const at::Tensor& dy = upstream[0];
-    if (!dy.defined()) {
-      return {{}, {}, {}, {}, {}};
-    }
-    const auto saved = context->get_saved_variables();
-    const at::Tensor &x = saved[0], &weight = saved[1], &mean = saved[2], &rstd = saved[3];
-    const std::int64_t groups = context->saved_data["groups"].toInt();
-    // A tensor that is not there has no edge; without a weight there is no bias either.
-    const bool affine = weight.defined();
-    const OutputMask mask{context->needs_input_grad(0), affine && context->needs_input_grad(1),
-                          affine && context->needs_input_grad(2)};
-    if (!at::GradMode::is_enabled()) {
-      auto [d_x, d_weight, d_bias] = GroupNormBackward::stock(dy, x, weight, mean, rstd, groups, mask);
-      return {d_x, d_weight, d_bias, {}, {}};
-    }
-    if (should_fuse({dy, x, weight})) {
-      const auto w = weight.defined() ? std::optional(weight) : std::nullopt;
-      auto [d_x, d_weight, d_bias] = spread(mask, GroupNormBackward::apply(dy, x, w, mean, rstd, groups, mask));
-      return {d_x, d_weight, d_bias, {}, {}};
-    }
-    auto [d_x, d_weight, d_bias] = group_norm_backward_aten(dy, x, weight, rstd, groups);
-    const at::Tensor none;
-    return {mask[0] ? d_x : none, mask[1] ? d_weight : none, mask[2] ? d_bias : none, {}, {}};
-  }
-};
-
-inline at::Tensor group_norm_kernel(const at::Tensor& x, std::int64_t groups, const std::optional<at::Tensor>& weight,
-                                    const std::optional<at::Tensor>& bias, double eps, bool cudnn_enabled) {
-  const StockKernels stock;
-  const at::Tensor w = weight.value_or(at::Tensor());
-  const at::Tensor b = bias.value_or(at::Tensor());
-  const auto fits = [&](const at::Tensor& t) { return t.dim() == 1 && t.size(0) == x.size(1); };
-  if (x.dim() < 2 || x.numel() == 0 || groups <= 0 || x.size(1) % groups != 0 || w.defined() != b.defined() ||
-      (w.defined() && !(fits(w) && fits(b))) || !should_fuse({x, w, b})) {
-    return at::group_norm(x, groups, weight, bias, eps, cudnn_enabled);
-  }
-  return GroupNorm::apply(x, weight, bias, groups, eps);
-}
+/// Group normalisation itself, whose mean and rstd are kept.
+inline constexpr Rule native_group_norm_rule{
+    .schema =
+        "aten::native_group_norm(Tensor input, Tensor? weight, Tensor? bias, SymInt N, SymInt C, SymInt HxW, int "
+        "group, "
+        "float eps) -> (Tensor, Tensor, Tensor)",
+    .inputs = {0, 1, 2},
+    .saved = {0, 1},
+    .derivative = [](const Call& call, const Tensors& upstream, OutputMask needs) -> Tensors {
+      const at::Tensor x = call.tensor(0), weight = call.tensor(1), mean = call.tensor(8), rstd = call.tensor(9);
+      const at::Tensor dy =
+          upstream[0].contiguous(x.is_cpu() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous);
+      if (at::GradMode::is_enabled() && !should_fuse({dy, x, weight})) {
+        Tensors results = group_norm_backward_aten(
+            group_norm_problem(dy, x, weight, mean, rstd, call.arguments[6].toInt(), Tensors(3)), x);
+        for (std::size_t i = 0; i < 3; ++i) {
+          results[i] = needs[i] ? results[i] : at::Tensor();
+        }
+        return results;
+      }
+      const Call backward{
+          *find_schema(native_group_norm_backward_rule.schema),
+          {dy, x, mean, rstd, weight.defined() ? c10::IValue(weight) : c10::IValue(), call.arguments[3],
+           call.arguments[4], call.arguments[5], call.arguments[6], c10::List<bool>({needs[0], needs[1], needs[2]})}};
+      return at::GradMode::is_enabled() ? record(native_group_norm_backward_rule, backward) : backward.run();
+    },
+    .fits =
+        [](const Call& call) {
+          static const bool has_backward = find_schema(native_group_norm_backward_rule.schema).has_value();
+          return has_backward && call.tensor(0).numel() > 0 && call.tensor(0).dim() >= 2 &&
+                 call.tensor(1).defined() == call.tensor(2).defined();
+        },
+    .keeps_results = true};
 
 }  // namespace microreg::detail

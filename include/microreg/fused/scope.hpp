@@ -27,9 +27,13 @@ class FusedScope {
   FusedScope& operator=(const FusedScope&) = delete;
   ~FusedScope() = default;
 
+  /// Whether the environment of the process lets scopes work: all but MICROREG_FUSED=0 and MICROREG_FUSED=off do.
   [[nodiscard]] static bool enabled() {
-    const char* value = std::getenv("MICROREG_FUSED");
-    return value == nullptr || (std::string_view(value) != "0" && std::string_view(value) != "off");
+    static const bool allowed = [] {
+      const char* value = std::getenv("MICROREG_FUSED");
+      return value == nullptr || (std::string_view(value) != "0" && std::string_view(value) != "off");
+    }();
+    return allowed;
   }
 
  private:
