@@ -43,7 +43,7 @@ inline Evaluation evaluate(const std::function<torch::Tensor(const Tensors&)>& f
   auto draw = generator(3);
   const torch::Tensor weights = torch::rand(value.sizes(), draw, value.options()) + 0.5;
   const Tensors gradients = torch::autograd::grad({(value * weights).sum()}, inputs, {}, false, false, true);
-  return {value.detach(), gradients};
+  return {value.variable_data(), gradients};  // not recorded, as detach() is
 }
 
 /// The largest difference in units of the type's last place, relative to the larger of one and the exact element.

@@ -4,18 +4,14 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <microreg/gates/kernel.hpp>
+#include <microreg/gates/activations.hpp>
+#include <microreg/gates/rule.hpp>
 
 #include <cmath>
 #include <limits>
 #include <optional>
 
 namespace microreg::detail {
-
-using MaybeScalar = std::optional<at::Scalar>;
-using MaybeTensor = std::optional<at::Tensor>;
-
-// Bounds that are numbers.
 
 /// The next number beyond a bound, in the type that kernels compare in: strictly between these is between the bounds
 /// or at one.
@@ -26,145 +22,79 @@ inline at::Scalar beyond(const at::Scalar& bound, double towards, at::ScalarType
   return std::nextafter(bound.toFloat(), static_cast<float>(towards));
 }
 
-inline at::Tensor replay_clamp(const at::Tensor& self, const at::Tensor& first, const MaybeScalar& min,
-                               const MaybeScalar& max) {
+inline Tensors replay_clamp(const at::Tensor& self, const at::Tensor& first, const std::optional<at::Scalar>& min,
+                            const std::optional<at::Scalar>& max) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
-  return replay_between(self, first, at::clamp(first, min, max),
-                        beyond(min.value_or(-infinity), -infinity, self.scalar_type()),
-                        beyond(max.value_or(infinity), infinity, self.scalar_type()));
+  return {replay_between(self, first, at::clamp(first, min, max),
+                         beyond(min.value_or(-infinity), -infinity, self.scalar_type()),
+                         beyond(max.value_or(infinity), infinity, self.scalar_type()))};
 }
 
-inline at::Tensor clamp_kernel(const at::Tensor& self, const MaybeScalar& min, const MaybeScalar& max) {
-  return gated(
-      "clamp", {&self}, [&] { return at::clamp(self, min, max); }, [&] { return Gates{value_gate(self)}; },
-      [&](const Gates& gates) { return replay_clamp(self, gates[0], min, max); });
-}
+// Bounds that are tensors may be differentiated.
 
-inline at::Tensor& clamp_in_place_kernel(at::Tensor& self, const MaybeScalar& min, const MaybeScalar& max) {
-  return gated(
-      "clamp_", {&self}, [&]() -> at::Tensor& { return at::clamp_(self, min, max); },
-      [&] { return Gates{overwritten_gate(self)}; },
-      [&](const Gates& gates) -> at::Tensor& { return overwrite(self, replay_clamp(self, gates[0], min, max)); });
-}
-
-inline at::Tensor clamp_min_kernel(const at::Tensor& self, const at::Scalar& min) {
-  return gated(
-      "clamp_min", {&self}, [&] { return at::clamp_min(self, min); }, [&] { return Gates{value_gate(self)}; },
-      [&](const Gates& gates) { return replay_clamp(self, gates[0], min, std::nullopt); });
-}
-
-inline at::Tensor& clamp_min_in_place_kernel(at::Tensor& self, const at::Scalar& min) {
-  return gated(
-      "clamp_min_", {&self}, [&]() -> at::Tensor& { return at::clamp_min_(self, min); },
-      [&] { return Gates{overwritten_gate(self)}; },
-      [&](const Gates& gates) -> at::Tensor& {
-        return overwrite(self, replay_clamp(self, gates[0], min, std::nullopt));
-      });
-}
-
-inline at::Tensor clamp_max_kernel(const at::Tensor& self, const at::Scalar& max) {
-  return gated(
-      "clamp_max", {&self}, [&] { return at::clamp_max(self, max); }, [&] { return Gates{value_gate(self)}; },
-      [&](const Gates& gates) { return replay_clamp(self, gates[0], std::nullopt, max); });
-}
-
-inline at::Tensor& clamp_max_in_place_kernel(at::Tensor& self, const at::Scalar& max) {
-  return gated(
-      "clamp_max_", {&self}, [&]() -> at::Tensor& { return at::clamp_max_(self, max); },
-      [&] { return Gates{overwritten_gate(self)}; },
-      [&](const Gates& gates) -> at::Tensor& {
-        return overwrite(self, replay_clamp(self, gates[0], std::nullopt, max));
-      });
-}
-
-// Bounds that are tensors, and may be differentiated.
-
-inline Gates clamp_tensor_gates(const at::Tensor& self, const MaybeTensor& min, const MaybeTensor& max) {
+inline Gates clamp_tensor_gates(const Arguments& in) {
+  const at::Tensor& self = in.tensor(0);
   Gates gates;
-  if (min.has_value()) {
-    gates.push_back(self.lt(*min));
+  if (in.given(1)) {
+    gates.push_back(self.lt(in.tensor(1)));
   }
-  if (max.has_value()) {
-    gates.push_back(min.has_value() ? self.gt(*max).logical_or(max->lt(*min)) : self.gt(*max));
+  if (in.given(2)) {
+    gates.push_back(in.given(1) ? self.gt(in.tensor(2)).logical_or(in.tensor(2).lt(in.tensor(1)))
+                                : self.gt(in.tensor(2)));
   }
-  if (min.has_value() && max.has_value()) {
+  if (in.given(1) && in.given(2)) {
     // Between equal bounds LibTorch gives neither a gradient from below.
-    gates.push_back(min->eq(*max));
+    gates.push_back(in.tensor(1).eq(in.tensor(2)));
   }
   return gates;
 }
 
-inline at::Tensor replay_clamp_tensor(const at::Tensor& self, const Gates& gates, const MaybeTensor& min,
-                                      const MaybeTensor& max) {
-  at::Tensor result = self;
-  if (min.has_value()) {
-    const at::Tensor low = max.has_value() ? at::where(gates[2], min->detach(), *min) : *min;
-    result = at::where(gates[0], low, result);
+inline Tensors replay_clamp_tensor(const Arguments& in, const Gates& gates) {
+  at::Tensor result = in.tensor(0);
+  if (in.given(1)) {
+    const at::Tensor& min = in.tensor(1);
+    result = at::where(gates[0], in.given(2) ? at::where(gates[2], min.detach(), min) : min, result);
   }
-  if (max.has_value()) {
-    result = at::where(min.has_value() ? gates[1] : gates[0], *max, result);
+  if (in.given(2)) {
+    result = at::where(in.given(1) ? gates[1] : gates[0], in.tensor(2), result);
   }
-  return result;
+  return {result};
 }
 
-inline const at::Tensor& defined_or(const MaybeTensor& tensor, const at::Tensor& otherwise) {
-  return tensor.has_value() ? *tensor : otherwise;
+inline Tensors replay_bound(const Arguments& in, const Gates& gates) {
+  return {at::where(gates[0], in.tensor(1), in.tensor(0))};
 }
 
-inline at::Tensor clamp_tensor_kernel(const at::Tensor& self, const MaybeTensor& min, const MaybeTensor& max) {
-  return gated(
-      "clamp", {&self, &defined_or(min, self), &defined_or(max, self)}, [&] { return at::clamp(self, min, max); },
-      [&] { return clamp_tensor_gates(self, min, max); },
-      [&](const Gates& gates) { return replay_clamp_tensor(self, gates, min, max); });
-}
-
-inline at::Tensor& clamp_tensor_in_place_kernel(at::Tensor& self, const MaybeTensor& min, const MaybeTensor& max) {
-  return gated(
-      "clamp_", {&self, &defined_or(min, self), &defined_or(max, self)},
-      [&]() -> at::Tensor& { return at::clamp_(self, min, max); }, [&] { return clamp_tensor_gates(self, min, max); },
-      [&](const Gates& gates) -> at::Tensor& { return overwrite(self, replay_clamp_tensor(self, gates, min, max)); });
-}
-
-inline at::Tensor clamp_min_tensor_kernel(const at::Tensor& self, const at::Tensor& min) {
-  return gated(
-      "clamp_min", {&self, &min}, [&] { return at::clamp_min(self, min); }, [&] { return Gates{self.lt(min)}; },
-      [&](const Gates& gates) { return at::where(gates[0], min, self); });
-}
-
-inline at::Tensor& clamp_min_tensor_in_place_kernel(at::Tensor& self, const at::Tensor& min) {
-  return gated(
-      "clamp_min_", {&self, &min}, [&]() -> at::Tensor& { return at::clamp_min_(self, min); },
-      [&] { return Gates{self.lt(min)}; },
-      [&](const Gates& gates) -> at::Tensor& { return overwrite(self, at::where(gates[0], min, self)); });
-}
-
-inline at::Tensor clamp_max_tensor_kernel(const at::Tensor& self, const at::Tensor& max) {
-  return gated(
-      "clamp_max", {&self, &max}, [&] { return at::clamp_max(self, max); }, [&] { return Gates{self.gt(max)}; },
-      [&](const Gates& gates) { return at::where(gates[0], max, self); });
-}
-
-inline at::Tensor& clamp_max_tensor_in_place_kernel(at::Tensor& self, const at::Tensor& max) {
-  return gated(
-      "clamp_max_", {&self, &max}, [&]() -> at::Tensor& { return at::clamp_max_(self, max); },
-      [&] { return Gates{self.gt(max)}; },
-      [&](const Gates& gates) -> at::Tensor& { return overwrite(self, at::where(gates[0], max, self)); });
-}
-
-// abs: the sign of the first input times the second.
-
-inline Gates sign_gate(const at::Tensor& self) { return {self.sign().to(at::kChar)}; }
-
-inline at::Tensor abs_kernel(const at::Tensor& self) {
-  return gated(
-      "abs", {&self}, [&] { return at::abs(self); }, [&] { return sign_gate(self); },
-      [&](const Gates& gates) { return self * gates[0].to(self.scalar_type()); });
-}
-
-inline at::Tensor& abs_in_place_kernel(at::Tensor& self) {
-  return gated(
-      "abs_", {&self}, [&]() -> at::Tensor& { return at::abs_(self); }, [&] { return sign_gate(self); },
-      [&](const Gates& gates) -> at::Tensor& { return self.mul_(gates[0].to(self.scalar_type())); });
-}
+inline constexpr Rule clamps[] = {
+    {"clamp", "Tensor self, Scalar? min, Scalar? max", values, nullptr,
+     [](const Arguments& in, const Gates& gates) {
+       return replay_clamp(in.tensor(0), gates[0], in.maybe_scalar(1), in.maybe_scalar(2));
+     }},
+    {"clamp_min", "Tensor self, Scalar min", values, nullptr,
+     [](const Arguments& in, const Gates& gates) {
+       return replay_clamp(in.tensor(0), gates[0], in.scalar(1), std::nullopt);
+     }},
+    {"clamp_max", "Tensor self, Scalar max", values, nullptr,
+     [](const Arguments& in, const Gates& gates) {
+       return replay_clamp(in.tensor(0), gates[0], std::nullopt, in.scalar(1));
+     }},
+    {"clamp.Tensor", "Tensor self, Tensor? min, Tensor? max", clamp_tensor_gates, nullptr, replay_clamp_tensor},
+    {"clamp_min.Tensor", "Tensor self, Tensor min",
+     [](const Arguments& in) { return Gates{in.tensor(0).lt(in.tensor(1))}; }, nullptr, replay_bound},
+    {"clamp_max.Tensor", "Tensor self, Tensor max",
+     [](const Arguments& in) { return Gates{in.tensor(0).gt(in.tensor(1))}; }, nullptr, replay_bound},
+    // The sign of the first input times the second.
+    {"abs", "Tensor self", [](const Arguments& in) { return Gates{in.tensor(0).sign().to(at::kChar)}; }, nullptr,
+     [](const Arguments& in, const Gates& gates) {
+       return Tensors{in.tensor(0) * gates[0].to(in.tensor(0).scalar_type())};
+     }},
+    {"logit", "Tensor self, float? eps", [](const Arguments& in) { return Gates{in.tensor(0).detach().clone()}; },
+     nullptr,
+     [](const Arguments& in, const Gates& gates) {
+       const at::Scalar low = in.number(1);
+       return Tensors{at::logit(replay_clamp(in.tensor(0), gates[0], low, 1 - in.number(1)).front())};
+     },
+     [](const Arguments& in) { return in.given(1); }},
+};
 
 }  // namespace microreg::detail

@@ -1,127 +1,142 @@
 /// @file
-/// max, min, amax, amin and the elementwise maximum, minimum, fmax, fmin. Ties share as in LibTorch's gradient.
+/// max, min, median, amax, amin, aminmax over everything or over dimensions, the elementwise maximum, minimum, fmax and
+/// fmin, and reductions by index. Ties share as in LibTorch's gradient.
 #pragma once
 
 #include <ATen/ATen.h>
-#include <microreg/gates/kernel.hpp>
+#include <microreg/gates/rule.hpp>
 
 #include <cstdint>
-#include <tuple>
+#include <string>
+#include <vector>
 
 namespace microreg::detail {
 
-// Over all elements, and over dimensions: the mean of the elements that were extremal in the first pass.
-
-inline at::Tensor mean_where(const at::Tensor& self, const at::Tensor& gate) {
-  return self.masked_fill(gate.logical_not(), 0).sum() / gate.sum();
+/// The mean of the elements that were extremal in the first pass; over all dimensions, if none are given.
+inline at::Tensor mean_where(const at::Tensor& self, const at::Tensor& gate, at::IntArrayRef dim = {},
+                             bool keepdim = false) {
+  const at::Tensor taken = self.masked_fill(gate.logical_not(), 0);
+  return self.dim() == 0 ? taken : taken.sum(dim, keepdim) / gate.sum(dim, keepdim);
 }
 
-inline at::Tensor mean_where(const at::Tensor& self, const at::Tensor& gate, at::IntArrayRef dim, bool keepdim) {
-  if (self.dim() == 0) {
-    return self.masked_fill(gate.logical_not(), 0);
+/// Where self is `extreme`, which a reduction gave.
+inline at::Tensor where_extreme(const at::Tensor& self, at::Tensor extreme, const std::vector<std::int64_t>& dim,
+                                bool keepdim) {
+  if (!keepdim && self.dim() > 0) {
+    auto sizes = self.sizes().vec();
+    if (dim.empty()) {
+      sizes.assign(sizes.size(), 1);
+    }
+    for (const std::int64_t d : dim) {
+      sizes[static_cast<std::size_t>(d < 0 ? d + self.dim() : d)] = 1;
+    }
+    extreme = extreme.view(sizes);
   }
-  return self.masked_fill(gate.logical_not(), 0).sum(dim, keepdim) / gate.sum(dim, keepdim);
+  return self.eq(extreme);
 }
 
-inline at::Tensor max_kernel(const at::Tensor& self) {
-  return gated(
-      "max", {&self}, [&] { return at::max(self); }, [&](const at::Tensor& result) { return Gates{self.eq(result)}; },
-      [&](const Gates& gates) { return mean_where(self, gates[0]); });
+inline Gates gates_of_all(const Arguments& in, const std::vector<c10::IValue>& results) {
+  return {in.tensor(0).eq(results[0].toTensor())};
+}
+inline Tensors replay_all(const Arguments& in, const Gates& gates) { return {mean_where(in.tensor(0), gates[0])}; }
+
+inline Gates gates_of_dimensions(const Arguments& in, const std::vector<c10::IValue>& results) {
+  return {where_extreme(in.tensor(0), results[0].toTensor(), in.integers(1), in.flag(2))};
+}
+inline Tensors replay_dimensions(const Arguments& in, const Gates& gates) {
+  return {mean_where(in.tensor(0), gates[0], in.integers(1), in.flag(2))};
 }
 
-inline at::Tensor min_kernel(const at::Tensor& self) {
-  return gated(
-      "min", {&self}, [&] { return at::min(self); }, [&](const at::Tensor& result) { return Gates{self.eq(result)}; },
-      [&](const Gates& gates) { return mean_where(self, gates[0]); });
+inline std::vector<std::int64_t> dimension_or_all(const Arguments& in) {
+  return in.given(1) ? std::vector<std::int64_t>{in.integer(1)} : std::vector<std::int64_t>{};
 }
 
-/// The result of a reduction over dimensions with its dimensions back, to compare it with the operand.
-inline at::Tensor with_reduced_dimensions(at::Tensor result, const at::Tensor& self, at::IntArrayRef dim,
-                                          bool keepdim) {
-  if (keepdim || self.dim() == 0) {
-    return result;
+/// One operand, the other, or the mean of both.
+inline Tensors replay_pair(const Arguments& in, const Gates& gates) {
+  const at::Tensor& self = in.tensor(0);
+  const at::Tensor& other = in.tensor(1);
+  return {at::where(gates[0], self, gates.size() == 1 ? other : at::where(gates[1], (self + other) / 2, other))};
+}
+
+// scatter_reduce and index_reduce: the mean of the elements that were extremal at a place.
+
+struct Scattered {
+  at::Tensor index;
+  at::Tensor source;
+};
+/// Index and source as scatter_add takes them: one element of the index for each of the source.
+inline Scattered scattered(const Arguments& in) {
+  const at::Tensor& index = in.tensor(2);
+  at::Tensor source = in.tensor(3);
+  if (std::string_view(in.operation()).starts_with("index_reduce")) {
+    std::vector<std::int64_t> sizes(static_cast<std::size_t>(source.dim()), 1);
+    sizes[static_cast<std::size_t>(at::maybe_wrap_dim(in.integer(1), source.dim()))] = -1;
+    return {index.view(sizes).expand_as(source), source};
   }
-  auto sizes = self.sizes().vec();
-  if (dim.empty()) {
-    sizes.assign(sizes.size(), 1);
+  for (std::int64_t d = 0; d < index.dim(); ++d) {
+    source = source.narrow(d, 0, index.size(d));
   }
-  for (const std::int64_t d : dim) {
-    sizes[static_cast<std::size_t>(d < 0 ? d + self.dim() : d)] = 1;
+  return {index, source};
+}
+
+inline Gates gates_of_reduced_index(const Arguments& in) {
+  const auto [index, source] = scattered(in);
+  const std::int64_t dim = in.integer(1);
+  const at::Tensor self = in.tensor(0).detach();
+  const at::Tensor result = self.scatter_reduce(dim, index, source.detach(), in.text(4), in.flag(5));
+  at::Tensor own = self.eq(result);
+  if (!in.flag(5)) {
+    own = own.logical_and_(at::ones_like(own).scatter_(dim, index, false));
   }
-  return result.view(sizes);
+  return {own, source.eq(result.gather(dim, index))};
 }
 
-inline at::Tensor amax_kernel(const at::Tensor& self, at::IntArrayRef dim, bool keepdim) {
-  return gated(
-      "amax", {&self}, [&] { return at::amax(self, dim, keepdim); },
-      [&](const at::Tensor& result) { return Gates{self.eq(with_reduced_dimensions(result, self, dim, keepdim))}; },
-      [&](const Gates& gates) { return mean_where(self, gates[0], dim, keepdim); });
+inline Tensors replay_reduced_index(const Arguments& in, const Gates& gates) {
+  const auto [index, source] = scattered(in);
+  const std::int64_t dim = in.integer(1);
+  const at::Tensor sum =
+      in.tensor(0).masked_fill(~gates[0], 0).scatter_add(dim, index, source.masked_fill(~gates[1], 0));
+  return {sum / gates[0].to(at::kLong).scatter_add(dim, index, gates[1].to(at::kLong))};
 }
 
-inline at::Tensor amin_kernel(const at::Tensor& self, at::IntArrayRef dim, bool keepdim) {
-  return gated(
-      "amin", {&self}, [&] { return at::amin(self, dim, keepdim); },
-      [&](const at::Tensor& result) { return Gates{self.eq(with_reduced_dimensions(result, self, dim, keepdim))}; },
-      [&](const Gates& gates) { return mean_where(self, gates[0], dim, keepdim); });
-}
+inline bool reduces_to_extremes(const Arguments& in) { return in.text(4) == "amax" || in.text(4) == "amin"; }
 
-// Over one dimension, with indices: the elements there.
-
-using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
-
-inline TwoTensors replay_indices(const at::Tensor& self, const at::Tensor& indices, std::int64_t dim, bool keepdim) {
-  if (keepdim || self.dim() == 0) {
-    return {self.gather(dim, indices), indices};
-  }
-  return {self.gather(dim, indices.unsqueeze(dim)).squeeze(dim), indices};
-}
-
-inline TwoTensors max_dim_kernel(const at::Tensor& self, std::int64_t dim, bool keepdim) {
-  return gated(
-      "max", {&self}, [&] { return at::max(self, dim, keepdim); },
-      [](const TwoTensors& result) { return Gates{std::get<1>(result)}; },
-      [&](const Gates& gates) { return replay_indices(self, gates[0], at::maybe_wrap_dim(dim, self.dim()), keepdim); });
-}
-
-inline TwoTensors min_dim_kernel(const at::Tensor& self, std::int64_t dim, bool keepdim) {
-  return gated(
-      "min", {&self}, [&] { return at::min(self, dim, keepdim); },
-      [](const TwoTensors& result) { return Gates{std::get<1>(result)}; },
-      [&](const Gates& gates) { return replay_indices(self, gates[0], at::maybe_wrap_dim(dim, self.dim()), keepdim); });
-}
-
-// Elementwise: one operand, the other, or the mean of both.
-
-inline at::Tensor replay_pair(const at::Tensor& self, const at::Tensor& other, const Gates& gates) {
-  return at::where(gates[0], self, at::where(gates[1], (self + other) / 2, other));
-}
-
-inline at::Tensor maximum_kernel(const at::Tensor& self, const at::Tensor& other) {
-  return gated(
-      "maximum", {&self, &other}, [&] { return at::maximum(self, other); },
-      [&] { return Gates{self.gt(other), self.eq(other)}; },
-      [&](const Gates& gates) { return replay_pair(self, other, gates); });
-}
-
-inline at::Tensor minimum_kernel(const at::Tensor& self, const at::Tensor& other) {
-  return gated(
-      "minimum", {&self, &other}, [&] { return at::minimum(self, other); },
-      [&] { return Gates{self.lt(other), self.eq(other)}; },
-      [&](const Gates& gates) { return replay_pair(self, other, gates); });
-}
-
-inline at::Tensor fmax_kernel(const at::Tensor& self, const at::Tensor& other) {
-  return gated(
-      "fmax", {&self, &other}, [&] { return at::fmax(self, other); },
-      [&] { return Gates{self.ge(other).logical_or(other.isnan())}; },
-      [&](const Gates& gates) { return at::where(gates[0], self, other); });
-}
-
-inline at::Tensor fmin_kernel(const at::Tensor& self, const at::Tensor& other) {
-  return gated(
-      "fmin", {&self, &other}, [&] { return at::fmin(self, other); },
-      [&] { return Gates{self.le(other).logical_or(other.isnan())}; },
-      [&](const Gates& gates) { return at::where(gates[0], self, other); });
-}
+inline constexpr Rule extrema[] = {
+    {"max", "Tensor self", nullptr, gates_of_all, replay_all},
+    {"min", "Tensor self", nullptr, gates_of_all, replay_all},
+    {"median", "Tensor self", nullptr, gates_of_all, replay_all},
+    {"nanmedian", "Tensor self", nullptr, gates_of_all, replay_all},
+    {"amax", "Tensor self, int[] dim, bool keepdim", nullptr, gates_of_dimensions, replay_dimensions},
+    {"amin", "Tensor self, int[] dim, bool keepdim", nullptr, gates_of_dimensions, replay_dimensions},
+    {"aminmax", "Tensor self, int? dim, bool keepdim", nullptr,
+     [](const Arguments& in, const std::vector<c10::IValue>& results) {
+       Gates gates;
+       for (const c10::IValue& result : results) {
+         gates.push_back(where_extreme(in.tensor(0), result.toTensor(), dimension_or_all(in), in.flag(2)));
+       }
+       return gates;
+     },
+     [](const Arguments& in, const Gates& gates) {
+       const auto dim = dimension_or_all(in);
+       return Tensors{mean_where(in.tensor(0), gates[0], dim, in.flag(2)),
+                      mean_where(in.tensor(0), gates[1], dim, in.flag(2))};
+     }},
+    {"maximum", "Tensor self, Tensor other",
+     [](const Arguments& in) { return Gates{in.tensor(0).gt(in.tensor(1)), in.tensor(0).eq(in.tensor(1))}; }, nullptr,
+     replay_pair},
+    {"minimum", "Tensor self, Tensor other",
+     [](const Arguments& in) { return Gates{in.tensor(0).lt(in.tensor(1)), in.tensor(0).eq(in.tensor(1))}; }, nullptr,
+     replay_pair},
+    {"fmax", "Tensor self, Tensor other",
+     [](const Arguments& in) { return Gates{in.tensor(0).ge(in.tensor(1)).logical_or(in.tensor(1).isnan())}; }, nullptr,
+     replay_pair},
+    {"fmin", "Tensor self, Tensor other",
+     [](const Arguments& in) { return Gates{in.tensor(0).le(in.tensor(1)).logical_or(in.tensor(1).isnan())}; }, nullptr,
+     replay_pair},
+    {"scatter_reduce.two", "Tensor self, int dim, Tensor index, Tensor src, str reduce, bool include_self",
+     gates_of_reduced_index, nullptr, replay_reduced_index, reduces_to_extremes},
+    {"index_reduce", "Tensor self, int dim, Tensor index, Tensor source, str reduce, bool include_self",
+     gates_of_reduced_index, nullptr, replay_reduced_index, reduces_to_extremes},
+};
 
 }  // namespace microreg::detail

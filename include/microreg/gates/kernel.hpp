@@ -3,15 +3,21 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/node.h>
 #include <microreg/detail/interception.hpp>
 #include <microreg/gates/tape.hpp>
 
-#include <initializer_list>
-#include <type_traits>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 namespace microreg::detail {
 
@@ -21,65 +27,145 @@ __attribute__((visibility("default")))
 #endif
 inline thread_local GateSession* active_gate_session = nullptr;
 
-/// The session that an operation on these operands belongs to, or null: then it is LibTorch's alone.
-///
-/// Backward passes are not recorded (their formulas call abs and clamp too), nor what operations that autograd
-/// differentiates as a whole call inside (logsumexp subtracts a maximum), nor operations on integers; nothing is under
-/// a functorch transform, with a forward-mode tangent or with a tensor subclass.
-inline GateSession* gate_session(std::initializer_list<const at::Tensor*> operands) {
-  if (active_gate_session == nullptr) {
-    return nullptr;
+/// The arguments of an intercepted call.
+class Arguments {
+ public:
+  Arguments(const c10::FunctionSchema& schema, const torch::jit::Stack& stack)
+      : schema_(schema), values_(stack.end() - static_cast<std::ptrdiff_t>(schema.arguments().size()), stack.end()) {}
+
+  [[nodiscard]] const at::Tensor& tensor(std::size_t i) const { return values_[i].toTensor(); }
+  [[nodiscard]] at::Scalar scalar(std::size_t i) const { return values_[i].toScalar(); }
+  [[nodiscard]] std::int64_t integer(std::size_t i) const { return values_[i].toInt(); }
+  [[nodiscard]] double number(std::size_t i) const { return scalar(i).toDouble(); }
+  [[nodiscard]] bool flag(std::size_t i) const { return values_[i].toBool(); }
+  [[nodiscard]] std::vector<std::int64_t> integers(std::size_t i) const { return values_[i].toIntVector(); }
+  [[nodiscard]] std::string_view text(std::size_t i) const { return values_[i].toStringView(); }
+  [[nodiscard]] bool given(std::size_t i) const {
+    return !values_[i].isNone() && !(values_[i].isTensor() && !values_[i].toTensor().defined());
   }
+  [[nodiscard]] std::optional<at::Scalar> maybe_scalar(std::size_t i) const {
+    return given(i) ? std::optional(scalar(i)) : std::nullopt;
+  }
+  [[nodiscard]] std::optional<at::Tensor> maybe_tensor(std::size_t i) const {
+    return given(i) ? std::optional(tensor(i)) : std::nullopt;
+  }
+  /// The position of an argument, if there is one of that name.
+  [[nodiscard]] std::optional<std::size_t> find(const char* name) const {
+    const auto index = schema_.argumentIndexWithName(name);
+    return index.has_value() ? std::optional(static_cast<std::size_t>(*index)) : std::nullopt;
+  }
+
+  [[nodiscard]] const std::vector<c10::IValue>& values() const noexcept { return values_; }
+  /// The operation's name without namespace and overload.
+  [[nodiscard]] const char* operation() const { return schema_.name().c_str() + std::string_view("aten::").size(); }
+  [[nodiscard]] bool in_place() const { return schema_.name().back() == '_'; }
+  [[nodiscard]] std::vector<std::int64_t> sizes() const {
+    for (const c10::IValue& value : values_) {
+      if (value.isTensor() && value.toTensor().defined()) {
+        return value.toTensor().sizes().vec();
+      }
+    }
+    return {};
+  }
+  [[nodiscard]] bool requires_grad() const {
+    return any([](const at::Tensor& tensor) { return tensor.requires_grad(); });
+  }
+  template <class Predicate>
+  [[nodiscard]] bool any(const Predicate& predicate) const {
+    for (const c10::IValue& value : values_) {
+      if (value.isTensor() && value.toTensor().defined() && predicate(value.toTensor())) {
+        return true;
+      }
+      if (value.isTensorList()) {
+        for (const at::Tensor& tensor : value.toTensorVector()) {
+          if (tensor.defined() && predicate(tensor)) {
+            return true;
+          }
+        }
+      }
+    }
+    return false;
+  }
+
+ private:
+  const c10::FunctionSchema& schema_;
+  std::vector<c10::IValue> values_;
+};
+
+/// Whether forward passes on this thread belong to a session now.
+///
+/// Backward passes do not (their formulas call abs and clamp too), nor what operations that autograd differentiates as
+/// a whole call inside (logsumexp subtracts a maximum), nor anything under a functorch transform.
+inline bool gates_are_active() {
+  using c10::DispatchKey;
+  return active_gate_session != nullptr &&
+         !c10::impl::tls_is_dispatch_key_excluded(DispatchKey::AutogradFunctionality) &&
+         !c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         torch::autograd::get_current_node() == nullptr;
+}
+
+/// Whether operations on these operands have gates: not on integers alone, and not with a forward-mode tangent or a
+/// tensor subclass.
+inline bool has_gates(const Arguments& in) {
   using c10::DispatchKey;
   static const c10::DispatchKeySet special({DispatchKey::Python, DispatchKey::FuncTorchBatched,
                                             DispatchKey::FuncTorchGradWrapper, DispatchKey::Functionalize,
                                             DispatchKey::Conjugate, DispatchKey::Negative});
-  bool floating = false;
-  for (const at::Tensor* operand : operands) {
-    if (!operand->defined()) {
-      continue;
-    }
-    if (operand->layout() != at::kStrided || operand->is_complex() || operand->key_set().has_any(special) ||
-        operand->_fw_grad(0).defined()) {
-      return nullptr;
-    }
-    floating = floating || operand->is_floating_point();
-  }
-  if (!floating || c10::impl::tls_is_dispatch_key_excluded(DispatchKey::AutogradFunctionality) ||
-      c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-      torch::autograd::get_current_node() != nullptr) {
-    return nullptr;
-  }
-  return active_gate_session;
+  return in.any([](const at::Tensor& tensor) { return tensor.is_floating_point(); }) &&
+         !in.any([](const at::Tensor& tensor) {
+           return tensor.layout() != at::kStrided || tensor.is_complex() || tensor.key_set().has_any(special) ||
+                  tensor._fw_grad(0).defined();
+         });
 }
 
-/// Runs an operation. `stock()` is LibTorch's, `gates` gives what to record: called before it without arguments, or
-/// after it with its result. `replay(gates)` gives what the operation would have given with the pieces of the first
-/// pass. None of them is intercepted again.
-template <typename Stock, typename Record, typename Replay>
-auto gated(const char* operation, std::initializer_list<const at::Tensor*> operands, const Stock& stock,
-           const Record& record, const Replay& replay) -> std::invoke_result_t<const Stock&> {
-  using Result = std::invoke_result_t<const Stock&>;
-  const StockKernels exclude;
-  GateSession* const session = gate_session(operands);
-  if (session == nullptr) {
-    return stock();
+/// An intercepted call in a session.
+class Call {
+ public:
+  Call(const c10::OperatorHandle& operation, torch::jit::Stack& stack, GateSession& of)
+      : in(operation.schema(), stack), session(of), operation_(operation), stack_(stack) {}
+
+  const Arguments in;
+  GateSession& session;
+
+  /// LibTorch's operation, nothing of which is intercepted.
+  void stock() {
+    const StockKernels exclude;
+    operation_.callBoxed(stack_);
   }
-  auto sizes = (*operands.begin())->sizes().vec();
-  if (session->replays()) {
-    return replay(session->next(operation, sizes));
+  /// What it returned.
+  [[nodiscard]] std::vector<c10::IValue> results() const {
+    return {stack_.end() - static_cast<std::ptrdiff_t>(operation_.schema().returns().size()), stack_.end()};
   }
-  if constexpr (std::is_invocable_v<const Record&>) {
-    Gates gates = record();
-    Result result = stock();
-    session->record(operation, std::move(sizes), std::move(gates));
-    return result;
-  } else {
-    Result result = stock();
-    session->record(operation, std::move(sizes), record(result));
-    return result;
+  [[nodiscard]] c10::TypeKind returned() const { return operation_.schema().returns().front().type()->kind(); }
+  /// Returns these instead of calling it.
+  void give(std::vector<c10::IValue> results) {
+    torch::jit::drop(stack_, in.values().size());
+    stack_.insert(stack_.end(), std::make_move_iterator(results.begin()), std::make_move_iterator(results.end()));
   }
-}
+  void record(Gates gates, bool may_be_left_out) {
+    const auto [node, number] = node_of(results().front());
+    session.record({in.operation(), in.sizes(), std::move(gates), {}, may_be_left_out, node, number});
+  }
+  Gates next() { return session.next(in.operation(), in.sizes()); }
+
+ private:
+  /// The node of a result. What is written to a view lies within a node of its base.
+  static std::pair<const void*, std::uint64_t> node_of(const c10::IValue& result) {
+    if (!result.isTensor() || !result.toTensor().requires_grad()) {
+      return {nullptr, 0};
+    }
+    const at::Tensor& tensor = result.toTensor();
+    const auto function = tensor.is_view() ? tensor._base().grad_fn() : tensor.grad_fn();
+    const torch::autograd::Node* node = function.get();
+    if (const auto* slices = dynamic_cast<const torch::autograd::CopySlices*>(node)) {
+      node = slices->fn.get();
+    }
+    return {node, node == nullptr ? 0 : node->sequence_nr()};
+  }
+
+  const c10::OperatorHandle& operation_;
+  torch::jit::Stack& stack_;
+};
 
 /// self <- value, differentiable in value. Unlike copy_ it sends no gradient of zeros to the overwritten self.
 struct Overwrite : torch::autograd::Function<Overwrite> {
@@ -94,9 +180,20 @@ struct Overwrite : torch::autograd::Function<Overwrite> {
   }
 };
 
-inline at::Tensor& overwrite(at::Tensor& self, const at::Tensor& value) {
-  Overwrite::apply(self, value);
-  return self;
+/// What an operation in place does with the result of its form out of place. To a view goes LibTorch's own copy, which
+/// knows the gradient of the rest of its base.
+inline void write_back(at::Tensor self, const at::Tensor& value) {
+  if (self.is_view()) {
+    self.copy_(value);
+  } else if (!value.is_same(self)) {
+    Overwrite::apply(self, value);
+  }
+}
+
+/// Gives a result the values of the first pass, whatever autograd knows about it.
+inline void replace_values(const at::Tensor& result, const at::Tensor& values) {
+  const at::NoGradGuard no_grad;
+  result.variable_data().copy_(values);
 }
 
 /// Whether autograd keeps a tensor that an operation's own gradient asks for, and would notice if it were overwritten
@@ -117,15 +214,14 @@ inline at::Tensor value_gate(const at::Tensor& tensor) {
   return autograd_keeps(tensor) ? tensor.detach() : tensor.detach().clone();
 }
 
-/// The same for what an operation in place overwrites.
-inline at::Tensor overwritten_gate(const at::Tensor& tensor) { return tensor.detach().clone(); }
+// The same for the first operand, which an operation in place overwrites.
 
-/// self where `first` was strictly between two bounds, and what the first pass gave elsewhere.
-inline at::Tensor replay_between(const at::Tensor& self, const at::Tensor& first, const at::Tensor& first_result,
-                                 const at::Scalar& low, const at::Scalar& high) {
-  // ATen's fused backward kernels are the fastest way to select, and are differentiable.
-  const at::Tensor beyond = first_result - at::hardtanh_backward(first, first, low, high);
-  return at::hardtanh_backward(self, first, low, high).add_(beyond);
+inline at::Tensor positive_gate(const Arguments& in) {
+  return in.in_place() ? in.tensor(0).gt(0) : positive_gate(in.tensor(0));
+}
+
+inline at::Tensor value_gate(const Arguments& in) {
+  return in.in_place() ? in.tensor(0).detach().clone() : value_gate(in.tensor(0));
 }
 
 }  // namespace microreg::detail

@@ -2,89 +2,128 @@
 /// Puts the kernels with gates on the key that the scopes include.
 #pragma once
 
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/Exception.h>
 #include <torch/library.h>
 #include <microreg/detail/interception.hpp>
 #include <microreg/gates/activations.hpp>
+#include <microreg/gates/arithmetic.hpp>
 #include <microreg/gates/clamp.hpp>
+#include <microreg/gates/decisions.hpp>
 #include <microreg/gates/extrema.hpp>
+#include <microreg/gates/losses.hpp>
 #include <microreg/gates/pooling.hpp>
+#include <microreg/gates/refused.hpp>
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 namespace microreg::detail {
 
-/// Registers the kernels, once per process: another shared object that includes this header finds them there.
-class GateRegistration {
+/// One intercepted operation. It takes its arguments as the dispatcher's stack has them: LibTorch holds the code that
+/// puts them there, so a kernel brings no template instances.
+class GateKernel final : public c10::OperatorKernel {
  public:
-  GateRegistration() {
-    add_activations(kernels_);
-    add_clamps(kernels_);
-    add_extrema(kernels_);
-    add_pooling(kernels_);
+  explicit GateKernel(std::function<void(Call&)> kernel) : kernel_(std::move(kernel)) {}
+
+  void operator()(const c10::OperatorHandle& operation, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
+    if (gates_are_active()) {
+      Call call(operation, *stack, *active_gate_session);
+      if (has_gates(call.in)) {
+        return kernel_(call);
+      }
+    }
+    const StockKernels exclude;
+    operation.callBoxed(*stack);
   }
 
  private:
-  static void add_activations(Interceptors& kernels) {
-    kernels.add("relu", TORCH_FN(relu_kernel));
-    kernels.add("relu_", TORCH_FN(relu_in_place_kernel));
-    kernels.add("leaky_relu", TORCH_FN(leaky_relu_kernel));
-    kernels.add("leaky_relu_", TORCH_FN(leaky_relu_in_place_kernel));
-    kernels.add("rrelu_with_noise", TORCH_FN(rrelu_kernel));
-    kernels.add("rrelu_with_noise_", TORCH_FN(rrelu_in_place_kernel));
-    kernels.add("_prelu_kernel", TORCH_FN(prelu_kernel));
-    kernels.add("threshold", TORCH_FN(threshold_kernel));
-    kernels.add("threshold_", TORCH_FN(threshold_in_place_kernel));
-    kernels.add("hardtanh", TORCH_FN(hardtanh_kernel));
-    kernels.add("hardtanh_", TORCH_FN(hardtanh_in_place_kernel));
-    kernels.add("hardshrink", TORCH_FN(hardshrink_kernel));
-    kernels.add("softshrink", TORCH_FN(softshrink_kernel));
-    kernels.add("hardsigmoid", TORCH_FN(hardsigmoid_kernel));
-    kernels.add("hardsigmoid_", TORCH_FN(hardsigmoid_in_place_kernel));
-    kernels.add("hardswish", TORCH_FN(hardswish_kernel));
-    kernels.add("hardswish_", TORCH_FN(hardswish_in_place_kernel));
-    kernels.add("elu", TORCH_FN(elu_kernel));
-    kernels.add("elu_", TORCH_FN(elu_in_place_kernel));
+  std::function<void(Call&)> kernel_;
+};
+
+/// Registers the kernels, once per process: another shared object that includes this header finds them there. An
+/// operation that this LibTorch does not have, or has with other arguments, runs as it is: that is said once, by name.
+class GateRegistration {
+ public:
+  GateRegistration() {
+    add_rules(activations);
+    add_rules(clamps);
+    add_rules(extrema);
+    add_rules(poolings);
+    add_rules(arithmetic);
+    add_rules(losses);
+    for (const Refused& rule : refused) {
+      add_with_in_place(rule.operation, nullptr, [&rule](Call& call) { refuse(rule, call); });
+    }
+    add_all(decisions, [](Call& call) { decide(call); });
+    add_all(readings, read);
+    add_all(steps, step);
+    add_all(selections, select);
+    add_all({"detach"}, hold);
+    add_with_in_place("_to_copy", nullptr, convert);
+    add_with_in_place("max_pool1d", nullptr, max_pool1d);
   }
 
-  static void add_clamps(Interceptors& kernels) {
-    kernels.add("clamp", TORCH_FN(clamp_kernel));
-    kernels.add("clamp_", TORCH_FN(clamp_in_place_kernel));
-    kernels.add("clamp.Tensor", TORCH_FN(clamp_tensor_kernel));
-    kernels.add("clamp_.Tensor", TORCH_FN(clamp_tensor_in_place_kernel));
-    kernels.add("clamp_min", TORCH_FN(clamp_min_kernel));
-    kernels.add("clamp_min_", TORCH_FN(clamp_min_in_place_kernel));
-    kernels.add("clamp_min.Tensor", TORCH_FN(clamp_min_tensor_kernel));
-    kernels.add("clamp_min_.Tensor", TORCH_FN(clamp_min_tensor_in_place_kernel));
-    kernels.add("clamp_max", TORCH_FN(clamp_max_kernel));
-    kernels.add("clamp_max_", TORCH_FN(clamp_max_in_place_kernel));
-    kernels.add("clamp_max.Tensor", TORCH_FN(clamp_max_tensor_kernel));
-    kernels.add("clamp_max_.Tensor", TORCH_FN(clamp_max_tensor_in_place_kernel));
-    kernels.add("abs", TORCH_FN(abs_kernel));
-    kernels.add("abs_", TORCH_FN(abs_in_place_kernel));
+ private:
+  using Kernel = std::function<void(Call&)>;
+
+  template <std::size_t N>
+  void add_rules(const Rule (&rules)[N]) {
+    for (const Rule& rule : rules) {
+      add_with_in_place(rule.operation, rule.arguments, [&rule](Call& call) { apply(rule, call); });
+    }
+  }
+  template <std::size_t N>
+  void add_all(const char* const (&operations)[N], const Kernel& kernel) {
+    for (const char* operation : operations) {
+      add_with_in_place(operation, nullptr, kernel);
+    }
   }
 
-  static void add_extrema(Interceptors& kernels) {
-    kernels.add("max", TORCH_FN(max_kernel));
-    kernels.add("min", TORCH_FN(min_kernel));
-    kernels.add("max.dim", TORCH_FN(max_dim_kernel));
-    kernels.add("min.dim", TORCH_FN(min_dim_kernel));
-    kernels.add("amax", TORCH_FN(amax_kernel));
-    kernels.add("amin", TORCH_FN(amin_kernel));
-    kernels.add("maximum", TORCH_FN(maximum_kernel));
-    kernels.add("minimum", TORCH_FN(minimum_kernel));
-    kernels.add("fmax", TORCH_FN(fmax_kernel));
-    kernels.add("fmin", TORCH_FN(fmin_kernel));
+  /// Registers an operation, and its form in place if there is one with the same arguments.
+  void add_with_in_place(std::string_view operation, const char* arguments, const Kernel& kernel) {
+    const std::size_t dot = operation.find('.');
+    const std::string name(operation.substr(0, dot));
+    const std::string overload(dot == std::string_view::npos ? "" : operation.substr(dot + 1));
+    add(name + '_', overload, arguments, kernel);
+    if (const char* const why = add(name, overload, arguments, kernel)) {
+      TORCH_WARN("microreg leaves aten::", operation, " to this version of LibTorch, since it ", why);
+    }
   }
 
-  static void add_pooling(Interceptors& kernels) {
-    kernels.add("max_pool1d", TORCH_FN(max_pool1d_kernel));
-    kernels.add("max_pool2d_with_indices", TORCH_FN(max_pool2d_kernel));
-    kernels.add("max_pool3d_with_indices", TORCH_FN(max_pool3d_kernel));
-    kernels.add("adaptive_max_pool2d", TORCH_FN(adaptive_max_pool2d_kernel));
-    kernels.add("adaptive_max_pool3d", TORCH_FN(adaptive_max_pool3d_kernel));
-    kernels.add("fractional_max_pool2d", TORCH_FN(fractional_max_pool2d_kernel));
-    kernels.add("fractional_max_pool3d", TORCH_FN(fractional_max_pool3d_kernel));
+  /// What kept an operation from being registered, or null.
+  const char* add(const std::string& name, const std::string& overload, const char* arguments, const Kernel& kernel) {
+    const std::lock_guard lock(registration_mutex());
+    register_fallthrough();
+    const auto handle = c10::Dispatcher::singleton().findSchema({"aten::" + name, overload});
+    if (!handle.has_value()) {
+      return "is unknown to it";
+    }
+    if (arguments != nullptr && arguments_of(handle->schema()) != arguments) {
+      return "has other arguments there";
+    }
+    if (!handle->hasKernelForDispatchKey(interception_key)) {
+      library_.impl((overload.empty() ? name : name + '.' + overload).c_str(),
+                    torch::CppFunction::makeFromBoxedFunctor(std::make_unique<GateKernel>(kernel)));
+    }
+    return nullptr;
   }
 
-  Interceptors kernels_;
+  static std::string arguments_of(const c10::FunctionSchema& schema) {
+    std::string result;
+    for (const c10::Argument& argument : schema.arguments()) {
+      result += (result.empty() ? "" : ", ") + argument.type()->str() + ' ' + argument.name();
+    }
+    return result;
+  }
+
+  torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
 };
 
 MICROREG_INLINE void register_gate_kernels() { static const GateRegistration registration; }

@@ -1,5 +1,5 @@
 /// @file
-/// GateTape: which piece every piecewise-linear operation of a forward pass took.
+/// GateTape: what every operation of a forward pass that decides something decided.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -20,7 +21,7 @@ class GateSession;
 }  // namespace detail
 
 /// The gates of one forward pass, in the order of its operations: which units of a ReLU were on, which element each
-/// max pooling took. Filled by RecordGates, read by ReplayGates.
+/// max pooling took, what a comparison gave. Filled by RecordGates, read by ReplayGates.
 ///
 /// A gate is the tensor that autograd keeps for the operation's own gradient if there is one (a ReLU's result, a
 /// clamp's input, a max pooling's indices), else a mask or a copy. A tape holds no autograd graph, but keeps these
@@ -32,6 +33,9 @@ class GateTape {
     std::vector<std::int64_t> sizes;      ///< of the first operand
     std::vector<at::Tensor> gates;        ///< empty once a replay has released them
     std::vector<std::uint32_t> versions;  ///< of the gates, to notice that one was overwritten
+    bool may_be_left_out;                 ///< by a second pass: it decided nothing that carries a gradient
+    const void* node;                     ///< of the operation in the autograd graph, or null; never dereferenced
+    std::uint64_t sequence_number;        ///< of that node, since another may come to lie at its address
   };
 
   GateTape() = default;
@@ -78,32 +82,32 @@ class GateSession {
 
   [[nodiscard]] bool replays() const noexcept { return pass_ == Pass::replay; }
 
-  void record(const char* operation, std::vector<std::int64_t> sizes, Gates gates) {
-    std::vector<std::uint32_t> versions;
-    versions.reserve(gates.size());
-    for (const at::Tensor& gate : gates) {
-      versions.push_back(version_of(gate));
+  void record(GateTape::Entry entry) {
+    for (const at::Tensor& gate : entry.gates) {
+      entry.versions.push_back(version_of(gate));
     }
-    tape_->entries_.push_back({operation, std::move(sizes), std::move(gates), std::move(versions)});
+    tape_->entries_.push_back(std::move(entry));
   }
 
   /// The gates of the next operation of the first pass, which has to be this one.
   Gates next(const char* operation, const std::vector<std::int64_t>& sizes) {
-    const std::string found = describe_operation(operation, sizes);
-    if (position_ >= tape_->entries_.size()) {
-      fail(found, "the first pass had no more than " + std::to_string(tape_->entries_.size()) + " such operations");
+    if (!skip_to(operation, sizes)) {
+      const std::string found = describe_operation(operation, sizes);
+      const std::size_t size = tape_->entries_.size();
+      throw GateError("the second pass does not repeat the first: its operation " + std::to_string(position_) +
+                      " with gates is " + found + ", but the first pass had " +
+                      (position_ < size ? describe(position_) + " there"
+                                        : "no more than " + std::to_string(size) + " such operations") +
+                      advice);
     }
     GateTape::Entry& entry = tape_->entries_[position_];
-    if (std::string_view(entry.operation) != operation || entry.sizes != sizes) {
-      fail(found, "the first pass had " + describe_operation(entry.operation, entry.sizes) + " there");
-    }
     if (entry.gates.empty()) {
-      throw GateError("the gates of operation " + std::to_string(position_) + ", " + found +
+      throw GateError("the gates of operation " + std::to_string(position_) + ", " + describe(position_) +
                       ", were released by an earlier replay: pass Keep::yes to every replay but the last");
     }
     for (std::size_t i = 0; i < entry.gates.size(); ++i) {
       if (version_of(entry.gates[i]) != entry.versions[i]) {
-        throw GateError("the output of operation " + std::to_string(position_) + ", " + found +
+        throw GateError("the output of operation " + std::to_string(position_) + ", " + describe(position_) +
                         ", was changed in place after the first pass recorded it: use the operation out of place");
       }
     }
@@ -111,12 +115,20 @@ class GateSession {
     return keep_ == Keep::yes ? entry.gates : std::exchange(entry.gates, {});
   }
 
+  /// The same for an operation that the first pass need not have had: nothing then.
+  std::optional<Gates> next_if_there(const char* operation, const std::vector<std::int64_t>& sizes) {
+    return skip_to(operation, sizes) ? std::optional(next(operation, sizes)) : std::nullopt;
+  }
+
+  [[nodiscard]] bool at_beginning() const noexcept { return position_ == 0; }
+
   void finish() const {
-    if (position_ < tape_->entries_.size()) {
-      const GateTape::Entry& entry = tape_->entries_[position_];
-      throw GateError("the second pass does not repeat the first: it ended after " + std::to_string(position_) +
-                      " of " + std::to_string(tape_->entries_.size()) + " operations with gates, where the first had " +
-                      describe_operation(entry.operation, entry.sizes) + advice);
+    for (std::size_t i = position_; i < tape_->entries_.size(); ++i) {
+      if (!tape_->entries_[i].may_be_left_out) {
+        throw GateError("the second pass does not repeat the first: it ended after " + std::to_string(i) + " of " +
+                        std::to_string(tape_->entries_.size()) + " operations with gates, where the first had " +
+                        describe(i) + advice);
+      }
     }
   }
 
@@ -128,9 +140,24 @@ class GateSession {
     return tensor.is_inference() ? 0 : static_cast<std::uint32_t>(tensor._version());
   }
 
-  [[noreturn]] void fail(const std::string& found, const std::string& expected) const {
-    throw GateError("the second pass does not repeat the first: its operation " + std::to_string(position_) +
-                    " with gates is " + found + ", but " + expected + advice);
+  [[nodiscard]] std::string describe(std::size_t position) const {
+    const GateTape::Entry& entry = tape_->entries_[position];
+    return describe_operation(entry.operation, entry.sizes);
+  }
+
+  /// Moves on to the entry of this operation if only such lie between that a second pass may leave out.
+  bool skip_to(const char* operation, const std::vector<std::int64_t>& sizes) {
+    for (std::size_t i = position_; i < tape_->entries_.size(); ++i) {
+      const GateTape::Entry& entry = tape_->entries_[i];
+      if (std::string_view(entry.operation) == operation && entry.sizes == sizes) {
+        position_ = i;
+        return true;
+      }
+      if (!entry.may_be_left_out) {
+        break;
+      }
+    }
+    return false;
   }
 
   GateTape* tape_;

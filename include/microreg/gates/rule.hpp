@@ -1,0 +1,83 @@
+/// @file
+/// Operations with a kink: what a first pass records of one, and what a second pass computes instead.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <microreg/gates/kernel.hpp>
+
+#include <utility>
+#include <vector>
+
+namespace microreg::detail {
+
+using Tensors = std::vector<at::Tensor>;
+
+/// One operation, and its form in place if it has one.
+struct Rule {
+  const char* operation;  // with its overload after a dot
+  const char* arguments;  // as native_functions.yaml has them, without defaults
+  /// What to record, from the arguments before LibTorch's operation runs or from its results afterwards. Without either
+  /// the operations that `replay` calls are recorded by themselves.
+  Gates (*gates)(const Arguments&);
+  Gates (*gates_of_results)(const Arguments&, const std::vector<c10::IValue>&);
+  /// What the operation would have given with the pieces of the first pass, differentiable. The form in place
+  /// overwrites the first operand with it: its gradient must not need that operand then.
+  Tensors (*replay)(const Arguments&, const Gates&);
+  /// Whether there is a kink with these arguments; always, if null.
+  bool (*has_kink)(const Arguments&) = nullptr;
+
+  [[nodiscard]] constexpr bool is_composed() const { return gates == nullptr && gates_of_results == nullptr; }
+};
+
+/// An operation composed of ones that have gates.
+constexpr Rule composed(const char* operation, const char* arguments, Tensors (*replay)(const Arguments&, const Gates&),
+                        bool (*has_kink)(const Arguments&) = nullptr) {
+  return {operation, arguments, nullptr, nullptr, replay, has_kink};
+}
+
+inline void record(const Rule& rule, Call& call) {
+  Gates gates;
+  if (rule.is_composed()) {
+    const at::NoGradGuard no_grad;
+    rule.replay(call.in, {});
+    gates.push_back(at::empty({0}));  // The operation's own entry, after theirs.
+  } else if (rule.gates != nullptr) {
+    const StockKernels exclude;
+    gates = rule.gates(call.in);
+  }
+  call.stock();
+  if (rule.gates_of_results != nullptr) {
+    const StockKernels exclude;
+    gates = rule.gates_of_results(call.in, call.results());
+  }
+  call.record(std::move(gates), /*may_be_left_out=*/false);
+}
+
+inline void replay(const Rule& rule, Call& call) {
+  Tensors results;
+  if (rule.is_composed()) {
+    results = rule.replay(call.in, {});
+    call.next();
+  } else {
+    const StockKernels exclude;
+    results = rule.replay(call.in, call.next());
+  }
+  if (call.in.in_place()) {
+    const StockKernels exclude;
+    write_back(call.in.tensor(0), results.front());
+    results = {call.in.tensor(0)};
+  }
+  call.give({results.begin(), results.end()});
+}
+
+inline void apply(const Rule& rule, Call& call) {
+  if (rule.has_kink != nullptr && !rule.has_kink(call.in)) {
+    call.stock();
+  } else if (call.session.replays()) {
+    replay(rule, call);
+  } else {
+    record(rule, call);
+  }
+}
+
+}  // namespace microreg::detail
