@@ -182,7 +182,7 @@ TEST_CASE("what Penalised cannot do, it refuses with the remedy, and nothing has
             {"loss", "graph"}));
   CHECK(has(message_of<ModelError>([&] { (void)of(microreg::GradientNorm{}).backward(torch::Tensor()); }),
             {"loss", "undefined"}));
-  CHECK(has(message_of<OptionError>([&] { (void)of(microreg::GradientNorm{}, {.every = 0}); }),
+  CHECK(has(message_of<OptionError>([&] { (void)of(microreg::GradientNorm{}, {.sampling = {.every = 0}}); }),
             {"sampling.every", "is 0"}));
   CHECK(has(message_of<OptionError>([&] { (void)of(microreg::GradientNorm{}).backward({.index = 3}, loss); }),
             {"part 3 of 1"}));

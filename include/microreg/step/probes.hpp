@@ -97,10 +97,4 @@ struct Weights {
   std::vector<double> strengths;
 };
 
-/// What the micro-batches of one step add up to, one tensor a parameter, undefined where nothing came.
-struct Sums {
-  std::vector<at::Tensor> objective;
-  std::vector<at::Tensor> loss;  ///< the loss alone on penalised micro-batches; empty unless it is asked for
-};
-
 }  // namespace microreg::detail
