@@ -5,13 +5,14 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/gates/history.hpp>
 #include <microreg/gates/kernel.hpp>
 
 #include <optional>
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::detail::gating {
 
 /// Their results are those of the first pass.
 inline constexpr const char* decisions[] = {"gt.Scalar",
@@ -207,4 +208,4 @@ inline void hold(Call& call) {
   call.give({gates->front().clone()});
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::detail::gating

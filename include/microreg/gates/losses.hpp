@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::detail::gating {
 
 inline double order_of(const Arguments& in) {
   for (const char* name : {"p", "ord"}) {
@@ -126,4 +126,4 @@ inline constexpr Rule losses[] = {
     composed("multilabel_margin_loss_forward", "Tensor self, Tensor target, int reduction", composed_multilabel_margin),
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::detail::gating

@@ -24,7 +24,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::detail::gating {
 
 /// One intercepted operation. It takes its arguments as the dispatcher's stack has them: LibTorch holds the code that
 /// puts them there, so a kernel brings no template instances.
@@ -49,9 +49,9 @@ class GateKernel final : public c10::OperatorKernel {
 
 /// Registers the kernels, once per process: another shared object that includes this header finds them there. An
 /// operation that this LibTorch does not have, or has with other arguments, runs as it is: that is said once, by name.
-class GateRegistration {
+class Registration {
  public:
-  GateRegistration() {
+  Registration() {
     add_rules(activations);
     add_rules(clamps);
     add_rules(extrema);
@@ -126,6 +126,10 @@ class GateRegistration {
   torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
 };
 
-MICROREG_KERNEL_LINKAGE void register_gate_kernels() { static const GateRegistration registration; }
+}  // namespace microreg::detail::gating
+
+namespace microreg::detail {
+
+MICROREG_KERNEL_LINKAGE void register_gate_kernels() { static const gating::Registration registration; }
 
 }  // namespace microreg::detail

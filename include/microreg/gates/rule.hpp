@@ -3,12 +3,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/gates/history.hpp>
 #include <microreg/gates/kernel.hpp>
 
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::detail::gating {
 
 using Tensors = std::vector<at::Tensor>;
 
@@ -80,4 +81,4 @@ inline void apply(const Rule& rule, Call& call) {
   }
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::detail::gating
