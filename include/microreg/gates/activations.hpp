@@ -3,35 +3,25 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <microreg/gates/history.hpp>
 #include <microreg/gates/rule.hpp>
 
 #include <limits>
-#include <tuple>
 
-namespace microreg::detail {
-
-/// relu_ with the gates of the first pass, in one sweep.
-struct ReplayReluInPlace : torch::autograd::Function<ReplayReluInPlace> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, at::Tensor self, const at::Tensor& gate) {
-    context->mark_dirty({self});
-    context->save_for_backward({gate});
-    at::threshold_backward_out(self, self, gate, 0);
-    return self;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list upstream) {
-    return {at::threshold_backward(upstream[0], context->get_saved_variables()[0], 0), at::Tensor()};
-  }
-};
+namespace microreg::detail::gating {
 
 inline Tensors replay_relu(const Arguments& in, const Gates& gates) {
-  const at::Tensor gate = gates[0].to(in.tensor(0).scalar_type());
-  if (!in.in_place() || in.tensor(0).is_view()) {
-    return {at::threshold_backward(in.tensor(0), gate, 0)};
+  at::Tensor self = in.tensor(0);
+  const at::Tensor gate = gates[0].to(self.scalar_type());
+  if (!in.in_place() || self.is_view()) {
+    return {at::threshold_backward(self, gate, 0)};
   }
-  ReplayReluInPlace::apply(in.tensor(0), gate);
-  return {in.tensor(0)};
+  {  // In one sweep.
+    const at::NoGradGuard no_grad;
+    at::threshold_backward_out(self, self, gate, 0);
+  }
+  set_gradient(self, self, [gate](const at::Tensor& upstream) { return at::threshold_backward(upstream, gate, 0); });
+  return {self};
 }
 
 inline at::Tensor replay_leaky(const at::Tensor& self, const at::Tensor& gate, const at::Scalar& slope) {
@@ -50,31 +40,6 @@ inline Tensors replay_rrelu(const Arguments& in, const Gates& gates) {
   at::rrelu_with_noise(sign, noise, in.scalar(2), in.scalar(3), true, in.values()[5].toOptional<at::Generator>());
   return {self * noise};
 }
-
-/// prelu with the gates of the first input. LibTorch's backward selects as the forward does.
-struct ReplayPrelu : torch::autograd::Function<ReplayPrelu> {
-  static at::Tensor select(const at::Tensor& value, const at::Tensor& first, const at::Tensor& weight) {
-    return std::get<0>(at::_prelu_kernel_backward(value, first, weight));
-  }
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& self, const at::Tensor& weight,
-                            const at::Tensor& first) {
-    context->save_for_backward({self, weight, first});
-    return select(self, first, weight);
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list upstream) {
-    const auto saved = context->get_saved_variables();
-    at::Tensor d_self;
-    at::Tensor d_weight;
-    if (context->needs_input_grad(0)) {
-      d_self = select(upstream[0], saved[2], saved[1]);
-    }
-    if (context->needs_input_grad(1)) {
-      d_weight = (upstream[0] * saved[0]).masked_fill(saved[2].gt(0), 0).sum_to_size(saved[1].sizes());
-    }
-    return {d_self, d_weight, at::Tensor()};
-  }
-};
 
 /// self where `first` was strictly between two bounds, and what the first pass gave elsewhere.
 inline at::Tensor replay_between(const at::Tensor& self, const at::Tensor& first, const at::Tensor& first_result,
@@ -96,7 +61,7 @@ inline Gates sign_of(const Arguments& in) { return {in.tensor(0).gt(0)}; }
 inline Gates sign_if_kept(const Arguments& in) { return {positive_gate(in)}; }
 inline Gates values(const Arguments& in) { return {value_gate(in)}; }
 
-inline constexpr Rule activations[] = {
+inline constexpr GateRule activations[] = {
     {"relu", "Tensor self", nullptr,
      [](const Arguments&, const std::vector<c10::IValue>& results) {
        return Gates{positive_gate(results[0].toTensor())};
@@ -110,7 +75,7 @@ inline constexpr Rule activations[] = {
      sign_if_kept, nullptr, replay_rrelu},
     {"_prelu_kernel", "Tensor self, Tensor weight", sign_if_kept, nullptr,
      [](const Arguments& in, const Gates& gates) {
-       return Tensors{ReplayPrelu::apply(in.tensor(0), in.tensor(1), gates[0].to(in.tensor(0).scalar_type()))};
+       return Tensors{at::where(gates[0].gt(0), in.tensor(0), in.tensor(0) * in.tensor(1))};
      }},
     {"threshold", "Tensor self, Scalar threshold, Scalar value", values, nullptr,
      [](const Arguments& in, const Gates& gates) {
@@ -160,4 +125,4 @@ inline constexpr Rule activations[] = {
      }},
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::detail::gating

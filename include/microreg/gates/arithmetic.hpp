@@ -7,7 +7,7 @@
 
 #include <utility>
 
-namespace microreg::detail {
+namespace microreg::detail::gating {
 
 /// An operand that may be a number.
 inline at::Tensor operand(const Arguments& in, std::size_t i) {
@@ -33,7 +33,7 @@ inline Gates straight_through_gates(std::tuple<at::Tensor, at::Tensor> results, 
   return {std::get<0>(results), std::get<1>(results), self.clone()};
 }
 
-inline constexpr Rule arithmetic[] = {
+inline constexpr GateRule arithmetic[] = {
     {"frac", "Tensor self", [](const Arguments& in) { return Gates{in.tensor(0).detach().trunc()}; }, nullptr,
      [](const Arguments& in, const Gates& gates) { return Tensors{in.tensor(0) - gates[0]}; }},
     {"fmod.Tensor", "Tensor self, Tensor other", quotient<at::fmod>, nullptr, replay_remainder},
@@ -68,4 +68,4 @@ inline constexpr Rule arithmetic[] = {
      nullptr, replay_straight_through},
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::detail::gating

@@ -11,7 +11,7 @@
 #include <limits>
 #include <optional>
 
-namespace microreg::detail {
+namespace microreg::detail::gating {
 
 /// The next number beyond a bound, in the type that kernels compare in: strictly between these is between the bounds
 /// or at one.
@@ -65,7 +65,7 @@ inline Tensors replay_bound(const Arguments& in, const Gates& gates) {
   return {at::where(gates[0], in.tensor(1), in.tensor(0))};
 }
 
-inline constexpr Rule clamps[] = {
+inline constexpr GateRule clamps[] = {
     {"clamp", "Tensor self, Scalar? min, Scalar? max", values, nullptr,
      [](const Arguments& in, const Gates& gates) {
        return replay_clamp(in.tensor(0), gates[0], in.maybe_scalar(1), in.maybe_scalar(2));
@@ -97,4 +97,4 @@ inline constexpr Rule clamps[] = {
      [](const Arguments& in) { return in.given(1); }},
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::detail::gating

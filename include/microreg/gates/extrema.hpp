@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::detail::gating {
 
 /// The mean of the elements that were extremal in the first pass; over all dimensions, if none are given.
 inline at::Tensor mean_where(const at::Tensor& self, const at::Tensor& gate, at::IntArrayRef dim = {},
@@ -101,7 +101,7 @@ inline Tensors replay_reduced_index(const Arguments& in, const Gates& gates) {
 
 inline bool reduces_to_extremes(const Arguments& in) { return in.text(4) == "amax" || in.text(4) == "amin"; }
 
-inline constexpr Rule extrema[] = {
+inline constexpr GateRule extrema[] = {
     {"max", "Tensor self", nullptr, gates_of_all, replay_all},
     {"min", "Tensor self", nullptr, gates_of_all, replay_all},
     {"median", "Tensor self", nullptr, gates_of_all, replay_all},
@@ -139,4 +139,4 @@ inline constexpr Rule extrema[] = {
      gates_of_reduced_index, nullptr, replay_reduced_index, reduces_to_extremes},
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::detail::gating

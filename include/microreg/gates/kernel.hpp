@@ -6,7 +6,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/node.h>
 #include <microreg/detail/interception.hpp>
@@ -26,6 +25,11 @@ namespace microreg::detail {
 __attribute__((visibility("default")))
 #endif
 inline thread_local GateSession* active_gate_session = nullptr;
+
+}  // namespace microreg::detail
+
+/// What the intercepted operations are made of.
+namespace microreg::detail::gating {
 
 /// The arguments of an intercepted call.
 class Arguments {
@@ -48,6 +52,12 @@ class Arguments {
   }
   [[nodiscard]] std::optional<at::Tensor> maybe_tensor(std::size_t i) const {
     return given(i) ? std::optional(tensor(i)) : std::nullopt;
+  }
+  /// The same without the first operand, which would keep its graph alive.
+  [[nodiscard]] Arguments without_operand() const {
+    Arguments result = *this;
+    result.values_.front() = c10::IValue();
+    return result;
   }
   /// The position of an argument, if there is one of that name.
   [[nodiscard]] std::optional<std::size_t> find(const char* name) const {
@@ -119,9 +129,9 @@ inline bool has_gates(const Arguments& in) {
 }
 
 /// An intercepted call in a session.
-class Call {
+class GatedCall {
  public:
-  Call(const c10::OperatorHandle& operation, torch::jit::Stack& stack, GateSession& of)
+  GatedCall(const c10::OperatorHandle& operation, torch::jit::Stack& stack, GateSession& of)
       : in(operation.schema(), stack), session(of), operation_(operation), stack_(stack) {}
 
   const Arguments in;
@@ -167,35 +177,6 @@ class Call {
   torch::jit::Stack& stack_;
 };
 
-/// self <- value, differentiable in value. Unlike copy_ it sends no gradient of zeros to the overwritten self.
-struct Overwrite : torch::autograd::Function<Overwrite> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, at::Tensor self, const at::Tensor& value) {
-    context->mark_dirty({self});
-    self.copy_(value);
-    return self;
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* /*context*/,
-                                                 torch::autograd::variable_list upstream) {
-    return {at::Tensor(), upstream[0]};
-  }
-};
-
-/// What an operation in place does with the result of its form out of place. To a view goes LibTorch's own copy, which
-/// knows the gradient of the rest of its base.
-inline void write_back(at::Tensor self, const at::Tensor& value) {
-  if (self.is_view()) {
-    self.copy_(value);
-  } else if (!value.is_same(self)) {
-    Overwrite::apply(self, value);
-  }
-}
-
-/// Gives a result the values of the first pass, whatever autograd knows about it.
-inline void replace_values(const at::Tensor& result, const at::Tensor& values) {
-  const at::NoGradGuard no_grad;
-  result.variable_data().copy_(values);
-}
-
 /// Whether autograd keeps a tensor that an operation's own gradient asks for, and would notice if it were overwritten
 /// while the tape needs it. Not so parameters and their views: they move between the passes.
 inline bool autograd_keeps(const at::Tensor& tensor) {
@@ -224,4 +205,4 @@ inline at::Tensor value_gate(const Arguments& in) {
   return in.in_place() ? in.tensor(0).detach().clone() : value_gate(in.tensor(0));
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::detail::gating

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::detail::gating {
 
 inline double order_of(const Arguments& in) {
   for (const char* name : {"p", "ord"}) {
@@ -86,7 +86,7 @@ inline Tensors composed_multilabel_margin(const Arguments& in, const Gates& /*ga
   return {reduced(loss, in.integer(2)), is_target.to(self.scalar_type())};
 }
 
-inline constexpr Rule losses[] = {
+inline constexpr GateRule losses[] = {
     composed("norm.Scalar", "Tensor self, Scalar p", composed_norm, has_kink_of_order),
     composed("norm.ScalarOpt_dtype", "Tensor self, Scalar? p, int dtype", composed_norm, has_kink_of_order),
     composed("norm.ScalarOpt_dim", "Tensor self, Scalar? p, int[] dim, bool keepdim", composed_norm, has_kink_of_order),
@@ -126,4 +126,4 @@ inline constexpr Rule losses[] = {
     composed("multilabel_margin_loss_forward", "Tensor self, Tensor target, int reduction", composed_multilabel_margin),
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::detail::gating

@@ -8,7 +8,7 @@
 
 #include <string>
 
-namespace microreg::detail {
+namespace microreg::detail::gating {
 
 struct Refused {
   const char* operation;
@@ -59,7 +59,7 @@ inline constexpr Refused refused[] = {
     {"_foreach_norm.Scalar", has_kink_of_order},
 };
 
-inline void refuse(const Refused& rule, Call& call) {
+inline void refuse(const Refused& rule, GatedCall& call) {
   if (at::GradMode::is_enabled() && call.in.requires_grad() && (rule.has_kink == nullptr || rule.has_kink(call.in))) {
     throw GateError(std::string(call.in.operation()) +
                     " has a kink that cannot be frozen; choose Exact, or .gates = Gates::free");
@@ -67,4 +67,4 @@ inline void refuse(const Refused& rule, Call& call) {
   call.stock();
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::detail::gating

@@ -24,17 +24,17 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::detail::gating {
 
 /// One intercepted operation. It takes its arguments as the dispatcher's stack has them: LibTorch holds the code that
 /// puts them there, so a kernel brings no template instances.
 class GateKernel final : public c10::OperatorKernel {
  public:
-  explicit GateKernel(std::function<void(Call&)> kernel) : kernel_(std::move(kernel)) {}
+  explicit GateKernel(std::function<void(GatedCall&)> kernel) : kernel_(std::move(kernel)) {}
 
   void operator()(const c10::OperatorHandle& operation, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
     if (gates_are_active()) {
-      Call call(operation, *stack, *active_gate_session);
+      GatedCall call(operation, *stack, *active_gate_session);
       if (has_gates(call.in)) {
         return kernel_(call);
       }
@@ -44,14 +44,14 @@ class GateKernel final : public c10::OperatorKernel {
   }
 
  private:
-  std::function<void(Call&)> kernel_;
+  std::function<void(GatedCall&)> kernel_;
 };
 
 /// Registers the kernels, once per process: another shared object that includes this header finds them there. An
 /// operation that this LibTorch does not have, or has with other arguments, runs as it is: that is said once, by name.
-class GateRegistration {
+class Registration {
  public:
-  GateRegistration() {
+  Registration() {
     add_rules(activations);
     add_rules(clamps);
     add_rules(extrema);
@@ -59,9 +59,9 @@ class GateRegistration {
     add_rules(arithmetic);
     add_rules(losses);
     for (const Refused& rule : refused) {
-      add_with_in_place(rule.operation, nullptr, [&rule](Call& call) { refuse(rule, call); });
+      add_with_in_place(rule.operation, nullptr, [&rule](GatedCall& call) { refuse(rule, call); });
     }
-    add_all(decisions, [](Call& call) { decide(call); });
+    add_all(decisions, [](GatedCall& call) { decide(call); });
     add_all(readings, read);
     add_all(steps, step);
     add_all(selections, select);
@@ -71,12 +71,12 @@ class GateRegistration {
   }
 
  private:
-  using Kernel = std::function<void(Call&)>;
+  using Kernel = std::function<void(GatedCall&)>;
 
   template <std::size_t N>
-  void add_rules(const Rule (&rules)[N]) {
-    for (const Rule& rule : rules) {
-      add_with_in_place(rule.operation, rule.arguments, [&rule](Call& call) { apply(rule, call); });
+  void add_rules(const GateRule (&rules)[N]) {
+    for (const GateRule& rule : rules) {
+      add_with_in_place(rule.operation, rule.arguments, [&rule](GatedCall& call) { apply(rule, call); });
     }
   }
   template <std::size_t N>
@@ -126,6 +126,14 @@ class GateRegistration {
   torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
 };
 
+<<<<<<< HEAD
 MICROREG_INLINE void register_gate_kernels() { static const GateRegistration registration; }
+=======
+}  // namespace microreg::detail::gating
 
-}  // namespace microreg::detail
+namespace microreg::detail {
+
+MICROREG_KERNEL_LINKAGE void register_gate_kernels() { static const gating::Registration registration; }
+>>>>>>> gates
+
+}  // namespace microreg::detail::gating

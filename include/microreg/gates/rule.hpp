@@ -3,17 +3,18 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/gates/history.hpp>
 #include <microreg/gates/kernel.hpp>
 
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::detail::gating {
 
 using Tensors = std::vector<at::Tensor>;
 
 /// One operation, and its form in place if it has one.
-struct Rule {
+struct GateRule {
   const char* operation;  // with its overload after a dot
   const char* arguments;  // as native_functions.yaml has them, without defaults
   /// What to record, from the arguments before LibTorch's operation runs or from its results afterwards. Without either
@@ -30,12 +31,13 @@ struct Rule {
 };
 
 /// An operation composed of ones that have gates.
-constexpr Rule composed(const char* operation, const char* arguments, Tensors (*replay)(const Arguments&, const Gates&),
-                        bool (*has_kink)(const Arguments&) = nullptr) {
+constexpr GateRule composed(const char* operation, const char* arguments,
+                            Tensors (*replay)(const Arguments&, const Gates&),
+                            bool (*has_kink)(const Arguments&) = nullptr) {
   return {operation, arguments, nullptr, nullptr, replay, has_kink};
 }
 
-inline void record(const Rule& rule, Call& call) {
+inline void record(const GateRule& rule, GatedCall& call) {
   Gates gates;
   if (rule.is_composed()) {
     const at::NoGradGuard no_grad;
@@ -53,7 +55,7 @@ inline void record(const Rule& rule, Call& call) {
   call.record(std::move(gates), /*may_be_left_out=*/false);
 }
 
-inline void replay(const Rule& rule, Call& call) {
+inline void replay(const GateRule& rule, GatedCall& call) {
   Tensors results;
   if (rule.is_composed()) {
     results = rule.replay(call.in, {});
@@ -70,7 +72,7 @@ inline void replay(const Rule& rule, Call& call) {
   call.give({results.begin(), results.end()});
 }
 
-inline void apply(const Rule& rule, Call& call) {
+inline void apply(const GateRule& rule, GatedCall& call) {
   if (rule.has_kink != nullptr && !rule.has_kink(call.in)) {
     call.stock();
   } else if (call.session.replays()) {
@@ -80,4 +82,4 @@ inline void apply(const Rule& rule, Call& call) {
   }
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::detail::gating

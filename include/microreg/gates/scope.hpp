@@ -16,11 +16,17 @@
 /// Between the two points the network is smooth then, and differences of its gradient converge to the product of
 /// Hessian and direction that double backward computes. Backward passes may run inside of the scopes or outside.
 ///
-/// Gates have: relu, leaky_relu, prelu, rrelu, elu (selu), threshold, hardtanh (relu6), hardsigmoid, hardswish,
-/// hardshrink, softshrink, clamp, clamp_min, clamp_max, abs; max, min, amax, amin, maximum, minimum, fmax, fmin; max,
-/// adaptive max and fractional max pooling in all dimensions; their in-place forms; and whatever LibTorch composes of
-/// them, for instance l1_loss. Not: aminmax, sort, topk, median, norms of order 1 and infinity, fused recurrent
-/// networks on CUDA, floor and its like, and forward passes that run within a backward pass (checkpointing).
+/// Gates have decisions: comparisons, signs and roundings, argmax, the indices of sort, topk, kthvalue, median, mode,
+/// cummax and of a maximum over a dimension, searchsorted, conversions to integers; detach() and item(), which double
+/// backward takes for constants; and so whatever is composed of them. And operations that hide a decision: relu and its
+/// family, clamp, abs, maxima and minima of every kind, max pooling of every kind, remainders, fake quantisation, norms
+/// and distances of order 1 and infinity, smooth_l1, huber and margin losses. In place as out of place. Refused by name
+/// (GateError): grid_sample with a grid that requires a gradient, renorm, embedding_bag's maximum, segment_reduce's
+/// extrema, a fused recurrent ReLU network, learnable quantisation, _foreach operations with a kink.
+///
+/// Not seen: other threads, scripted graphs, a custom function's own backward, forward passes that run within a
+/// backward pass (checkpointing): see gates/unseen.hpp. Nor what runs without a graph on moved parameters, but for its
+/// decisions.
 #pragma once
 
 #include <microreg/detail/interception.hpp>

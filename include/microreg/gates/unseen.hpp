@@ -1,0 +1,116 @@
+/// @file
+/// What a first pass decided without a scope seeing it: in another thread, in a scripted graph, in a function of the
+/// user's own.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/functions/tensor.h>
+#include <torch/csrc/autograd/node.h>
+#include <torch/csrc/autograd/variable.h>
+#include <microreg/gates/activations.hpp>
+#include <microreg/gates/arithmetic.hpp>
+#include <microreg/gates/clamp.hpp>
+#include <microreg/gates/decisions.hpp>
+#include <microreg/gates/extrema.hpp>
+#include <microreg/gates/losses.hpp>
+#include <microreg/gates/pooling.hpp>
+#include <microreg/gates/tape.hpp>
+
+#include <algorithm>
+#include <cctype>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace microreg::detail {
+
+namespace gating {
+
+/// What LibTorch calls an operation's node, without "Backward0": each letter after none is a capital.
+inline std::string node_stem(std::string_view operation) {
+  operation = operation.substr(0, operation.find('.'));
+  if (operation.ends_with("_forward")) {
+    operation.remove_suffix(std::string_view("_forward").size());
+  }
+  std::string result;
+  bool in_word = false;
+  for (const char c : operation) {
+    const auto letter = static_cast<unsigned char>(c);
+    if (c != '_') {
+      result += static_cast<char>(in_word ? std::tolower(letter) : std::toupper(letter));
+    }
+    in_word = std::isalpha(letter) != 0;
+  }
+  return result;
+}
+
+/// The nodes of operations that always have a kink. Not those which have one with some arguments (a norm).
+inline std::set<std::string> kinked_stems() {
+  std::set<std::string> result;
+  const auto add = [&](const auto& rules) {
+    for (const GateRule& rule : rules) {
+      if (rule.has_kink == nullptr) {
+        result.insert(node_stem(rule.operation));
+      }
+    }
+  };
+  add(activations);
+  add(clamps);
+  add(extrema);
+  add(poolings);
+  add(arithmetic);
+  add(losses);
+  for (const char* operation : selections) {
+    result.insert(node_stem(operation));
+  }
+  for (const char* operation : steps) {
+    if (!std::string_view(operation).starts_with("div")) {
+      result.insert(node_stem(operation));
+    }
+  }
+  return result;
+}
+
+}  // namespace gating
+
+/// The nodes in the graph of `loss` that have a kink and are not on the tape, by name, each once. A scripted graph is
+/// one: its backward decides by itself. So are functions of the user's own if `functions` says so, since nobody knows
+/// what they decide.
+inline std::vector<std::string> unseen_kinks(const at::Tensor& loss, const GateTape& tape, bool functions = false) {
+  using torch::autograd::Node;
+  static const std::set<std::string> kinked = gating::kinked_stems();
+  std::set<std::pair<const void*, std::uint64_t>> seen;
+  for (const GateTape::Entry& entry : tape.entries()) {
+    seen.emplace(entry.node, entry.sequence_number);
+  }
+  std::set<std::string> result;
+  std::set<const Node*> visited;
+  std::vector<const Node*> left{loss.grad_fn().get()};
+  while (!left.empty()) {
+    const Node* node = left.back();
+    left.pop_back();
+    if (node == nullptr || !visited.insert(node).second) {
+      continue;
+    }
+    for (const torch::autograd::Edge& edge : node->next_edges()) {
+      left.push_back(edge.function.get());
+    }
+    if (const auto* slices = dynamic_cast<const torch::autograd::CopySlices*>(node)) {
+      node = slices->fn.get();  // what was written to a view; its edges are those of the copy
+    }
+    if (node == nullptr || seen.contains({node, node->sequence_nr()})) {
+      continue;
+    }
+    const std::string name = node->name();
+    const bool opaque = name.find("DifferentiableGraph") != std::string::npos ||
+                        (functions && (name.find("CppNode") != std::string::npos || name.ends_with("PyNode")));
+    if (opaque || kinked.contains(name.substr(0, name.rfind("Backward")))) {
+      result.insert(name);
+    }
+  }
+  return {result.begin(), result.end()};
+}
+
+}  // namespace microreg::detail
