@@ -134,11 +134,11 @@ microreg_find_torch() {
   microreg_say "LibTorch: build/venv"
 }
 
-# One job a core, but no more than memory allows: a translation unit that includes LibTorch takes up to 1.3 GB.
+# One job a core, but no more than memory allows: a translation unit that includes LibTorch takes up to 2.5 GB.
 microreg_count_jobs() {
   local cores memory
   cores="$(nproc)"
-  memory="$(awk '/^MemAvailable/ { print int($2 / 2000000) }' /proc/meminfo)"
+  memory="$(awk '/^MemAvailable/ { print int($2 / 2500000) }' /proc/meminfo)"
   microreg_jobs="${MICROREG_JOBS:-$((memory < cores ? memory : cores))}"
   [ "$microreg_jobs" -ge 1 ] 2>/dev/null || microreg_jobs=1
 }

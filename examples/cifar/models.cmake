@@ -7,3 +7,4 @@ add_library(
 target_link_libraries(microreg_cifar_models PUBLIC microreg_development)
 target_include_directories(microreg_cifar_models PUBLIC "${CMAKE_CURRENT_LIST_DIR}")
 target_precompile_headers(microreg_cifar_models REUSE_FROM microreg_precompiled)
+microreg_group_sources(microreg_cifar_models 4)

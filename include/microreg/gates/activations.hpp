@@ -61,7 +61,7 @@ inline Gates sign_of(const Arguments& in) { return {in.tensor(0).gt(0)}; }
 inline Gates sign_if_kept(const Arguments& in) { return {positive_gate(in)}; }
 inline Gates values(const Arguments& in) { return {value_gate(in)}; }
 
-inline constexpr GateRule activations[] = {
+inline constexpr Rule activations[] = {
     {"relu", "Tensor self", nullptr,
      [](const Arguments&, const std::vector<c10::IValue>& results) {
        return Gates{positive_gate(results[0].toTensor())};

@@ -33,7 +33,7 @@ inline Gates straight_through_gates(std::tuple<at::Tensor, at::Tensor> results, 
   return {std::get<0>(results), std::get<1>(results), self.clone()};
 }
 
-inline constexpr GateRule arithmetic[] = {
+inline constexpr Rule arithmetic[] = {
     {"frac", "Tensor self", [](const Arguments& in) { return Gates{in.tensor(0).detach().trunc()}; }, nullptr,
      [](const Arguments& in, const Gates& gates) { return Tensors{in.tensor(0) - gates[0]}; }},
     {"fmod.Tensor", "Tensor self, Tensor other", quotient<at::fmod>, nullptr, replay_remainder},

@@ -65,7 +65,7 @@ inline Tensors replay_bound(const Arguments& in, const Gates& gates) {
   return {at::where(gates[0], in.tensor(1), in.tensor(0))};
 }
 
-inline constexpr GateRule clamps[] = {
+inline constexpr Rule clamps[] = {
     {"clamp", "Tensor self, Scalar? min, Scalar? max", values, nullptr,
      [](const Arguments& in, const Gates& gates) {
        return replay_clamp(in.tensor(0), gates[0], in.maybe_scalar(1), in.maybe_scalar(2));

@@ -94,11 +94,11 @@ inline at::Tensor as_tensor(const c10::IValue& result) {
 
 /// The gates that the first pass recorded for a decision. If no gradient depends on its operands it may not have been
 /// there: samples are drawn once, and losses are printed once.
-inline std::optional<Gates> decided(GatedCall& call, bool differentiates) {
+inline std::optional<Gates> decided(Call& call, bool differentiates) {
   return differentiates ? call.next() : call.session.next_if_there(call.in.operation(), call.in.sizes());
 }
 
-inline void record_results(GatedCall& call, bool differentiates) {
+inline void record_results(Call& call, bool differentiates) {
   Gates gates;
   {
     const StockKernels exclude;
@@ -111,7 +111,7 @@ inline void record_results(GatedCall& call, bool differentiates) {
 }
 
 /// Without a rounding mode a division has no gates.
-inline void step(GatedCall& call) {
+inline void step(Call& call) {
   const auto mode = call.in.find("rounding_mode");
   if (mode && !call.in.given(*mode)) {
     return call.stock();
@@ -131,7 +131,7 @@ inline void step(GatedCall& call) {
   }
 }
 
-inline void decide(GatedCall& call, bool differentiates) {
+inline void decide(Call& call, bool differentiates) {
   if (!call.session.replays()) {
     return record_results(call, differentiates);
   }
@@ -156,11 +156,11 @@ inline void decide(GatedCall& call, bool differentiates) {
   call.give(std::move(results));
 }
 
-inline void decide(GatedCall& call) { call.in.in_place() ? step(call) : decide(call, call.in.requires_grad()); }
-inline void read(GatedCall& call) { decide(call, /*differentiates=*/false); }
+inline void decide(Call& call) { call.in.in_place() ? step(call) : decide(call, call.in.requires_grad()); }
+inline void read(Call& call) { decide(call, /*differentiates=*/false); }
 
 /// A conversion to integers is one, another has no gates.
-inline void convert(GatedCall& call) {
+inline void convert(Call& call) {
   const c10::IValue& type = call.in.values()[1];
   if (type.isNone() || c10::isFloatingType(type.toScalarType()) || c10::isComplexType(type.toScalarType())) {
     return call.stock();
@@ -168,7 +168,7 @@ inline void convert(GatedCall& call) {
   decide(call);
 }
 
-inline void select(GatedCall& call) {
+inline void select(Call& call) {
   if (!call.session.replays()) {
     call.stock();
     return call.record({call.results()[1].toTensor()}, /*may_be_left_out=*/false);
@@ -188,7 +188,7 @@ inline void select(GatedCall& call) {
 }
 
 /// What is cut from the graph is a constant to double backward: it keeps the first pass's values.
-inline void hold(GatedCall& call) {
+inline void hold(Call& call) {
   if (!call.in.tensor(0).requires_grad()) {
     return call.stock();
   }

@@ -101,7 +101,7 @@ inline Tensors replay_reduced_index(const Arguments& in, const Gates& gates) {
 
 inline bool reduces_to_extremes(const Arguments& in) { return in.text(4) == "amax" || in.text(4) == "amin"; }
 
-inline constexpr GateRule extrema[] = {
+inline constexpr Rule extrema[] = {
     {"max", "Tensor self", nullptr, gates_of_all, replay_all},
     {"min", "Tensor self", nullptr, gates_of_all, replay_all},
     {"median", "Tensor self", nullptr, gates_of_all, replay_all},

@@ -86,7 +86,7 @@ inline Tensors composed_multilabel_margin(const Arguments& in, const Gates& /*ga
   return {reduced(loss, in.integer(2)), is_target.to(self.scalar_type())};
 }
 
-inline constexpr GateRule losses[] = {
+inline constexpr Rule losses[] = {
     composed("norm.Scalar", "Tensor self, Scalar p", composed_norm, has_kink_of_order),
     composed("norm.ScalarOpt_dtype", "Tensor self, Scalar? p, int dtype", composed_norm, has_kink_of_order),
     composed("norm.ScalarOpt_dim", "Tensor self, Scalar? p, int[] dim, bool keepdim", composed_norm, has_kink_of_order),

@@ -52,7 +52,7 @@ inline Tensors replay_pooling(const Arguments& in, const Gates& gates) {
   return {result, gates[0]};
 }
 
-inline constexpr GateRule poolings[] = {
+inline constexpr Rule poolings[] = {
     {"max_pool2d_with_indices",
      "Tensor self, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode", nullptr,
      gates_of_pooling, replay_pooling},
@@ -69,7 +69,7 @@ inline constexpr GateRule poolings[] = {
 
 /// Without a gradient LibTorch's max_pool1d takes a way without indices: here it takes the other, so that every call
 /// has its gate.
-inline void max_pool1d(GatedCall& call) {
+inline void max_pool1d(Call& call) {
   const Arguments& in = call.in;
   call.give({std::get<0>(at::max_pool1d_with_indices(in.tensor(0), in.integers(1), in.integers(2), in.integers(3),
                                                      in.integers(4), in.flag(5)))});

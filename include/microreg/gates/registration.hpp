@@ -30,11 +30,11 @@ namespace microreg::detail::gating {
 /// puts them there, so a kernel brings no template instances.
 class GateKernel final : public c10::OperatorKernel {
  public:
-  explicit GateKernel(std::function<void(GatedCall&)> kernel) : kernel_(std::move(kernel)) {}
+  explicit GateKernel(std::function<void(Call&)> kernel) : kernel_(std::move(kernel)) {}
 
   void operator()(const c10::OperatorHandle& operation, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
     if (gates_are_active()) {
-      GatedCall call(operation, *stack, *active_gate_session);
+      Call call(operation, *stack, *active_gate_session);
       if (has_gates(call.in)) {
         return kernel_(call);
       }
@@ -44,7 +44,7 @@ class GateKernel final : public c10::OperatorKernel {
   }
 
  private:
-  std::function<void(GatedCall&)> kernel_;
+  std::function<void(Call&)> kernel_;
 };
 
 /// Registers the kernels, once per process: another shared object that includes this header finds them there. An
@@ -59,9 +59,9 @@ class Registration {
     add_rules(arithmetic);
     add_rules(losses);
     for (const Refused& rule : refused) {
-      add_with_in_place(rule.operation, nullptr, [&rule](GatedCall& call) { refuse(rule, call); });
+      add_with_in_place(rule.operation, nullptr, [&rule](Call& call) { refuse(rule, call); });
     }
-    add_all(decisions, [](GatedCall& call) { decide(call); });
+    add_all(decisions, [](Call& call) { decide(call); });
     add_all(readings, read);
     add_all(steps, step);
     add_all(selections, select);
@@ -71,12 +71,12 @@ class Registration {
   }
 
  private:
-  using Kernel = std::function<void(GatedCall&)>;
+  using Kernel = std::function<void(Call&)>;
 
   template <std::size_t N>
-  void add_rules(const GateRule (&rules)[N]) {
-    for (const GateRule& rule : rules) {
-      add_with_in_place(rule.operation, rule.arguments, [&rule](GatedCall& call) { apply(rule, call); });
+  void add_rules(const Rule (&rules)[N]) {
+    for (const Rule& rule : rules) {
+      add_with_in_place(rule.operation, rule.arguments, [&rule](Call& call) { apply(rule, call); });
     }
   }
   template <std::size_t N>
@@ -126,14 +126,10 @@ class Registration {
   torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
 };
 
-<<<<<<< HEAD
-MICROREG_INLINE void register_gate_kernels() { static const GateRegistration registration; }
-=======
 }  // namespace microreg::detail::gating
 
 namespace microreg::detail {
 
-MICROREG_KERNEL_LINKAGE void register_gate_kernels() { static const gating::Registration registration; }
->>>>>>> gates
+MICROREG_INLINE void register_gate_kernels() { static const gating::Registration registration; }
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::detail

@@ -14,7 +14,7 @@ namespace microreg::detail::gating {
 using Tensors = std::vector<at::Tensor>;
 
 /// One operation, and its form in place if it has one.
-struct GateRule {
+struct Rule {
   const char* operation;  // with its overload after a dot
   const char* arguments;  // as native_functions.yaml has them, without defaults
   /// What to record, from the arguments before LibTorch's operation runs or from its results afterwards. Without either
@@ -31,13 +31,12 @@ struct GateRule {
 };
 
 /// An operation composed of ones that have gates.
-constexpr GateRule composed(const char* operation, const char* arguments,
-                            Tensors (*replay)(const Arguments&, const Gates&),
-                            bool (*has_kink)(const Arguments&) = nullptr) {
+constexpr Rule composed(const char* operation, const char* arguments, Tensors (*replay)(const Arguments&, const Gates&),
+                        bool (*has_kink)(const Arguments&) = nullptr) {
   return {operation, arguments, nullptr, nullptr, replay, has_kink};
 }
 
-inline void record(const GateRule& rule, GatedCall& call) {
+inline void record(const Rule& rule, Call& call) {
   Gates gates;
   if (rule.is_composed()) {
     const at::NoGradGuard no_grad;
@@ -55,7 +54,7 @@ inline void record(const GateRule& rule, GatedCall& call) {
   call.record(std::move(gates), /*may_be_left_out=*/false);
 }
 
-inline void replay(const GateRule& rule, GatedCall& call) {
+inline void replay(const Rule& rule, Call& call) {
   Tensors results;
   if (rule.is_composed()) {
     results = rule.replay(call.in, {});
@@ -72,7 +71,7 @@ inline void replay(const GateRule& rule, GatedCall& call) {
   call.give({results.begin(), results.end()});
 }
 
-inline void apply(const GateRule& rule, GatedCall& call) {
+inline void apply(const Rule& rule, Call& call) {
   if (rule.has_kink != nullptr && !rule.has_kink(call.in)) {
     call.stock();
   } else if (call.session.replays()) {

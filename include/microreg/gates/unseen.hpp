@@ -50,7 +50,7 @@ inline std::string node_stem(std::string_view operation) {
 inline std::set<std::string> kinked_stems() {
   std::set<std::string> result;
   const auto add = [&](const auto& rules) {
-    for (const GateRule& rule : rules) {
+    for (const Rule& rule : rules) {
       if (rule.has_kink == nullptr) {
         result.insert(node_stem(rule.operation));
       }

@@ -1,0 +1,25 @@
+# cmake -DCOMMANDS=compile_commands.json -DSOURCE=... [-DLOG=...] -P compile.cmake
+# Compiles one source with the command that the build has for it, without writing an object file. With LOG it must not
+# compile, and what the compiler says is written there.
+file(STRINGS "${COMMANDS}" lines REGEX "^ *\"command\": .* -c ${SOURCE}\"")
+list(LENGTH lines count)
+if(NOT count EQUAL 1)
+  message(FATAL_ERROR "${COMMANDS} has ${count} commands for ${SOURCE}, not one")
+endif()
+string(REGEX REPLACE "^ *\"command\": \"(.*)\",?$" "\\1" command "${lines}")
+string(REPLACE "\\\"" "\"" command "${command}")
+separate_arguments(command UNIX_COMMAND "${command}")
+list(FIND command "-o" output)
+if(output GREATER -1)
+  math(EXPR file "${output} + 1")
+  list(REMOVE_AT command ${output} ${file})
+endif()
+
+if(NOT DEFINED LOG)
+  execute_process(COMMAND ${command} COMMAND_ERROR_IS_FATAL ANY)
+  return()
+endif()
+execute_process(COMMAND ${command} RESULT_VARIABLE result OUTPUT_FILE "${LOG}" ERROR_FILE "${LOG}")
+if(result EQUAL 0)
+  message(FATAL_ERROR "${SOURCE} compiles, and must not")
+endif()
