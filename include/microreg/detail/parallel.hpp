@@ -12,8 +12,8 @@
 
 namespace microreg::detail {
 
-/// Calls body(from, to) for parts of [begin, end) of about `grain` elements or more, one for each thread at most. The cut
-/// depends on the number of threads alone. Within another parallel region there is one part.
+/// Calls body(from, to) for parts of [begin, end) of about `grain` elements or more, one for each thread at most. The
+/// cut depends on the number of threads alone. Within another parallel region there is one part.
 ///
 /// at::parallel_for is a template, and serial, without a word, wherever the file that calls it is compiled without
 /// OpenMP. TensorIterator's loop is compiled in LibTorch: here it runs over a tensor of one byte for each part, of

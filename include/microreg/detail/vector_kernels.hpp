@@ -49,11 +49,15 @@ MICROREG_ALWAYS_INLINE void drop_first(typename Lanes<T>::type& lanes, std::int6
 
 /// The sum of all lanes, in float64.
 MICROREG_ALWAYS_INLINE double total(const Lanes<double>::type& lanes) {
-  double sum = 0;
-  for (std::int64_t lane = 0; lane < Lanes<double>::count; ++lane) {
-    sum += lanes[lane];
-  }
-  return sum;
+  typedef double Half __attribute__((vector_size(32)));     // NOLINT(modernize-use-using)
+  typedef double Quarter __attribute__((vector_size(16)));  // NOLINT(modernize-use-using)
+  Half halves[2];  // NOLINT(modernize-avoid-c-arrays): std::array ignores the alignment
+  std::memcpy(&halves, &lanes, sizeof(halves));
+  const Half half = halves[0] + halves[1];
+  Quarter quarters[2];  // NOLINT(modernize-avoid-c-arrays)
+  std::memcpy(&quarters, &half, sizeof(quarters));
+  const Quarter quarter = quarters[0] + quarters[1];
+  return quarter[0] + quarter[1];
 }
 MICROREG_ALWAYS_INLINE double total(const Lanes<float>::type& lanes) {
   typedef float Half __attribute__((vector_size(32)));  // NOLINT(modernize-use-using)

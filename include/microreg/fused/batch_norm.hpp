@@ -35,9 +35,9 @@ inline Tensors batch_norm_double_backward(const NormProblem& p, OutputMask needs
     out = norm_double_backward_aten(p, needs);
   } else {
     const std::int64_t batch = p.x.size(0), channels = p.x.size(1), plane = p.x.numel() / (batch * channels);
-    const bool columns = plane == 1 || p.x.suggest_memory_format() != at::MemoryFormat::Contiguous;
     with_type(p.x.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
+      const bool columns = plane < Lanes<T>::count || p.x.suggest_memory_format() != at::MemoryFormat::Contiguous;
       out = columns ? column_norm<T>(p)
                     : channel_norm<T>(p,
                                       {.rows = channels,

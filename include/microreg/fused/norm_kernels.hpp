@@ -40,7 +40,7 @@ MICROREG_ALWAYS_INLINE void add_moments(V* lanes, const V& x, const V& dy, const
 }
 using Moments = std::array<double, 5>;
 
-inline void add_part(NormSums<double>& sums, const Moments& part, double weight, double a) {
+MICROREG_ALWAYS_INLINE void add_part(NormSums<double>& sums, const Moments& part, double weight, double a) {
   sums.v += part[0];
   sums.vx += part[1];
   sums.h += weight * part[2];
@@ -51,7 +51,7 @@ inline void add_part(NormSums<double>& sums, const Moments& part, double weight,
 }
 
 /// What a part gives to the derivative by its weight.
-inline double weight_gradient(const NormRow<double>& row, const Moments& part) {
+MICROREG_ALWAYS_INLINE double weight_gradient(const NormRow<double>& row, const Moments& part) {
   return row.r * (part[4] - row.v0 * part[2] - row.v1 * part[3]);
 }
 
@@ -102,35 +102,36 @@ class ChannelNorm {
   ChannelNorm(const NormPointers<T>& pointers, std::int64_t parts, std::int64_t channels, double* d_weight)
       : p_(pointers), channels_(channels), moments_(static_cast<std::size_t>(parts)), d_weight_(d_weight) {}
 
-  Part part(std::int64_t row, std::int64_t /*part*/) const { return {p_.mean[row]}; }
-  void end_part(std::int64_t part, const Moments& moments) { moments_[static_cast<std::size_t>(part)] = moments; }
-  void end_sums(std::int64_t row) {
+  MICROREG_ALWAYS_INLINE Part part(std::int64_t row, std::int64_t /*part*/) const { return {p_.mean[row]}; }
+  MICROREG_ALWAYS_INLINE void end_part(std::int64_t part, const Moments& moments) {
+    moments_[static_cast<std::size_t>(part)] = moments;
+  }
+  MICROREG_ALWAYS_INLINE void end_sums(std::int64_t row) {
+    const auto parts = static_cast<std::int64_t>(moments_.size());
+    channel_ = row * parts % channels_;
     NormSums<double> total{};
-    for (std::size_t part = 0; part < moments_.size(); ++part) {
-      const std::int64_t c = place(row, part) % channels_;
-      add_part(total, moments_[part], p_.weight_of(c), p_.a_of(c));
+    for (std::int64_t part = 0; part < parts; ++part) {
+      const std::int64_t c = channel_ + part;
+      add_part(total, moments_[static_cast<std::size_t>(part)], p_.weight_of(c), p_.a_of(c));
     }
     row_ = norm_row(total, p_.m, static_cast<double>(p_.rstd[row]));
-    for (std::size_t part = 0; part < moments_.size(); ++part) {
-      d_weight_[place(row, part)] = weight_gradient(row_, moments_[part]);
+    for (std::int64_t part = 0; part < parts; ++part) {
+      d_weight_[row * parts + part] = weight_gradient(row_, moments_[static_cast<std::size_t>(part)]);
     }
   }
-  Sweep sweep(std::int64_t row, std::int64_t part) const {
-    const std::int64_t c = place(row, static_cast<std::size_t>(part)) % channels_;
+  MICROREG_ALWAYS_INLINE Sweep sweep(std::int64_t row, std::int64_t part) const {
+    const std::int64_t c = channel_ + part;
     const auto k = results_of(row_, p_.weight_of(c), p_.a_of(c), p_.b_of(c));
     return {p_.mean[row],
             {static_cast<T>(k[0]), static_cast<T>(k[1]), static_cast<T>(k[2]), static_cast<T>(k[3]),
              static_cast<T>(k[4]), static_cast<T>(k[5])}};
   }
-  void end_row() {}
+  MICROREG_ALWAYS_INLINE void end_row() {}
 
  private:
-  [[nodiscard]] std::int64_t place(std::int64_t row, std::size_t part) const {
-    return row * static_cast<std::int64_t>(moments_.size()) + static_cast<std::int64_t>(part);
-  }
-
   NormPointers<T> p_;
   std::int64_t channels_;
+  std::int64_t channel_ = 0;      // of the row's first part
   std::vector<Moments> moments_;  // by part
   double* d_weight_;
   NormRow<double> row_{};
@@ -187,16 +188,22 @@ class ElementNorm {
   ElementNorm(const NormPointers<T>& pointers, std::int64_t length, double* d_weight)
       : p_(pointers), pending_(static_cast<std::size_t>(length), T{0}), d_weight_(d_weight) {}
 
-  Part part(std::int64_t row, std::int64_t /*part*/) const { return {p_.mean[row], p_.weight, p_.a}; }
-  void end_part(std::int64_t /*part*/, const std::array<double, sums>& total) { totals_ = total; }
-  void end_sums(std::int64_t row) {
+  MICROREG_ALWAYS_INLINE Part part(std::int64_t row, std::int64_t /*part*/) const {
+    return {p_.mean[row], p_.weight, p_.a};
+  }
+  MICROREG_ALWAYS_INLINE void end_part(std::int64_t /*part*/, const std::array<double, sums>& total) {
+    totals_ = total;
+  }
+  MICROREG_ALWAYS_INLINE void end_sums(std::int64_t row) {
     const auto& [v, vx, h, hx, vh, q, qx] = totals_;
     const auto k = norm_row<double>({v, vx, h, hx, vh, q, qx}, p_.m, static_cast<double>(p_.rstd[row]));
     row_ = {static_cast<T>(k.r), static_cast<T>(k.v0), static_cast<T>(k.v1),
             static_cast<T>(k.c), static_cast<T>(k.d),  static_cast<T>(k.e)};
   }
-  Sweep sweep(std::int64_t row, std::int64_t /*part*/) { return {p_.mean[row], p_, row_, pending_.data()}; }
-  void end_row() {
+  MICROREG_ALWAYS_INLINE Sweep sweep(std::int64_t row, std::int64_t /*part*/) {
+    return {p_.mean[row], p_, row_, pending_.data()};
+  }
+  MICROREG_ALWAYS_INLINE void end_row() {
     if (++rows_ % Sums<T, sums>::flush_after == 0) {
       flush();
     }
@@ -305,6 +312,19 @@ inline std::int64_t parts_of(std::int64_t rows, std::int64_t elements) {
   return std::max<std::int64_t>(1, std::min<std::int64_t>(at::get_num_threads(), rows / row_grain(elements)));
 }
 
+/// The sums of the columns of a matrix of `width` columns, like `like`.
+template <class T>
+at::Tensor sum_of_rows(const std::vector<double>& matrix, std::int64_t width, const at::Tensor& like) {
+  std::vector<double> sums(matrix.begin(), matrix.begin() + width);
+  for (std::size_t i = sums.size(); i < matrix.size(); ++i) {
+    sums[i % sums.size()] += matrix[i];
+  }
+  at::Tensor result = at::empty({width}, like.options());
+  std::transform(sums.begin(), sums.end(), result.mutable_data_ptr<T>(),
+                 [](double sum) { return static_cast<T>(sum); });
+  return result;
+}
+
 /// Where x lies in runs of layout.length elements of a channel. The results are those of norm_double_backward_aten().
 template <class T>
 std::array<at::Tensor, 3> channel_norm(NormProblem p, RowLayout layout, std::int64_t channels) {
@@ -312,15 +332,14 @@ std::array<at::Tensor, 3> channel_norm(NormProblem p, RowLayout layout, std::int
   RowTensors<T> tensors(runs(p.x), runs(p.dy), runs(p.v));
   layout.length = tensors.length();
   const NormPointers<T> pointers = pointers_of<T>(p);
-  const at::Tensor d_weight = at::empty({layout.rows * layout.parts}, at::kDouble);
+  std::vector<double> d_weight(static_cast<std::size_t>(layout.rows * layout.parts));
   parallel_for(0, layout.rows, row_grain(layout.parts * layout.runs * layout.length),
                [&](std::int64_t begin, std::int64_t end) {
-                 ChannelNorm<T> norm(pointers, layout.parts, channels, d_weight.mutable_data_ptr<double>());
+                 ChannelNorm<T> norm(pointers, layout.parts, channels, d_weight.data());
                  run_widest<RowKernel<ChannelNorm<T>>, ChannelNorm<T>&, const Streams<T>&, const RowLayout&>(
                      norm, tensors.streams(), layout, begin, end);
                });
-  return {tensors.d_dy().view_as(p.x), tensors.d_x().view_as(p.x),
-          d_weight.view({-1, channels}).sum(0).to(p.x.scalar_type())};
+  return {tensors.d_dy().view_as(p.x), tensors.d_x().view_as(p.x), sum_of_rows<T>(d_weight, channels, p.x)};
 }
 
 /// Where x is a matrix whose rows are normalised, and weight, a, b are vectors along them.
@@ -337,17 +356,17 @@ std::array<at::Tensor, 3> element_norm(NormProblem p) {
   const std::int64_t rows = tensors.rows(), length = tensors.length();
   const std::int64_t parts = parts_of(rows, length);
   const RowLayout layout{.rows = rows, .parts = 1, .runs = 1, .length = length, .row_step = 1};
-  const at::Tensor d_weight = at::zeros({parts, length}, at::kDouble);
+  std::vector<double> d_weight(static_cast<std::size_t>(parts * length));
   for_parts(rows, parts, [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
-    ElementNorm<T> norm(pointers, length, d_weight.mutable_data_ptr<double>() + part * length);
+    ElementNorm<T> norm(pointers, length, d_weight.data() + part * length);
     run_widest<RowKernel<ElementNorm<T>>, ElementNorm<T>&, const Streams<T>&, const RowLayout&>(norm, tensors.streams(),
                                                                                                 layout, begin, end);
     norm.flush();
   });
-  return {tensors.d_dy(), tensors.d_x(), tensors.unpadded(d_weight.sum(0).to(p.x.scalar_type()))};
+  return {tensors.d_dy(), tensors.d_x(), tensors.unpadded(sum_of_rows<T>(d_weight, length, p.x))};
 }
 
-/// Where x, contiguous but for its dimensions' order, is a matrix with a column for each channel.
+/// Where x is best read as a matrix with a column for each channel: in the channels-last layout it is one.
 template <class T>
 std::array<at::Tensor, 3> column_norm(NormProblem p) {
   const std::int64_t channels = p.x.size(1);
@@ -384,7 +403,8 @@ std::array<at::Tensor, 3> column_norm(NormProblem p) {
                                                   coefficients.const_data_ptr<T>());
   });
   const auto back = [&](const at::Tensor& t) { return t.view(last(p.x).sizes()).movedim(-1, 1); };
-  return {back(tensors.d_dy()), back(tensors.d_x()), d_weight};
+  const auto format = p.x.suggest_memory_format();
+  return {back(tensors.d_dy()).contiguous(format), back(tensors.d_x()).contiguous(format), d_weight};
 }
 
 }  // namespace microreg::detail

@@ -142,7 +142,7 @@ class RowTensors {
     return missing > 0 ? at::constant_pad_nd(tensor, {0, missing}) : tensor.contiguous();
   }
   [[nodiscard]] at::Tensor unpadded(const at::Tensor& tensor) const {
-    return tensor.narrow(-1, 0, length_).contiguous();
+    return tensor.size(-1) == length_ ? tensor : tensor.narrow(-1, 0, length_).contiguous();
   }
 
   [[nodiscard]] std::int64_t length() const { return x_.size(-1); }

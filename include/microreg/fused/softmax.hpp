@@ -41,13 +41,15 @@ class Softmax {
     }
   };
 
-  Part part(std::int64_t /*row*/, std::int64_t /*part*/) const { return {}; }
-  void end_part(std::int64_t /*part*/, const std::array<double, sums>& totals) { totals_ = totals; }
-  void end_sums(std::int64_t /*row*/) {}
-  Sweep sweep(std::int64_t /*row*/, std::int64_t /*part*/) const {
+  MICROREG_ALWAYS_INLINE Part part(std::int64_t /*row*/, std::int64_t /*part*/) const { return {}; }
+  MICROREG_ALWAYS_INLINE void end_part(std::int64_t /*part*/, const std::array<double, sums>& totals) {
+    totals_ = totals;
+  }
+  MICROREG_ALWAYS_INLINE void end_sums(std::int64_t /*row*/) {}
+  MICROREG_ALWAYS_INLINE Sweep sweep(std::int64_t /*row*/, std::int64_t /*part*/) const {
     return {static_cast<T>(totals_[0]), static_cast<T>(totals_[1])};
   }
-  void end_row() {}
+  MICROREG_ALWAYS_INLINE void end_row() {}
 
  private:
   std::array<double, sums> totals_{};
