@@ -8,6 +8,7 @@
 #include <microreg/error.hpp>
 #include <microreg/estimator.hpp>
 #include <microreg/gates/scope.hpp>
+#include <microreg/gates/unseen.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/displacement.hpp>
 #include <microreg/step/mini_batch.hpp>
@@ -18,6 +19,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -152,6 +154,9 @@ class FiniteDifference {
   template <class Keep>
   void first_pass(Passes& passes, const Snapshot& snapshot, std::vector<at::Tensor>& sums, const Keep& keep) const {
     const auto evaluation = recorded(passes.gates, [&] { return passes.batch.evaluate(passes.part, {}); });
+    if (settings_.gates == microreg::Gates::frozen) {
+      require_seen(evaluation->loss, passes.gates);
+    }
     passes.inputs = evaluation->inputs;
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       const TermInfo& info = passes.batch.term(i);
@@ -188,6 +193,18 @@ class FiniteDifference {
     }
     if (!brought) {
       accumulate(sums, std::move(loss_gradient), passes.weights.loss);
+    }
+  }
+
+  /// Throws where the loss has kinks that the scope did not see, and a further pass would make anew.
+  static void require_seen(const at::Tensor& loss, const GateTape& gates) {
+    const std::vector<std::string> unseen = unseen_kinks(loss, gates);
+    if (!unseen.empty()) {
+      throw GateError(
+          text({"the loss has an operation with a kink that cannot be frozen, ", unseen.front(),
+                unseen.size() > 1 ? text({" and ", unseen.size() - 1, " more"}) : std::string(),
+                ": it ran in another thread, a scripted model or a recomputation; use Exact, or Gates::free "
+                "where the difference may be another regularizer"}));
     }
   }
 

@@ -93,21 +93,24 @@ concept TakesTarget = (!std::same_as<Target, NoTarget>) && requires(Loss& loss, 
   { loss(output, target) } -> LossResult;
 };
 
+/// Called where the user's line is on the compiler's way, which a virtual function is not.
 template <class Loss, class Output, class Target>
-LossValue call_loss(Loss& loss, Output& output, Target& target) {
-  constexpr bool takes_target = TakesTarget<Loss, Output, Target>;
-  constexpr bool takes_output = TakesOutput<Loss, Output, Target>;
-  static_assert(takes_target || takes_output,
+constexpr void assert_loss() {
+  static_assert(TakesTarget<Loss, Output, Target> || TakesOutput<Loss, Output, Target>,
                 "microreg: the loss cannot be called as loss(output, target) with what the model returns and the "
                 "target batch, or it does not return a torch::Tensor, alone or as the first member of a tuple; a "
                 "function with default arguments goes into a lambda, and a loss without a target makes a "
                 "Regularizer<Input, microreg::NoTarget>");
-  if constexpr (takes_target) {
+}
+
+template <class Loss, class Output, class Target>
+LossValue call_loss(Loss& loss, Output& output, Target& target) {
+  if constexpr (TakesTarget<Loss, Output, Target>) {
     return loss_value(loss(output, target));
-  } else if constexpr (takes_output) {
+  } else if constexpr (TakesOutput<Loss, Output, Target>) {
     return loss_value(loss(output));
   } else {
-    return {};
+    return {};  // refused by assert_loss()
   }
 }
 
@@ -203,6 +206,7 @@ auto make_objective(M&& model, Loss loss, Expression penalty) {
   assert_batches<Input, Target>();
   using Handle = HandleFor<M>;
   using Typed = TypedObjective<Handle, Loss, Input, Target>;
+  assert_loss<Loss, typename Typed::Output, Target>();
   return std::make_shared<Typed>(make_handle(std::forward<M>(model)), std::move(loss),
                                  as_any_penalty<Input, typename Typed::Output, Target>(std::move(penalty)));
 }
