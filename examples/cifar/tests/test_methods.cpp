@@ -32,8 +32,7 @@ Stepped step_of(const cifar::Options& options, std::int64_t number = 0) {
   for (const torch::Tensor& parameter : model->parameters()) {
     result.moved.push_back(parameter.detach().clone());
   }
-  cifar::Step step(options, model,
-                   std::make_shared<torch::optim::SGD>(model->parameters(), options.learning_rate));
+  cifar::Step step(options, model, std::make_shared<torch::optim::SGD>(model->parameters(), options.learning_rate));
   (void)step(number, images, labels);
   for (std::size_t i = 0; i < result.moved.size(); ++i) {
     result.moved[i] -= model->parameters()[i].detach();
