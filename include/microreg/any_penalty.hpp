@@ -64,7 +64,7 @@ class AnyPenalty {
 
   AnyPenalty() = default;
   template <class P>
-    requires(PenaltyExpression<P> && !detail::IsAnyPenalty<P>::value)
+    requires(!detail::IsAnyPenalty<P>::value && PenaltyExpression<P>)
   AnyPenalty(P penalty) {  // NOLINT(google-explicit-constructor): as every penalty is one
     std::apply([&](auto&&... term) { (terms_.push_back(detail::term_of<Pass>(std::move(term))), ...); },
                detail::as_sum(std::move(penalty)).terms);
