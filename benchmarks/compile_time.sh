@@ -35,7 +35,8 @@ microreg_bootstrap
 
 # LibTorch's include folders and definitions, as CMake has found them.
 compiler="${CXX:-g++}"
-command="$(grep -m 1 '"command":.*/cmake/microreg\.cpp"' "$microreg_build_dir/compile_commands.json")"
+command="$(grep -m 1 '"command":.*/cmake/microreg\.cpp"' "$microreg_build_dir/compile_commands.json")" ||
+  microreg_fail "$microreg_build_dir/compile_commands.json has no command for cmake/microreg.cpp"
 read -r -a flags <<<"$(grep -oE -- '(-isystem [^ ]+|-DUSE_[^ ]+)' <<<"$command" | tr '\n' ' ')"
 flags=(-std=c++20 "-I$microreg_root/include" "${flags[@]}")
 

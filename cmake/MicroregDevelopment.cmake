@@ -12,6 +12,7 @@ find_package(fmt REQUIRED)
 set(microreg_warnings -Wall -Wextra -Wpedantic -Wshadow -Wconversion
                       $<$<BOOL:${MICROREG_WARNINGS_AS_ERRORS}>:-Werror>)
 target_compile_options(microreg_compiled PRIVATE ${microreg_warnings})
+set_target_properties(microreg_compiled PROPERTIES CXX_EXTENSIONS OFF EXPORT_COMPILE_COMMANDS ON)
 
 # microreg_base: all but microreg, for the precompiled headers, which are the same however microreg is compiled.
 add_library(microreg_base INTERFACE)
