@@ -1,4 +1,4 @@
-# What the headers need: LibTorch and OpenMP. LibTorch is looked for in CMAKE_PREFIX_PATH, then beside an importable
+# What the headers need: LibTorch, and nothing else. It is looked for in CMAKE_PREFIX_PATH, then beside an importable
 # Python torch (MICROREG_PYTHON, by default the first python3 on the PATH). The installed package config includes this
 # file too: there a missing dependency is reported through microreg_NOT_FOUND_MESSAGE, as find_package() expects.
 
@@ -30,15 +30,6 @@ if(NOT TARGET microreg::libtorch)
         "or:      cmake -DCMAKE_PREFIX_PATH=/path/to/libtorch ...")
   endif()
 endif()
-if(NOT TARGET OpenMP::OpenMP_CXX)
-  find_package(OpenMP QUIET COMPONENTS CXX)
-  if(NOT OpenMP_CXX_FOUND)
-    list(APPEND microreg_missing
-         "microreg needs OpenMP for C++, which ${CMAKE_CXX_COMPILER} does not offer here.\n"
-         "g++ brings it along; for clang on Debian install libomp-<version>-dev.")
-  endif()
-endif()
-
 set(CMAKE_FIND_PACKAGE_TARGETS_GLOBAL "${microreg_saved_targets_global}")
 string(CONCAT microreg_missing ${microreg_missing})
 if(microreg_missing)

@@ -1,4 +1,4 @@
-# Install: headers, and a config that finds LibTorch and OpenMP again and makes the targets as this project does.
+# Install: headers, and a config that finds LibTorch again and makes the targets as this project does.
 include(CMakePackageConfigHelpers)
 include(GNUInstallDirs)
 

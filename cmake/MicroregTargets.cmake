@@ -18,12 +18,6 @@ foreach(target IN ITEMS microreg::microreg microreg::header_only)
   target_link_libraries(${target} INTERFACE microreg::libtorch)
 endforeach()
 
-# OpenMP: without it at::parallel_for in a translation unit runs on one thread, without a word. So the kernels are
-# compiled with it, and the user's own files are not. By its flag, not by the target OpenMP::OpenMP_CXX, whose absolute
-# path to libgomp would compete with the one that LibTorch brings.
-target_compile_options(microreg::header_only INTERFACE $<$<COMPILE_LANGUAGE:CXX>:${OpenMP_CXX_FLAGS}>)
-target_link_options(microreg::header_only INTERFACE $<$<LINK_LANGUAGE:CXX>:${OpenMP_CXX_FLAGS}>)
-
 # Position independent, for the user's shared libraries; optimised, also in a build type that is not.
 add_library(microreg_compiled STATIC EXCLUDE_FROM_ALL "${CMAKE_CURRENT_LIST_DIR}/microreg.cpp")
 target_link_libraries(microreg_compiled PRIVATE microreg::header_only)

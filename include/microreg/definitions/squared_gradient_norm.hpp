@@ -4,14 +4,16 @@
 #pragma once
 
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <microreg/detail/config.hpp>
+#include <microreg/detail/graph_node.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/squared_gradient_norm.hpp>
 #include <microreg/step/tensor_lists.hpp>
 
+#include <memory>
 #include <string>
 #include <string_view>
 #include <unordered_set>
@@ -48,30 +50,31 @@ inline bool has_normalisation_double_backward(const torch::autograd::variable_li
 }
 
 /// The sum of squares of many tensors as one node: autograd's own composition needs three a tensor.
-struct SumOfSquares : torch::autograd::Function<SumOfSquares> {
-  // TensorList, and nothing else: autograd does not look for variables inside a std::vector argument.
-  static at::Tensor forward(torch::autograd::AutogradContext* context, at::TensorList tensors) {
-    context->save_for_backward(tensors.vec());
-    return squared_norm(tensors.vec(), tensors.front().options());
+inline at::Tensor sum_of_squares(const std::vector<at::Tensor>& tensors) {
+  at::Tensor result = squared_norm(tensors, tensors.front().options());
+  auto saved = std::make_shared<std::vector<torch::autograd::SavedVariable>>();
+  for (const at::Tensor& tensor : tensors) {
+    saved->emplace_back(tensor, /*is_output=*/false);
   }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 const torch::autograd::variable_list& upstream) {
-    const auto tensors = context->get_saved_variables();
-    if (at::GradMode::is_enabled() && has_normalisation_double_backward(tensors)) {
+  set_derivative(result, tensors, "microreg::SumOfSquares", [saved](const at::Tensor& upstream) {
+    std::vector<at::Tensor> gradients;
+    for (const torch::autograd::SavedVariable& variable : *saved) {
+      gradients.push_back(variable.unpack());
+    }
+    if (at::GradMode::is_enabled() && has_normalisation_double_backward(gradients)) {
       throw ModelError(
           "a penalty of a network with batch or layer normalisation was differentiated with create_graph=true; "
-          "LibTorch "
-          "computes that third derivative wrongly; call backward() without create_graph, or compute the penalty inside "
-          "a microreg::FusedScope");
+          "LibTorch computes that third derivative wrongly; call backward() without create_graph, or compute the "
+          "penalty "
+          "inside a microreg::FusedScope");
     }
-    torch::autograd::variable_list result;
-    result.reserve(tensors.size());
-    for (const at::Tensor& tensor : tensors) {
-      result.push_back(tensor * (2 * upstream[0]).to(tensor.scalar_type()));
+    for (at::Tensor& gradient : gradients) {
+      gradient = gradient * (2 * upstream).to(gradient.scalar_type());
     }
-    return result;
-  }
-};
+    return gradients;
+  });
+  return result;
+}
 
 MICROREG_INLINE void check_probe(const at::Tensor& probe, std::string_view penalty) {
   if (!probe.defined()) {
@@ -112,7 +115,7 @@ MICROREG_INLINE at::Tensor summed_squared_gradient_norms(const std::vector<at::T
                            " parameters given, so the penalty would do nothing; pass the parameters of the model "
                            "that computed it"}));
   }
-  return SumOfSquares::apply(at::TensorList(terms));
+  return sum_of_squares(terms);
 }
 
 }  // namespace microreg::detail

@@ -3,43 +3,23 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <c10/util/Exception.h>
-#include <torch/csrc/autograd/node.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
+#include <microreg/detail/graph_node.hpp>
 
 #include <functional>
-#include <string>
 #include <utility>
+#include <vector>
 
 namespace microreg::detail::gating {
 
-/// A node whose gradient is a function. torch::autograd::Function would do, at ten seconds of every user's compiler.
-class ReplayBackward final : public torch::autograd::Node {
- public:
-  using Gradient = std::function<at::Tensor(const at::Tensor& upstream)>;
-
-  ReplayBackward(const at::Tensor& operand, Gradient gradient)
-      : Node(torch::autograd::edge_list{torch::autograd::impl::gradient_edge(operand)}),
-        gradient_(std::move(gradient)) {}
-
-  torch::autograd::variable_list apply(torch::autograd::variable_list&& upstream) override {
-    TORCH_CHECK(gradient_ != nullptr, torch::autograd::ERR_BACKWARD_TWICE);
-    return {upstream[0].defined() ? gradient_(upstream[0]) : at::Tensor()};
-  }
-  void release_variables() override { gradient_ = nullptr; }
-  [[nodiscard]] std::string name() const override { return "ReplayBackward"; }
-
- private:
-  Gradient gradient_;
-};
-
 /// Makes `result` a function of `operand` with this gradient, also where they are one tensor.
-inline void set_gradient(const at::Tensor& result, const at::Tensor& operand, ReplayBackward::Gradient gradient) {
+inline void set_gradient(const at::Tensor& result, const at::Tensor& operand,
+                         std::function<at::Tensor(const at::Tensor& upstream)> gradient) {
   if (at::GradMode::is_enabled() && operand.requires_grad()) {
-    auto node = c10::make_intrusive<ReplayBackward>(operand, std::move(gradient));
-    const std::uint32_t number = node->add_input_metadata(result);
-    torch::autograd::impl::set_gradient_edge(result, {std::move(node), number});
+    set_derivative(result, operand, "ReplayBackward",
+                   [gradient = std::move(gradient)](const at::Tensor& upstream) -> std::vector<at::Tensor> {
+                     return {gradient(upstream)};
+                   });
   }
 }
 

@@ -18,16 +18,6 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
-
-// Visible also where all else is hidden: the kernels are those of the first shared object that registered them.
-#if defined(__GNUC__)
-__attribute__((visibility("default")))
-#endif
-inline thread_local GateSession* active_gate_session = nullptr;
-
-}  // namespace microreg::detail
-
 /// What the intercepted operations are made of.
 namespace microreg::detail::gating {
 

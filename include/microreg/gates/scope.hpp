@@ -30,7 +30,6 @@
 #pragma once
 
 #include <microreg/detail/interception.hpp>
-#include <microreg/gates/kernel.hpp>
 #include <microreg/gates/tape.hpp>
 
 #include <utility>

@@ -166,6 +166,12 @@ class GateSession {
   std::size_t position_ = 0;
 };
 
+// Visible also where all else is hidden: the kernels are those of the first shared object that registered them.
+#if defined(__GNUC__)
+__attribute__((visibility("default")))
+#endif
+inline thread_local GateSession* active_gate_session = nullptr;
+
 }  // namespace detail
 
 }  // namespace microreg

@@ -4,7 +4,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <microreg/detail/graph_node.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
@@ -19,21 +19,14 @@
 namespace microreg::detail {
 
 /// A scalar whose backward pass starts at `roots` with `seeds`, its value without meaning. Handed to the engine
-/// themselves, seeds live until its pass ends; those that a node has saved are let go with the node, so that each
-/// gradient of a parameter is freed about when the next one of its size is made.
-struct SeededRoots : torch::autograd::Function<SeededRoots> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, at::TensorList roots,
-                            const std::vector<at::Tensor>& seeds) {
-    context->save_for_backward(seeds);
-    return at::zeros({}, roots.front().options());
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 const torch::autograd::variable_list& /*one*/) {
-    torch::autograd::variable_list result = context->get_saved_variables();
-    result.emplace_back();  // for the argument `seeds`
-    return result;
-  }
-};
+/// themselves, seeds live until its pass ends; those that a node holds are let go with the node, so that each gradient
+/// of a parameter is freed about when the next one of its size is made.
+inline at::Tensor seeded_roots(const std::vector<at::Tensor>& roots, std::vector<at::Tensor> seeds) {
+  at::Tensor result = at::zeros({}, roots.front().options().requires_grad(false));
+  set_derivative(result, roots, "microreg::SeededRoots",
+                 [seeds = std::move(seeds)](const at::Tensor& /*one*/) { return seeds; });
+  return result;
+}
 
 /// The exact gradient of one micro-batch, penalty by penalty, then in one pass through everything.
 ///
@@ -86,7 +79,7 @@ class DoubleBackward {
     std::vector<at::Tensor> starts{evaluation_.loss};
     std::vector<at::Tensor> start_seeds{at::full_like(evaluation_.loss, weight).detach()};
     if (!roots_.empty()) {
-      starts.push_back(SeededRoots::apply(at::TensorList(roots_), std::exchange(seeds_, {})));
+      starts.push_back(seeded_roots(roots_, std::exchange(seeds_, {})));
       start_seeds.push_back(at::ones_like(starts.back()).detach());
       roots_.clear();
     }
