@@ -4,6 +4,8 @@
 #include <microreg/microreg.hpp>
 
 #include <array>
+#include <cstdint>
+#include <limits>
 #include <map>
 #include <optional>
 #include <tuple>
@@ -213,6 +215,7 @@ TEST_CASE("a loop of one's own over micro-batches", "[batch]") {
   CHECK(begin == 10);
   CHECK(weight == Approx(1.0));
   CHECK(microreg::micro_batches(4, x).size() == 3);
+  CHECK(microreg::micro_batches(std::numeric_limits<std::int64_t>::max(), x).size() == 1);
   CHECK(has(message_of<BatchError>([&] { (void)microreg::micro_batches(4, x, y.narrow(0, 0, 9)); }), {"10", "9"}));
   CHECK(has(message_of<BatchError>([&] { (void)microreg::micro_batches(4, x.narrow(0, 0, 0)); }), {"empty"}));
   CHECK(has(message_of<microreg::OptionError>([&] { (void)microreg::micro_batches(0, x); }), {"is 0"}));

@@ -488,3 +488,28 @@ TEST_CASE("options of the estimators are checked", "[estimators]") {
                 [&] { (void)regularizer.backward(batch.input.to(torch::kBFloat16), batch.target); }),
             {"estimator.step", "BFloat16", "Exact"}));
 }
+
+TEST_CASE("a difference refuses parameters on one memory and inputs with a graph, and has moved nothing",
+          "[estimators]") {
+  torch::manual_seed(31);
+  torch::nn::Linear first(6, 6);
+  torch::nn::Linear second(6, 6);
+  second->weight.set_data(first->weight);
+  const auto forward = [&](const torch::Tensor& x) { return second(first(x).tanh()); };
+  const torch::Tensor before = first->weight.detach().clone();
+  const auto step = [&](const torch::Tensor& x, const microreg::Estimator& estimator) {
+    microreg::Regularizer regularizer(microreg::FunctionModel{forward, microreg::modules(first, second)}, cross_entropy,
+                                      microreg::GradientNorm{}, {.estimator = estimator});
+    (void)regularizer.backward(x, torch::zeros({4}, torch::kInt64));
+  };
+  const torch::Tensor x = torch::randn({4, 6});
+  CHECK(has(message_of<microreg::ModelError>([&] { step(x, ForwardDifference{}); }),
+            {"modules[0].weight", "modules[1].weight", "share memory", "Exact"}));
+  CHECK(same_bits(first->weight.detach(), before));
+  CHECK_NOTHROW(step(x, Exact{}));
+
+  second->weight.set_data(torch::randn({6, 6}));
+  const torch::Tensor outside = torch::ones({6}).requires_grad_(true);
+  CHECK(has(message_of<microreg::ModelError>([&] { step(x + outside, ForwardDifference{}); }),
+            {"input", "graph", "detach()"}));
+}

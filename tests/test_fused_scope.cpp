@@ -3,6 +3,7 @@
 #include "networks.hpp"
 
 #include <c10/util/Exception.h>
+#include <microreg/detail/plain_tensors.hpp>
 #include <microreg/microreg.hpp>
 
 #include <cstdlib>

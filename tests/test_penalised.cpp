@@ -186,6 +186,12 @@ TEST_CASE("what Penalised cannot do, it refuses with the remedy, and nothing has
             {"sampling.every", "is 0"}));
   CHECK(has(message_of<OptionError>([&] { (void)of(microreg::GradientNorm{}).backward({.index = 3}, loss); }),
             {"part 3 of 1"}));
+  for (const double weight : {0.0, -0.5, std::numeric_limits<double>::quiet_NaN()}) {
+    CHECK(has(message_of<OptionError>([&] { (void)of(microreg::GradientNorm{}).backward({.weight = weight}, loss); }),
+              {"part.weight"}));
+  }
+  CHECK(has(message_of<ModelError>([] { (void)microreg::modules(std::shared_ptr<torch::nn::Module>()); }),
+            {"module 0", "null"}));
   CHECK(watch.unchanged());
   const torch::Tensor own = torch::ones({3}, torch::kFloat64).requires_grad_(true);
   own.mutable_grad() = torch::ones({3}, torch::kFloat64);

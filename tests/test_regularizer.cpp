@@ -296,3 +296,42 @@ TEST_CASE("a step may take several calls", "[regularizer]") {
   regularizer.advance();
   CHECK(regularizer.backward(batch.input, batch.target).penalties[0].strength == 2);
 }
+
+TEST_CASE("parts of the loss that cannot be averaged are refused", "[regularizer]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(10);
+  const auto message = [&](const auto& parts_of) {
+    const auto loss = [&](const torch::Tensor& output, const torch::Tensor& y) {
+      return parts_of(torch::cross_entropy_loss(output, y), output);
+    };
+    microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{}, {.micro_batch_size = 4});
+    const Watch watch(*model);
+    const std::string text =
+        message_of<microreg::ModelError>([&] { (void)regularizer.backward(batch.input, batch.target); });
+    CHECK(watch.unchanged());
+    return text;
+  };
+  using torch::Tensor;
+  CHECK(has(message([](const Tensor& value, const Tensor&) { return std::vector<Tensor>{Tensor(), value}; }),
+            {"loss", "undefined"}));
+  CHECK(has(message([](const Tensor& value, const Tensor&) { return std::pair{value, Tensor()}; }),
+            {"loss[1]", "undefined"}));
+  CHECK(has(message([](const Tensor& value, const Tensor& output) {
+              return std::vector<Tensor>(output.size(0) == 4 ? 2 : 3, value);
+            }),
+            {"another number"}));
+  CHECK(has(message([](const Tensor& value, const Tensor& output) { return std::pair{value, output.mean(1)}; }),
+            {"shape"}));
+}
+
+TEST_CASE("a Regularizer that its own loss assigns to ends its step first", "[regularizer]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(8);
+  microreg::Regularizer<> regularizer;
+  const auto loss = [&](const torch::Tensor& output, const torch::Tensor& y) {
+    regularizer = microreg::Regularizer<>();
+    return torch::cross_entropy_loss(output, y);
+  };
+  regularizer = {model, loss, microreg::GradientNorm{}, {.micro_batch_size = 4}};
+  CHECK(regularizer.backward(batch.input, batch.target).micro_batches() == 2);
+}

@@ -70,7 +70,7 @@ class AnyPenalty {
                detail::as_sum(std::move(penalty)).terms);
   }
 
-  AnyPenalty& operator+=(const AnyPenalty& other) {
+  AnyPenalty& operator+=(AnyPenalty other) {  // a copy: it may be this one
     terms_.insert(terms_.end(), other.terms_.begin(), other.terms_.end());
     return *this;
   }

@@ -123,6 +123,39 @@ constexpr bool is_batch() {
   }
 }
 
+template <class From, class To, std::size_t... I>
+constexpr bool all_keep_cut(std::index_sequence<I...>);
+
+/// Whether what `From` says of where samples lie (Along, Whole, OnHost, PerSample) is said by `To` as well, which it is
+/// converted to.
+template <class From, class To>
+constexpr bool keeps_cut() {
+  if constexpr (std::is_same_v<From, To>) {
+    return true;
+  } else if constexpr (is_tensor<From>) {
+    return std::is_same_v<From, at::Tensor>;
+  } else if constexpr (HasSlices<From>) {
+    return false;
+  } else if constexpr (IsOptional<From>::value && IsOptional<To>::value) {
+    return keeps_cut<typename From::value_type, typename To::value_type>();
+  } else if constexpr (TupleLike<From> && TupleLike<To>) {
+    return all_keep_cut<From, To>(std::make_index_sequence<std::tuple_size_v<From>>{});
+  } else {
+    return true;
+  }
+}
+
+template <class From, class To, std::size_t... I>
+constexpr bool all_keep_cut(std::index_sequence<I...>) {
+  return (keeps_cut<std::tuple_element_t<I, From>, std::tuple_element_t<I, To>>() && ...);
+}
+
+/// microreg_fields must tie, not copy: what is cut are the fields themselves.
+template <class Fields>
+inline constexpr bool ties_fields = false;
+template <class... Field>
+inline constexpr bool ties_fields<std::tuple<Field...>> = (std::is_lvalue_reference_v<Field> && ...);
+
 /// Calls `visit(part, path)` for every tensor and everything with microreg_slice in `batch`; `path` reads like
 /// `input[1]`.
 template <class Batch, class Visit>
@@ -139,6 +172,8 @@ void for_each_part(Batch& batch, const std::string& path, const Visit& visit) {
     // Nothing to visit.
   } else if constexpr (HasFields<Batch>) {
     auto fields = microreg_fields(batch);
+    static_assert(ties_fields<decltype(fields)>,
+                  "microreg: microreg_fields(T&) must return std::tie of the fields, references to them");
     std::apply(elements, fields);
   } else if constexpr (IsVector<Batch>::value) {
     for (std::size_t i = 0; i < batch.size(); ++i) {

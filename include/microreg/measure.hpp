@@ -34,3 +34,7 @@ template <class M, class Loss, class PenaltyOrSum, class Input, class Target>
 }
 
 }  // namespace microreg
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/step.hpp>
+#endif

@@ -34,7 +34,9 @@ class MicroBatches {
   MicroBatches(std::int64_t samples, std::int64_t micro_batch_size, Weighting weighting) noexcept
       : samples_(samples), micro_batch_size_(micro_batch_size), weighting_(weighting) {}
 
-  [[nodiscard]] std::int64_t count() const noexcept { return (samples_ + micro_batch_size_ - 1) / micro_batch_size_; }
+  [[nodiscard]] std::int64_t count() const noexcept {
+    return samples_ == 0 ? 0 : (samples_ - 1) / micro_batch_size_ + 1;
+  }
   [[nodiscard]] std::int64_t samples() const noexcept { return samples_; }
   [[nodiscard]] std::int64_t begin(std::int64_t index) const noexcept { return index * micro_batch_size_; }
   [[nodiscard]] std::int64_t size(std::int64_t index) const noexcept {

@@ -25,7 +25,8 @@ namespace microreg {
 /// The parameters and buffers of several modules as those of one; see modules().
 class Modules {
  public:
-  explicit Modules(std::vector<std::shared_ptr<torch::nn::Module>> modules) : modules_(std::move(modules)) {}
+  /// Throws ModelError for a null pointer.
+  explicit Modules(std::vector<std::shared_ptr<torch::nn::Module>> modules);
 
   /// Named after the module's place and their own name: `modules[1].weight`.
   [[nodiscard]] std::vector<NamedParameter> parameters() const;

@@ -48,7 +48,8 @@ struct PassTensors {
 ///     loss + strength * R,   R = || grad_w s ||^2,
 ///
 /// for one micro-batch, whose loss (and output) the loop has computed as it always did. Everything else is as in
-/// Regularizer: sum of penalties, schedules, report, checks, exact by double backward, nothing changed after an error.
+/// Regularizer: sum of penalties, schedules, report, checks, exact by double backward, and after an error nothing has
+/// changed but what the loop's own forward pass did before (with a closure and the model's buffers: nothing).
 ///
 /// ```cpp
 /// microreg::Penalised penalised(model->parameters(), microreg::GradientNorm{}, {.strength = 0.01});

@@ -66,7 +66,7 @@ struct ForwardPass {
   }
 };
 
-/// Checks that `output` is a floating-point tensor [M, ...] with a graph, and returns it; throws ModelError otherwise.
+/// Checks that `output` is a floating-point tensor [M, ...], and returns it; throws ModelError otherwise.
 /// `penalty` is named in messages.
 [[nodiscard]] const at::Tensor& differentiable_output(const at::Tensor& output, std::string_view penalty);
 

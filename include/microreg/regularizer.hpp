@@ -82,6 +82,9 @@ class Regularizer {
                   "microreg: the loss cannot be called as loss(output, target) with this target: the Regularizer was "
                   "made for another type; write Regularizer<Input, Target> with the types that backward() is to take");
     if constexpr (std::is_convertible_v<const I&, Input> && std::is_convertible_v<const T&, Target>) {
+      static_assert(detail::keeps_cut<I, Input>() && detail::keeps_cut<T, Target>(),
+                    "microreg: the batch says where its samples lie (Along, Whole, OnHost, PerSample) and the "
+                    "Regularizer's type does not: write Regularizer<Input, Target> with the types of the batch");
       return step_on(input, target);
     }
   }
@@ -107,9 +110,12 @@ class Regularizer {
     if (objective_ == nullptr) {
       throw OptionError("this Regularizer is empty; assign one that is made of a model, a loss and a penalty");
     }
-    detail::ObjectiveOnBatch<Input, Target> batch(*objective_, options_, input, target);
-    Report report = detail::take_step(batch, options_, step_);
-    step_ += options_.advance ? 1 : 0;
+    // Held, in case a callable of the user's assigns to this Regularizer meanwhile.
+    const auto objective = objective_;
+    const RegularizerOptions options = options_;
+    detail::ObjectiveOnBatch<Input, Target> batch(*objective, options, input, target);
+    Report report = detail::take_step(batch, options, step_);
+    step_ += options.advance ? 1 : 0;
     return report;
   }
 
@@ -123,3 +129,7 @@ Regularizer(M&&, Loss, PenaltyOrSum, RegularizerOptions = {})
     -> Regularizer<detail::InputOf<M>, detail::TargetOf<Loss>>;
 
 }  // namespace microreg
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/step.hpp>
+#endif

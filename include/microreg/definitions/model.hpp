@@ -4,9 +4,19 @@
 
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
 #include <microreg/model.hpp>
 
 namespace microreg {
+
+MICROREG_INLINE Modules::Modules(std::vector<std::shared_ptr<torch::nn::Module>> modules)
+    : modules_(std::move(modules)) {
+  for (std::size_t i = 0; i < modules_.size(); ++i) {
+    if (modules_[i] == nullptr) {
+      throw ModelError(detail::text({"module ", i, " given to modules() is a null pointer; construct it first"}));
+    }
+  }
+}
 
 MICROREG_INLINE std::vector<NamedParameter> Modules::parameters() const {
   std::vector<NamedParameter> result;

@@ -2,7 +2,9 @@
 /// Definitions of penalised.hpp: one pass that the user's loop has made, or makes when it is asked, as a mini-batch.
 #pragma once
 
+#include <microreg/definitions/step.hpp>
 #include <microreg/detail/config.hpp>
+#include <microreg/detail/finite.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/penalised.hpp>
@@ -107,9 +109,17 @@ MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<Pass
     throw OptionError(
         detail::text({"part ", part.index, " of ", part.count, " is none; take it from micro_batches()"}));
   }
-  detail::GivenPass batch(named_parameters_, buffers_, penalty_, options_, part, pass);
-  Report report = detail::take_step(batch, options_, step_);
-  step_ += options_.advance && part.index + 1 == part.count ? 1 : 0;
+  if (!(detail::is_finite(part.weight) && part.weight > 0)) {
+    throw OptionError(detail::text({"part.weight is ", part.weight, "; it must be a finite number above 0"}));
+  }
+  // Held, in case the closure assigns to this Penalised meanwhile.
+  const auto parameters = named_parameters_;
+  const auto buffers = buffers_;
+  const AnyPenalty<> penalty = penalty_;
+  const RegularizerOptions options = options_;
+  detail::GivenPass batch(parameters, buffers, penalty, options, part, pass);
+  Report report = detail::take_step(batch, options, step_);
+  step_ += options.advance && part.index + 1 == part.count ? 1 : 0;
   return report;
 }
 

@@ -69,7 +69,7 @@ inline at::Tensor sum_of_squares(const std::vector<at::Tensor>& tensors) {
           "inside a microreg::FusedScope");
     }
     for (at::Tensor& gradient : gradients) {
-      gradient = gradient * (2 * upstream).to(gradient.scalar_type());
+      gradient = gradient * (2 * upstream).to(gradient.device(), gradient.scalar_type());
     }
     return gradients;
   });

@@ -98,20 +98,23 @@ inline void add_to_grad(const std::vector<at::Tensor>& parameters, const std::ve
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> into;
   std::vector<at::Tensor> from;
+  std::vector<std::size_t> without;
   for (std::size_t i = 0; i < parameters.size(); ++i) {
     if (!sums[i].defined()) {
       continue;
     }
-    at::Tensor& grad = parameters[i].mutable_grad();
-    if (grad.defined()) {
-      into.push_back(grad);
+    if (parameters[i].grad().defined()) {
+      into.push_back(parameters[i].grad());
       from.push_back(sums[i]);
     } else {
-      grad = sums[i];
+      without.push_back(i);
     }
   }
   if (!into.empty()) {
     at::_foreach_add_(into, from);
+  }
+  for (const std::size_t i : without) {  // last, since nothing throws any more
+    parameters[i].mutable_grad() = sums[i];
   }
 }
 
@@ -197,6 +200,7 @@ class Step {
     }
     result.micro_batch_losses = at::stack(losses_);
     result.loss = weighted_sum(losses_, parts_);
+    require_equal_parts();
     for (std::size_t i = 0; i < loss_parts_.front().size(); ++i) {
       std::vector<at::Tensor> values;
       for (const std::vector<at::Tensor>& parts : loss_parts_) {
@@ -222,6 +226,17 @@ class Step {
       result.penalties.push_back({term.name, strengths_[p], choice.factor == 1 ? value : value * choice.factor, norms});
     }
     return result;
+  }
+
+  void require_equal_parts() const {
+    const auto same_sizes = [](const at::Tensor& a, const at::Tensor& b) { return a.sizes() == b.sizes(); };
+    for (const std::vector<at::Tensor>& parts : loss_parts_) {
+      if (!std::equal(parts.begin(), parts.end(), loss_parts_.front().begin(), loss_parts_.front().end(), same_sizes)) {
+        throw ModelError(
+            "the loss returned parts of another number or shape than for the first micro-batch; return the same "
+            "scalars each time");
+      }
+    }
   }
 
   /// The sum of weight(M) * values[M] over micro-batches, where the weights of all of the step count as 1 together. All
@@ -254,6 +269,17 @@ class Step {
   std::vector<std::vector<at::Tensor>> outputs_;
 };
 
+/// Throws where the input was computed with a graph, which the further passes of a difference would not repeat.
+inline void require_plain_input(const MiniBatch& batch) {
+  batch.for_each_tensor([](const at::Tensor& tensor, const std::string& path) {
+    if (tensor.defined() && tensor.grad_fn() != nullptr) {
+      throw ModelError(text({path,
+                             " carries a graph, which the further passes of a difference do not repeat; detach() it, "
+                             "compute it inside the model, or use Exact"}));
+    }
+  });
+}
+
 /// The gradient of weight * loss, added to `sums`.
 inline void add_loss_gradient(const at::Tensor& loss, double weight, const Parameters& parameters, bool retain_graph,
                               std::vector<at::Tensor>& sums) {
@@ -268,6 +294,7 @@ MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& opt
     std::vector<at::Tensor> loss_sums(options.gradient_ratio ? sums.size() : 0);
     std::optional<FiniteDifference> difference;
     if (const auto settings = difference_settings(options.estimator)) {
+      require_plain_input(batch);
       difference.emplace(*settings, parameters);
     }
     const FusedScope fused(options.fused && !difference.has_value());

@@ -2,7 +2,8 @@
 /// Puts the fused kernels on the key that the scope includes.
 #pragma once
 
-#include <microreg/detail/interception.hpp>
+#include <microreg/detail/config.hpp>
+#include <microreg/detail/interceptors.hpp>
 #include <microreg/fused/activations.hpp>
 #include <microreg/fused/batch_norm.hpp>
 #include <microreg/fused/convolution.hpp>

@@ -14,6 +14,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <microreg/detail/interception.hpp>
+#include <microreg/detail/plain_tensors.hpp>
 
 #include <algorithm>
 #include <array>

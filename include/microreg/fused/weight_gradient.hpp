@@ -9,7 +9,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/functorch/DynamicLayer.h>
-#include <microreg/detail/interception.hpp>
+#include <microreg/detail/plain_tensors.hpp>
 
 #include <array>
 #include <cstdint>

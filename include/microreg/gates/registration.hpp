@@ -5,7 +5,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
-#include <microreg/detail/interception.hpp>
+#include <microreg/detail/config.hpp>
+#include <microreg/detail/interceptors.hpp>
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/arithmetic.hpp>
 #include <microreg/gates/clamp.hpp>

@@ -89,9 +89,9 @@ class Displacement {
   Displacement& operator=(const Displacement&) = delete;
   ~Displacement() {
     const at::NoGradGuard no_grad;
-    for (Displaceable::Item& item : items_) {
-      if (std::exchange(item.displaced, false)) {
-        item.trades ? item.trade() : void(item.tensor.copy_(item.other));
+    for (auto item = items_.rbegin(); item != items_.rend(); ++item) {
+      if (std::exchange(item->displaced, false)) {
+        item->trades ? item->trade() : void(item->tensor.copy_(item->other));
       }
     }
     at::autocast::clear_cache();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
@@ -291,6 +292,7 @@ class FiniteDifference {
       inputs = moved_inputs(passes.inputs, probe.direction, distance);
     } else {
       if (!displaceable_.has_value()) {
+        require_separate_memory();
         displaceable_.emplace(selected(parameters_.tensors, parameters_));
       }
       displacement.emplace(*displaceable_, probe.direction, distance);
@@ -311,6 +313,21 @@ class FiniteDifference {
       gradient = gradient.defined() ? owned(std::move(gradient)) : gradient;
     }
     return result;
+  }
+
+  /// Two parameters on the same memory cannot be moved each by its own gradient.
+  void require_separate_memory() const {
+    for (const std::size_t i : parameters_.selected) {
+      for (std::size_t j = 0; j < parameters_.tensors.size(); ++j) {
+        const auto overlap =
+            i == j ? at::MemOverlapStatus::No : at::get_overlap_status(parameters_.tensors[i], parameters_.tensors[j]);
+        if (overlap == at::MemOverlapStatus::Full || overlap == at::MemOverlapStatus::Partial) {
+          throw ModelError(text({"parameters ", parameters_.names[i], " and ", parameters_.names[j],
+                                 " share memory, and a difference cannot move one alone; register one tensor in both "
+                                 "places, or use Exact"}));
+        }
+      }
+    }
   }
 
   /// A displacement a ten-thousandth of the parameters vanishes in half types.

@@ -77,7 +77,3 @@ void check_output(const at::Tensor& output);
 std::vector<Part> cut(std::int64_t inputs, std::int64_t targets, const RegularizerOptions& options);
 
 }  // namespace microreg::detail
-
-#if !defined(MICROREG_COMPILED)
-#include <microreg/definitions/step.hpp>
-#endif

@@ -73,8 +73,15 @@ LossValue loss_value(Value&& value) {
     return {std::forward<Value>(value), {}};
   } else {
     LossValue result;
-    for_each_tensor(value, "loss", [&](const at::Tensor& tensor, const std::string& /*path*/) {
-      result.value.defined() ? result.parts.push_back(tensor.detach()) : void(result.value = tensor);
+    bool first = true;
+    for_each_tensor(value, "loss", [&](const at::Tensor& tensor, const std::string& path) {
+      if (std::exchange(first, false)) {
+        result.value = tensor;
+      } else if (tensor.defined()) {
+        result.parts.push_back(tensor.detach());
+      } else {
+        throw ModelError(text({path, " is an undefined tensor; return a value for each part of the loss"}));
+      }
     });
     return result;
   }

@@ -9,6 +9,8 @@
 #include <microreg/error.hpp>
 
 #include <algorithm>
+#include <exception>
+#include <iterator>
 #include <string>
 #include <string_view>
 #include <vector>
