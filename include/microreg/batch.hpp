@@ -100,6 +100,12 @@ struct IsMap : std::false_type {};
 template <class K, class V, class C, class A>
 struct IsMap<std::map<K, V, C, A>> : std::true_type {};
 
+/// microreg_fields must tie, not copy: what is cut are the fields themselves.
+template <class Fields>
+inline constexpr bool ties_fields = false;
+template <class... Field>
+inline constexpr bool ties_fields<std::tuple<Field...>> = (std::is_lvalue_reference_v<Field> && ...);
+
 template <class T>
 constexpr bool is_batch();
 
@@ -110,7 +116,11 @@ constexpr bool all_elements_are_batches(std::index_sequence<I...>) {
 
 template <class T>
 constexpr bool is_batch() {
-  if constexpr (is_tensor<T> || is_plain_value<T> || HasSlices<T> || HasFields<T>) {
+  if constexpr (is_tensor<T> || is_plain_value<T> || HasSlices<T>) {
+    return true;
+  } else if constexpr (HasFields<T>) {
+    static_assert(ties_fields<decltype(microreg_fields(std::declval<T&>()))>,
+                  "microreg: microreg_fields(T&) must return std::tie of the fields, references to them");
     return true;
   } else if constexpr (IsVector<T>::value || IsOptional<T>::value) {
     return is_batch<typename T::value_type>();
@@ -150,12 +160,6 @@ constexpr bool all_keep_cut(std::index_sequence<I...>) {
   return (keeps_cut<std::tuple_element_t<I, From>, std::tuple_element_t<I, To>>() && ...);
 }
 
-/// microreg_fields must tie, not copy: what is cut are the fields themselves.
-template <class Fields>
-inline constexpr bool ties_fields = false;
-template <class... Field>
-inline constexpr bool ties_fields<std::tuple<Field...>> = (std::is_lvalue_reference_v<Field> && ...);
-
 /// Calls `visit(part, path)` for every tensor and everything with microreg_slice in `batch`; `path` reads like
 /// `input[1]`.
 template <class Batch, class Visit>
@@ -172,8 +176,6 @@ void for_each_part(Batch& batch, const std::string& path, const Visit& visit) {
     // Nothing to visit.
   } else if constexpr (HasFields<Batch>) {
     auto fields = microreg_fields(batch);
-    static_assert(ties_fields<decltype(fields)>,
-                  "microreg: microreg_fields(T&) must return std::tie of the fields, references to them");
     std::apply(elements, fields);
   } else if constexpr (IsVector<Batch>::value) {
     for (std::size_t i = 0; i < batch.size(); ++i) {
