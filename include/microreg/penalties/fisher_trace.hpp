@@ -2,6 +2,7 @@
 /// FisherTrace (FT): the squared norm of the loss gradient with labels drawn from the model itself.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <microreg/distributions.hpp>
 #include <microreg/penalties/expectation.hpp>
 #include <microreg/squared_gradient_norm.hpp>

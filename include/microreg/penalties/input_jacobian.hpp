@@ -2,6 +2,7 @@
 /// InputJacobian: a penalty on the derivative of the model's output by its input.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/penalties/expectation.hpp>
 #include <microreg/squared_gradient_norm.hpp>

@@ -5,6 +5,7 @@
 /// Outputs of more dimensions are read as one vector a sample, so C is the number of output values per sample.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/penalties/expectation.hpp>
 #include <microreg/squared_gradient_norm.hpp>
