@@ -10,6 +10,7 @@
 #include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/penalty.hpp>
+#include <microreg/report.hpp>
 
 #include <cstddef>
 #include <cstdint>
