@@ -4,7 +4,6 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
-#include <c10/util/StringUtil.h>
 #include <torch/library.h>
 #include <microreg/detail/interception.hpp>
 
@@ -14,7 +13,6 @@
 #include <string>
 #include <string_view>
 #include <utility>
-#include <vector>
 
 namespace microreg::detail {
 
@@ -52,24 +50,15 @@ inline std::optional<c10::OperatorHandle> find_schema(std::string_view schema) {
 
 /// Kernels on the interception key, registered one by one and taken away with the object. An operation that another
 /// shared object has intercepted is left to it. One that this LibTorch does not have, or has with other arguments, runs
-/// as it is: that is said once, by name, and kept in missing().
+/// as it is: that is said once, by name.
 class Interceptors {
  public:
-  /// `kernel` is TORCH_FN(function); `operation` is named without "aten::", with its overload after a dot.
-  template <class Kernel>
-  void add(const char* operation, const Kernel& kernel) {
-    add_function(c10::str("aten::", operation), "", torch::CppFunction(kernel));
-  }
-
-  /// The same for a functor that gets its arguments boxed: which ones, the whole schema tells.
+  /// A functor that gets its arguments boxed: which ones, the whole schema tells.
   template <class Functor>
   void add_boxed(std::string_view schema, std::unique_ptr<Functor> functor) {
     add_function(std::string(schema.substr(0, schema.find('('))), schema,
                  torch::CppFunction::makeFromBoxedFunctor(std::move(functor)));
   }
-
-  /// The operations that could not be intercepted.
-  [[nodiscard]] const std::vector<std::string>& missing() const noexcept { return missing_; }
 
  private:
   void add_function(const std::string& operation, std::string_view schema, torch::CppFunction&& kernel) {
@@ -90,13 +79,11 @@ class Interceptors {
     }
   }
 
-  void report(const std::string& operation, const char* why) {
-    missing_.push_back(operation);
+  static void report(const std::string& operation, const char* why) {
     TORCH_WARN("microreg leaves ", operation, " to this version of LibTorch, since it ", why);
   }
 
   torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
-  std::vector<std::string> missing_;
 };
 
 }  // namespace microreg::detail
