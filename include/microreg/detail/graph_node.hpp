@@ -4,8 +4,8 @@
 
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/node.h>
 #include <torch/csrc/autograd/variable.h>
+#include <microreg/detail/libtorch.hpp>
 
 #include <functional>
 #include <string>
@@ -45,7 +45,7 @@ inline void set_derivative(const at::Tensor& result, at::TensorList operands, co
   for (const at::Tensor& operand : operands) {
     edges.push_back(torch::autograd::impl::gradient_edge(operand));
   }
-  auto node = c10::make_intrusive<GraphNode>(name, std::move(edges), std::move(derivative));
+  NodePointer node = make_node<GraphNode>(name, std::move(edges), std::move(derivative));
   const std::uint32_t number = node->add_input_metadata(result);
   torch::autograd::impl::set_gradient_edge(result, {std::move(node), number});
 }

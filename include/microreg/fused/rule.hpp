@@ -14,6 +14,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <microreg/detail/interception.hpp>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/plain_tensors.hpp>
 
 #include <algorithm>
@@ -145,7 +146,7 @@ inline Tensors record(const Rule& rule, const Call& call) {
     results = rule.forward != nullptr ? rule.forward(call) : call.run();
   }
   const auto differentiable = results.begin() + (rule.keeps_results ? 1 : static_cast<std::ptrdiff_t>(results.size()));
-  const auto node = c10::make_intrusive<Recorded>(rule, call, Tensors(differentiable, results.end()));
+  const NodePointer node = make_node<Recorded>(rule, call, Tensors(differentiable, results.end()));
   for (auto result = results.begin(); result != differentiable; ++result) {
     torch::autograd::set_history(*result, node);
   }

@@ -6,8 +6,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/tensor.h>
-#include <torch/csrc/autograd/node.h>
 #include <microreg/detail/interception.hpp>
 #include <microreg/gates/tape.hpp>
 

@@ -4,8 +4,8 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/tensor.h>
-#include <torch/csrc/autograd/node.h>
 #include <torch/csrc/autograd/variable.h>
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/arithmetic.hpp>

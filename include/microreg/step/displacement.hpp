@@ -5,7 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/Storage.h>
+#include <microreg/detail/libtorch.hpp>
 
 #include <cstddef>
 #include <unordered_set>
@@ -51,10 +51,7 @@ class Displaceable {
     bool trades;
     bool displaced = false;
 
-    void trade() {
-      c10::Storage theirs = other.storage();
-      tensor.storage().swap_data_ptr(theirs);
-    }
+    void trade() { swap_memory(tensor.storage(), other.storage()); }
   };
 
   std::vector<Item> items_;

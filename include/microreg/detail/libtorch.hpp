@@ -1,0 +1,42 @@
+/// @file
+/// The one place that knows how versions of LibTorch differ, and which of them the library is for: 2.6 to 2.15.
+#pragma once
+
+#include <c10/core/Storage.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/version.h>
+
+#include <memory>
+#include <type_traits>
+#include <utility>
+
+#define MICROREG_LIBTORCH (TORCH_VERSION_MAJOR * 100 + TORCH_VERSION_MINOR)
+
+#if MICROREG_LIBTORCH < 206
+#error "microreg needs LibTorch 2.6 or newer. Install one, such as pip install torch==2.13.0."
+#elif MICROREG_LIBTORCH > 215 && !defined(MICROREG_ANY_LIBTORCH)
+#error \
+    "microreg was tested with LibTorch 2.6 to 2.15. Define MICROREG_ANY_LIBTORCH to try this newer one; run the tests."
+#endif
+
+namespace microreg::detail {
+
+/// A pointer that owns a node of autograd's graph: counted by the node itself from 2.13 on, before by std::shared_ptr.
+using NodePointer = decltype(torch::autograd::Edge::function);
+
+template <class Node, class... Args>
+NodePointer make_node(Args&&... args) {
+  if constexpr (std::is_same_v<NodePointer, std::shared_ptr<torch::autograd::Node>>) {
+    return std::make_shared<Node>(std::forward<Args>(args)...);
+  } else {
+    return NodePointer(c10::make_intrusive<Node>(std::forward<Args>(args)...));
+  }
+}
+
+/// Two storages of one size and one allocator trade their memory; every tensor on them sees the other's values.
+/// Storage::swap_data_ptr, which came with 2.12.
+inline void swap_memory(const c10::Storage& one, const c10::Storage& other) {
+  one.set_data_ptr_noswap(other.set_data_ptr(one.set_data_ptr(c10::DataPtr())));
+}
+
+}  // namespace microreg::detail
