@@ -13,12 +13,12 @@
 
 namespace microreg {
 
-MICROREG_INLINE at::Tensor graft(const std::vector<at::Tensor>& parameters, const at::Tensor& norm) {
+namespace detail {
+
+/// Scales the gradients to the norm that `target` makes of the one before, a scalar on the device.
+template <class Target>
+at::Tensor scale_gradients(const std::vector<at::Tensor>& parameters, const Target& target) {
   const at::NoGradGuard no_grad;
-  if (!norm.defined() || norm.numel() != 1) {
-    throw OptionError(detail::text({"the norm to graft has ", norm.defined() ? norm.numel() : 0,
-                                    " values; pass one, as a number or a scalar tensor"}));
-  }
   std::vector<at::Tensor> gradients;
   for (const at::Tensor& parameter : parameters) {
     if (parameter.defined() && parameter.grad().defined()) {
@@ -26,23 +26,35 @@ MICROREG_INLINE at::Tensor graft(const std::vector<at::Tensor>& parameters, cons
     }
   }
   if (gradients.empty()) {
-    throw ModelError(detail::text({"none of the ", parameters.size(),
-                                   " parameters has a gradient to graft onto; call backward() before graft()"}));
+    throw ModelError(text({"none of the ", parameters.size(),
+                           " parameters has a gradient to graft onto; call backward() before graft()"}));
   }
-  at::Tensor before = detail::squared_norm(gradients, gradients.front().options()).sqrt_();
-  const at::Tensor target = norm.detach().reshape({}).to(before.options());
-  const at::Tensor factor = at::where(before > 0, target / before, at::zeros_like(before));
+  at::Tensor before = squared_norm(gradients, gradients.front().options()).sqrt_();
+  const at::Tensor factor = at::where(before > 0, target(before) / before, at::zeros_like(before));
   for (at::Tensor& gradient : gradients) {
     gradient.mul_(factor.to(gradient.device()));
   }
   return before;
 }
 
+}  // namespace detail
+
+MICROREG_INLINE at::Tensor graft(const std::vector<at::Tensor>& parameters, const at::Tensor& norm) {
+  if (!norm.defined() || norm.numel() != 1) {
+    throw OptionError(detail::text({"the norm to graft has ", norm.defined() ? norm.numel() : 0,
+                                    " values; pass one, as a number or a scalar tensor"}));
+  }
+  return detail::scale_gradients(
+      parameters, [&](const at::Tensor& before) { return norm.detach().reshape({}).to(before.options()); });
+}
+
 MICROREG_INLINE at::Tensor graft(const std::vector<at::Tensor>& parameters, double norm) {
   if (!detail::is_finite(norm) || norm < 0) {
     throw OptionError(detail::text({"the norm to graft is ", norm, "; it must be a finite number, at least 0"}));
   }
-  return graft(parameters, at::scalar_tensor(norm, at::kDouble));
+  // Made on the device: a scalar of the host's would have to be copied there, and waited for.
+  return detail::scale_gradients(parameters,
+                                 [&](const at::Tensor& before) { return at::full({}, norm, before.options()); });
 }
 
 }  // namespace microreg
