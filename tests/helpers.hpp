@@ -4,8 +4,8 @@
 #pragma once
 
 #include "catch.hpp"
+#include "on_device.hpp"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <torch/torch.h>
 
 #include <string>
@@ -14,8 +14,6 @@
 namespace helpers {
 
 inline const torch::nn::CrossEntropyLoss cross_entropy{};
-
-inline at::Generator generator(std::uint64_t seed) { return at::make_generator<at::CPUGeneratorImpl>(seed); }
 
 inline void clear_grad(const std::vector<torch::Tensor>& parameters) {
   for (const torch::Tensor& parameter : parameters) {
@@ -121,7 +119,7 @@ class Watch {
     for (const torch::Tensor& parameter : module_.parameters()) {
       state.grads.push_back(parameter.grad().defined() ? parameter.grad().clone() : torch::Tensor());
     }
-    state.random.push_back(at::globalContext().defaultGenerator(at::kCPU).get_state());
+    state.random.push_back(at::globalContext().defaultGenerator(test_device()).get_state());
     for (const auto& submodule : module_.modules()) {
       state.training.push_back(submodule->is_training());
     }

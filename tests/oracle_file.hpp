@@ -2,6 +2,8 @@
 /// Reads the text file that oracle/generate.py writes.
 #pragma once
 
+#include "on_device.hpp"
+
 #include <torch/torch.h>
 
 #include <fstream>
@@ -32,7 +34,7 @@ class OracleFile {
       for (double value = 0; numbers >> value;) {
         values.push_back(value);
       }
-      tensors_[name] = torch::tensor(values, torch::kFloat64).view(shape);
+      tensors_[name] = helpers::tensor(at::ArrayRef<double>(values), torch::kFloat64).view(shape);
     }
   }
 

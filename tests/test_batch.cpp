@@ -154,7 +154,7 @@ TEST_CASE("a batch that cannot be split names the tensor and the remedy", "[batc
             {"first dimensions differ", "input[0] has 10", "input[1] has 9", "[9, 2]", "sample dimension"}));
   CHECK(has(message(std::map<std::string, torch::Tensor>{{"a", x}, {"mask", rows(3)}}), {"input[mask] has 3"}));
   CHECK(has(message(custom::Sentences{x, rows(2)}), {"input.field 1 has 2"}));
-  CHECK(has(message(std::tuple{x, torch::tensor(1.0)}), {"input[1]", "scalar", "pass a number"}));
+  CHECK(has(message(std::tuple{x, helpers::tensor(1.0)}), {"input[1]", "scalar", "pass a number"}));
   CHECK(has(message(std::vector{x, torch::Tensor()}), {"input[1]", "undefined", "std::optional"}));
   CHECK(has(message(std::vector<torch::Tensor>{}), {"input", "no tensor"}));
   CHECK(has(message(3), {"input", "no tensor"}));

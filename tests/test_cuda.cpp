@@ -4,6 +4,10 @@
 
 #include <microreg/microreg.hpp>
 
+#if defined(MICROREG_TESTS_WAITS)
+#include <c10/cuda/CUDAFunctions.h>
+#endif
+
 #include <iostream>
 
 using namespace helpers;
@@ -136,3 +140,83 @@ TEST_CASE("a batch or a generator on another device than the model is named", "[
   CHECK(has(message_of<microreg::OptionError>([&] { (void)drawing.backward(x.cuda(), y.cuda()); }),
             {"generator", "cpu", "cuda"}));
 }
+
+#if defined(MICROREG_TESTS_WAITS)
+namespace {
+
+/// While it lives, whatever makes the host wait for the device is an error.
+class NoWaiting {
+ public:
+  NoWaiting() { c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_ERROR); }
+  NoWaiting(const NoWaiting&) = delete;
+  NoWaiting& operator=(const NoWaiting&) = delete;
+  ~NoWaiting() { c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_DISABLED); }
+};
+
+microreg::AnyPenalty<> penalty_number(int which) {
+  switch (which) {
+    case 0:
+      return microreg::GradientNorm{};
+    case 1:
+      return microreg::FisherTrace{};
+    case 2:
+      return microreg::AverageJacobian{};
+    case 3:
+      return microreg::UnitJacobian{};
+    default:
+      return microreg::InputJacobian{};
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a wait for the device is seen", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  const torch::Tensor one = torch::ones({}, torch::kCUDA);
+  const NoWaiting errors;
+  CHECK_THROWS(one.item<float>());
+}
+
+TEST_CASE("no step makes the host wait for the device", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  torch::manual_seed(3);
+  networks::Cnn model(networks::Norm::batch, networks::Activation::kinked);
+  model->to(torch::kCUDA);
+  const torch::Tensor x = torch::randn({8, 2, 6, 6}, torch::kCUDA);
+  const torch::Tensor y =
+      torch::randint(networks::classes, {8}, torch::TensorOptions(torch::kCUDA).dtype(torch::kLong));
+  const int which = GENERATE(0, 1, 2, 3, 4);
+  const microreg::Estimator estimator =
+      GENERATE(microreg::Estimator(microreg::Exact{}), microreg::Estimator(microreg::ForwardDifference{}),
+               microreg::Estimator(microreg::CentralDifference{}));
+  const double strength = GENERATE(0.0, 0.1);
+  CAPTURE(which, strength, estimator.index());
+  microreg::Regularizer<> regularizer(model, cross_entropy, penalty_number(which),
+                                      {.strength = strength, .micro_batch_size = 4, .estimator = estimator});
+  (void)regularizer.backward(x, y);  // loads kernels, makes handles and workspaces
+  const NoWaiting errors;
+  microreg::Report report;
+  CHECK_NOTHROW(report = regularizer.backward(x, y));
+  if (report.gradient_norm.defined()) {
+    CHECK_NOTHROW(microreg::graft(model->parameters(), report.gradient_norm));
+  }
+  CHECK_NOTHROW(microreg::graft(model->parameters(), 1.0));
+}
+
+TEST_CASE("measuring does not make the host wait for the device", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  networks::Cnn model(networks::Norm::batch, networks::Activation::kinked);
+  model->to(torch::kCUDA);
+  const torch::Tensor x = torch::randn({8, 2, 6, 6}, torch::kCUDA);
+  const torch::Tensor y = torch::zeros({8}, torch::TensorOptions(torch::kCUDA).dtype(torch::kLong));
+  (void)microreg::measure(model, cross_entropy, microreg::GradientNorm{}, x, y, {.micro_batch_size = 4});
+  const NoWaiting errors;
+  CHECK_NOTHROW((void)microreg::measure(model, cross_entropy, microreg::GradientNorm{}, x, y, {.micro_batch_size = 4}));
+}
+#endif

@@ -53,7 +53,7 @@ torch::nn::Sequential image_network() {
 TEST_CASE("categorical labels follow the softmax of the logits", "[distributions]") {
   torch::manual_seed(71);
   const auto type = GENERATE(torch::kFloat64, torch::kFloat32, torch::kBFloat16);
-  const torch::Tensor p = torch::tensor({0.5, 0.3, 0.15, 0.05}, torch::kFloat64);
+  const torch::Tensor p = helpers::tensor({0.5, 0.3, 0.15, 0.05}, torch::kFloat64);
   constexpr std::int64_t draws = 40000;
   const torch::Tensor logits = (p.log() + 3).to(type);
   SECTION("[M, C]") {
@@ -81,7 +81,7 @@ TEST_CASE("categorical labels follow the softmax of the logits", "[distributions
 
 TEST_CASE("Bernoulli and Gaussian labels follow their outputs", "[distributions]") {
   constexpr std::int64_t draws = 40000;
-  const torch::Tensor p = torch::tensor({0.1, 0.5, 0.8}, torch::kFloat64);
+  const torch::Tensor p = helpers::tensor({0.1, 0.5, 0.8}, torch::kFloat64);
   const torch::Tensor logits = (p / (1 - p)).log().expand({draws, 3});
   const torch::Tensor binary = microreg::Bernoulli{}.sample(logits, generator(1));
   CHECK(binary.scalar_type() == torch::kFloat64);
@@ -89,7 +89,7 @@ TEST_CASE("Bernoulli and Gaussian labels follow their outputs", "[distributions]
     CHECK(plausible(binary.select(1, c).sum().item<double>(), draws, p[c].item<double>()));
   }
 
-  const torch::Tensor mean = torch::tensor({-2.0, 0.0, 5.0}, torch::kFloat64).expand({draws, 3});
+  const torch::Tensor mean = helpers::tensor({-2.0, 0.0, 5.0}, torch::kFloat64).expand({draws, 3});
   const torch::Tensor real = microreg::Gaussian{.standard_deviation = 0.3}.sample(mean, generator(2));
   const torch::Tensor offset = real - mean;
   CHECK(offset.mean().item<double>() == Approx(0.0).margin(5 * 0.3 / std::sqrt(3.0 * draws)));
@@ -131,8 +131,8 @@ TEST_CASE("FisherTrace of every distribution against plain autograd", "[distribu
 }
 
 TEST_CASE("one logit a sample is one event", "[distributions]") {
-  const torch::Tensor logits = torch::tensor({0.5, -1.0, 2.0}, torch::kFloat64);
-  const torch::Tensor labels = torch::tensor({1.0, 0.0, 1.0}, torch::kFloat64);
+  const torch::Tensor logits = helpers::tensor({0.5, -1.0, 2.0}, torch::kFloat64);
+  const torch::Tensor labels = helpers::tensor({1.0, 0.0, 1.0}, torch::kFloat64);
   const double flat = microreg::Bernoulli{}.negative_log_likelihood(logits, labels).item<double>();
   const double column =
       microreg::Bernoulli{}.negative_log_likelihood(logits.unsqueeze(1), labels.unsqueeze(1)).item<double>();

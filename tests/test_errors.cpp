@@ -84,7 +84,7 @@ TEST_CASE("a batch that cannot be split", "[errors]") {
     CHECK(has(s.fails<BatchError>(loss_of, drawing, x, torch::Tensor()), {"target", "undefined", "assign"}));
   }
   SECTION("scalar target") {
-    CHECK(has(s.fails<BatchError>(loss_of, drawing, x, torch::tensor(1)), {"target", "scalar", "pass a number"}));
+    CHECK(has(s.fails<BatchError>(loss_of, drawing, x, helpers::tensor(1)), {"target", "scalar", "pass a number"}));
   }
   SECTION("on another device than the model") {
     CHECK(has(s.fails<BatchError>(loss_of, drawing, x.to(torch::kMeta), y), {"input", "meta", "cpu", ".to(cpu)"}));

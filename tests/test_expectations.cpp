@@ -71,7 +71,7 @@ TEST_CASE("the Fisher trace, averaged over every set of labels, is tr(F) / |M|",
   double expectation = 0;
   double total_probability = 0;
   for (int code = 0; code < 27; ++code) {
-    const torch::Tensor labels = torch::tensor({code % 3, code / 3 % 3, code / 9}, torch::kInt64);
+    const torch::Tensor labels = helpers::tensor({code % 3, code / 3 % 3, code / 9}, torch::kInt64);
     const microreg::FisherTrace given{microreg::Distribution{
         [&](const torch::Tensor&, const auto&) { return labels; },
         [](const torch::Tensor& logits, const torch::Tensor& y) { return torch::cross_entropy_loss(logits, y); }}};

@@ -24,7 +24,7 @@ void check(Model model, const networks::Samples& batch, const Penalty& penalty) 
   clear_grad(parameters);
   microreg::Regularizer regularizer(model, cross_entropy, penalty, options<microreg::RegularizerOptions>());
   (void)regularizer.backward(batch.input, batch.target);
-  const torch::Tensor gradient = flat_grad(parameters);
+  const torch::Tensor gradient = flat_grad(parameters).to(test_device());
 
   const torch::NoGradGuard no_grad;
   const std::vector<torch::Tensor> start = clones(parameters);

@@ -81,7 +81,8 @@ TEST_CASE("inside a scope batch normalisation in training mode is ours, in evalu
   const auto inputs = inputs_of({4, 5, 6, 7}, torch::kFloat64);
   const Function training = batch_norm(5, torch::kFloat64);
   const Function evaluation = batch_norm(5, torch::kFloat64, {.training = false});
-  CHECK(graph_has(second_derivatives(training, inputs, true).first, "microreg::aten::native_batch_norm_backward"));
+  CHECK(graph_has(second_derivatives(training, inputs, true).first, "_batch_norm_backward"));
+  CHECK(graph_has(second_derivatives(training, inputs, true).first, "microreg::aten::"));
   CHECK_FALSE(graph_has(second_derivatives(training, inputs, false).first, "microreg"));
   CHECK_FALSE(graph_has(second_derivatives(evaluation, inputs, true).first, "microreg"));
   CHECK(fused_error(evaluation, inputs) == 0);
@@ -180,6 +181,9 @@ TEST_CASE("batch normalisation far from zero is as accurate as LibTorch's, in th
 TEST_CASE("every instruction set gives the same batch normalisation", "[fused]") {
   using namespace microreg::detail;
   const torch::NoGradGuard no_graph;
+  if (!test_device().is_cpu()) {
+    return;  // these kernels are the CPU's
+  }
   NormProblem in = problem({3, 5, 7, 9}, torch::kFloat32, 1.0);
   const NormPointers<float> pointers = pointers_of<float>(in);
   const RowLayout layout{.rows = 5, .parts = 1, .runs = 3, .length = 63, .row_step = 1, .run_step = 5};

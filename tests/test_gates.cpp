@@ -221,8 +221,8 @@ TEST_CASE("smooth operations are LibTorch's", "[gates]") {
 TEST_CASE("integers have no gates", "[gates]") {
   GateTape tape;
   const RecordGates record(tape);
-  const torch::Tensor labels = torch::tensor({3, -1, 2});
-  CHECK(at::equal(torch::clamp(labels, 0, 2), torch::tensor({2, 0, 2})));
+  const torch::Tensor labels = helpers::tensor({3, -1, 2});
+  CHECK(at::equal(torch::clamp(labels, 0, 2), helpers::tensor({2, 0, 2})));
   torch::max(labels);
   torch::relu(labels);
   CHECK(tape.empty());

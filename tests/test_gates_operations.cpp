@@ -37,7 +37,7 @@ void check_unary(const std::string& name, const Unary& operation, const std::str
         INFO("shape " << shape << ", " << type << ", transposed " << transposed);
         auto where_to = points({shape}, type, scale);
         if (shape.empty()) {
-          where_to = {{torch::tensor(scalar, type)}, {torch::tensor(9.5, type)}};
+          where_to = {{helpers::tensor(scalar, type)}, {helpers::tensor(9.5, type)}};
         }
         const auto input = [=](const Tensors& at) {
           return transposed && at[0].dim() > 1 ? at[0].transpose(0, 1) : at[0];
@@ -279,8 +279,8 @@ TEST_CASE("gates of clamp, clamp_min, clamp_max with tensors, and their gradient
 }
 
 TEST_CASE("tensor bounds that meet or cross have LibTorch's gradients", "[gates]") {
-  const Tensors at = {torch::tensor({-1.0, 0.0, 1.0, -1.0, 0.5, 2.0}), torch::tensor({0.0, 0.0, 0.0, 1.0, 1.0, 1.0}),
-                      torch::zeros({6})};
+  const Tensors at = {helpers::tensor({-1.0, 0.0, 1.0, -1.0, 0.5, 2.0}),
+                      helpers::tensor({0.0, 0.0, 0.0, 1.0, 1.0, 1.0}), torch::zeros({6})};
   const auto operation = [](const Tensors& in) {
     return torch::clamp(in[0], std::optional(in[1]), std::optional(in[2]));
   };
@@ -412,7 +412,7 @@ TEST_CASE("gates of maximum, minimum, fmax, fmin", "[gates]") {
 }
 
 TEST_CASE("a scalar's extrema are the scalar", "[gates]") {
-  const torch::Tensor x = torch::tensor(2.5).requires_grad_();
+  const torch::Tensor x = helpers::tensor(2.5).requires_grad_();
   const auto all = [&] {
     return torch::max(x) + torch::amin(x) + std::get<0>(torch::max(x, 0)) + torch::amax(x, {0}, true);
   };

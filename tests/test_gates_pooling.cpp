@@ -26,7 +26,8 @@ torch::Tensor pool_by_hand(const torch::Tensor& first, const torch::Tensor& seco
     out[static_cast<std::size_t>(2 - d)] = output_shape[output_shape.size() - 1 - static_cast<std::size_t>(d)];
   }
   const std::int64_t volume = in[0] * in[1] * in[2];
-  const torch::Tensor flat = first.detach().contiguous().to(torch::kFloat64).view({-1, volume}).contiguous();
+  const torch::Tensor flat =
+      first.detach().contiguous().to(torch::kCPU, torch::kFloat64).view({-1, volume}).contiguous();
   std::vector<std::int64_t> taken;
   for (std::int64_t plane = 0; plane < flat.size(0); ++plane) {
     const double* const values = flat.data_ptr<double>() + plane * volume;
@@ -56,7 +57,7 @@ torch::Tensor pool_by_hand(const torch::Tensor& first, const torch::Tensor& seco
       }
     }
   }
-  return second.flatten().index_select(0, torch::tensor(taken)).view(output_shape);
+  return second.flatten().index_select(0, helpers::tensor(taken)).view(output_shape);
 }
 
 struct Geometry {

@@ -99,7 +99,7 @@ TEST_CASE("a kink without a gate is refused by name", "[gates]") {
   CHECK(has(message_of<microreg::GateError>(moving), {"grid_sampler_2d", "kink", "Exact", "Gates::free"}));
   CHECK(has(message_of<microreg::GateError>([&] { torch::renorm(leaf({3, 4}), 2, 0, 1); }), {"renorm"}));
   const auto bag = [&](std::int64_t mode) {
-    torch::embedding_bag(leaf({9, 4}), torch::arange(6), torch::tensor({0, 3}), false, mode);
+    torch::embedding_bag(leaf({9, 4}), torch::arange(6), helpers::tensor({0, 3}), false, mode);
   };
   CHECK_NOTHROW(bag(1));
   CHECK(has(message_of<microreg::GateError>([&] { bag(2); }), {"_embedding_bag"}));

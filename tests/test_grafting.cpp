@@ -36,7 +36,7 @@ TEST_CASE("graft keeps the direction and sets the joint norm", "[grafting]") {
 
   const bool as_tensor = GENERATE(false, true);
   const double norm = GENERATE(0.25, 3.0, 0.0);
-  const torch::Tensor returned = as_tensor ? microreg::graft(model->parameters(), torch::tensor(norm, torch::kFloat))
+  const torch::Tensor returned = as_tensor ? microreg::graft(model->parameters(), helpers::tensor(norm, torch::kFloat))
                                            : microreg::graft(model->parameters(), norm);
   CHECK(returned.item<double>() == Approx(old_norm).epsilon(1e-12));
   const auto after = gradients_of(*model);

@@ -54,7 +54,7 @@ TEST_CASE("the order of samples inside a micro-batch does not matter", "[propert
   auto cnn = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
   const auto batch = networks::images(8);
   // Permutes within [0, 4) and within [4, 8).
-  const torch::Tensor order = torch::tensor({2, 0, 3, 1, 7, 4, 6, 5});
+  const torch::Tensor order = helpers::tensor({2, 0, 3, 1, 7, 4, 6, 5});
   const networks::Samples shuffled{batch.input.index_select(0, order), batch.target.index_select(0, order)};
   const auto check = [&](const auto& penalty) {
     const Outcome a = step(cnn, cross_entropy, penalty, batch, {.micro_batch_size = 4, .generator = generator(1)});
@@ -66,7 +66,7 @@ TEST_CASE("the order of samples inside a micro-batch does not matter", "[propert
   check(microreg::AverageJacobian{});
   check(microreg::UnitJacobian{});
   // Across micro-batches it does matter, or the comparison above would prove nothing.
-  const torch::Tensor across = torch::tensor({0, 5, 2, 7, 4, 1, 6, 3});
+  const torch::Tensor across = helpers::tensor({0, 5, 2, 7, 4, 1, 6, 3});
   const networks::Samples mixed{batch.input.index_select(0, across), batch.target.index_select(0, across)};
   const Outcome a = step(cnn, cross_entropy, microreg::GradientNorm{}, batch, {.micro_batch_size = 4});
   const Outcome b = step(cnn, cross_entropy, microreg::GradientNorm{}, mixed, {.micro_batch_size = 4});

@@ -12,11 +12,11 @@ microreg::Report sample_report() {
   microreg::Report report;
   report.step = 12;
   report.samples = 10;
-  report.loss = torch::tensor(1.5);
-  report.micro_batch_losses = torch::tensor({1.0, 2.0, 1.5});
-  report.penalties.push_back({"gradient_norm", 0.01, torch::tensor(0.25), torch::tensor({0.5, 0.5, 0.5})});
-  report.penalties.push_back({"mine", 2.0, torch::tensor(4.0), torch::tensor({2.0, 2.0, 2.0})});
-  report.gradient_norm = torch::tensor(3.0);
+  report.loss = helpers::tensor(1.5);
+  report.micro_batch_losses = helpers::tensor({1.0, 2.0, 1.5});
+  report.penalties.push_back({"gradient_norm", 0.01, helpers::tensor(0.25), helpers::tensor({0.5, 0.5, 0.5})});
+  report.penalties.push_back({"mine", 2.0, helpers::tensor(4.0), helpers::tensor({2.0, 2.0, 2.0})});
+  report.gradient_norm = helpers::tensor(3.0);
   return report;
 }
 
@@ -28,7 +28,7 @@ TEST_CASE("a report prints through fmt", "[report]") {
         "step 12: loss 1.5, gradient_norm 0.25 (x 0.01), mine 4 (x 2), |grad| 3, 10 samples in 3 micro-batches");
   report.gradient_norm = torch::Tensor();
   report.penalties.clear();
-  report.micro_batch_losses = torch::tensor({1.5});
+  report.micro_batch_losses = helpers::tensor({1.5});
   CHECK(fmt::format("{}", report) == "step 12: loss 1.5, 10 samples in 1 micro-batch");
 }
 

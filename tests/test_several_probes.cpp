@@ -134,7 +134,7 @@ TEST_CASE("the exact Fisher trace is the mean over every set of labels, and so i
   const torch::Tensor p = torch::softmax(model->forward(x), 1).detach();
   torch::Tensor expected = torch::zeros({}, torch::kFloat64);
   for (int code = 0; code < 27; ++code) {
-    const torch::Tensor labels = torch::tensor({code % 3, code / 3 % 3, code / 9}, torch::kInt64);
+    const torch::Tensor labels = helpers::tensor({code % 3, code / 3 % 3, code / 9}, torch::kInt64);
     const torch::Tensor probability = p.gather(1, labels.unsqueeze(1)).prod();
     expected = expected + probability * squared_norm(torch::cross_entropy_loss(model->forward(x), labels), parameters);
   }

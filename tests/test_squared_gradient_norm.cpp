@@ -91,7 +91,7 @@ TEST_CASE("half types give a float32 scalar", "[squared_gradient_norm]") {
 }
 
 TEST_CASE("parameters the probe does not reach count as zero", "[squared_gradient_norm]") {
-  const torch::Tensor w = torch::tensor({3.0, 4.0}).requires_grad_(true);
+  const torch::Tensor w = helpers::tensor({3.0, 4.0}).requires_grad_(true);
   const torch::Tensor unused = torch::ones({2}).requires_grad_(true);
   const torch::Tensor value = microreg::squared_gradient_norm((w.square() / 2).sum(), {unused, w, torch::ones({2})});
   CHECK(value.item<double>() == Approx(25.0));

@@ -1,0 +1,82 @@
+// The whole suite on another device: where the environment variable MICROREG_TEST_DEVICE names one, tensors that a test
+// makes without saying where are made there. What such a run says of a test that is about the CPU means nothing.
+#include "on_device.hpp"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+namespace helpers {
+
+namespace {
+
+/// Factory functions find their backend by the key BackendSelect; this takes the place of LibTorch's kernels for it.
+void make_on_device(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
+  const auto& arguments = operation.schema().arguments();
+  const std::size_t first = stack->size() - arguments.size();
+  std::optional<at::ScalarType> type;
+  std::optional<at::Layout> layout;
+  std::optional<at::Device> device;
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    c10::IValue& value = (*stack)[first + i];
+    const std::string& name = arguments[i].name();
+    if (name == "dtype") {
+      type = value.toOptional<at::ScalarType>();
+    } else if (name == "layout") {
+      layout = value.toOptional<at::Layout>();
+    } else if (name == "device") {
+      if (value.isNone()) {
+        value = test_device();
+      }
+      device = value.toDevice();
+    }
+  }
+  operation.redispatchBoxed(c10::DispatchKeySet(c10::computeDispatchKey(type, layout, device)), stack);
+}
+
+std::unique_ptr<torch::Library> make_factories_use(const char* device) {
+  if (device == nullptr) {
+    return nullptr;
+  }
+  // So that what the tests compare is compared in full float32, and the same twice is the same.
+  at::globalContext().setAllowTF32CuDNN(false);
+  at::globalContext().setAllowTF32CuBLAS(false);
+  at::globalContext().setDeterministicCuDNN(true);
+  auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "aten", c10::DispatchKey::BackendSelect,
+                                                  __FILE__, static_cast<std::uint32_t>(__LINE__));
+  for (const c10::OperatorName& name : c10::Dispatcher::singleton().getAllOpNames()) {
+    const auto operation = c10::Dispatcher::singleton().findOp(name);
+    if (operation.has_value() && operation->hasSchema() && name.getNamespace() == "aten" &&
+        operation->schema().argumentIndexWithName("layout").has_value() &&
+        operation->schema().argumentIndexWithName("device").has_value() &&
+        operation->hasKernelForDispatchKey(c10::DispatchKey::BackendSelect)) {
+      const std::string text = name.name + (name.overload_name.empty() ? "" : "." + name.overload_name);
+      library->impl(text.c_str(), torch::CppFunction::makeFromBoxedFunction<&make_on_device>());
+    }
+  }
+  return library;
+}
+
+const std::unique_ptr<torch::Library> factories = make_factories_use(std::getenv("MICROREG_TEST_DEVICE"));
+
+}  // namespace
+
+at::Device test_device() {
+  const char* name = std::getenv("MICROREG_TEST_DEVICE");
+  return name == nullptr ? at::Device(at::kCPU) : at::Device(name);
+}
+
+at::Generator generator(std::uint64_t seed) {
+  const at::Device device = test_device();
+  at::Generator result =
+      device.is_cpu() ? at::make_generator<at::CPUGeneratorImpl>()
+                      : at::globalContext().getAcceleratorHooksInterface(device.type()).getNewGenerator(device.index());
+  result.set_current_seed(seed);
+  return result;
+}
+
+}  // namespace helpers

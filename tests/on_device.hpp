@@ -1,0 +1,23 @@
+/// @file
+/// Where the tests run: on the CPU, or on the device that the environment variable MICROREG_TEST_DEVICE names.
+#pragma once
+
+#include <torch/types.h>
+
+#include <cstdint>
+
+namespace helpers {
+
+/// The device of tensors that a test makes without saying where.
+[[nodiscard]] at::Device test_device();
+
+/// torch::tensor() on it. That one writes its values from the host, wherever it made room for them.
+[[nodiscard]] inline at::Tensor tensor(const torch::detail::TensorDataContainer& values,
+                                       torch::TensorOptions options = {}) {
+  return torch::tensor(values, options.device(at::kCPU)).to(test_device());
+}
+
+/// A generator of that device.
+[[nodiscard]] at::Generator generator(std::uint64_t seed);
+
+}  // namespace helpers
