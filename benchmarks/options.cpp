@@ -100,6 +100,7 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
       ->check(CLI::NonNegativeNumber)
       ->type_name("N");
   how->add_option("--device", options.device, "cpu, cuda or cuda:N")->type_name("NAME");
+  how->add_flag("--tf32", options.tf32, "On CUDA: products and convolutions in TF32; else in full float32");
   how->add_option("--malloc", options.malloc,
                   "tuned: keep freed memory in the process; default: as the C library does; mapped: every large tensor "
                   "on its own")
@@ -112,6 +113,8 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
       ->check(CLI::PositiveNumber)
       ->type_name("S");
   how->add_flag("!--no-memory", options.memory, "Skip the peak memory, which takes processes of its own");
+
+  how->add_flag("--kernels", options.kernels, "On CUDA: only list the kernels of a plain and of a penalised step");
 
   auto* records = app.add_option_group("Records");
   records->add_option("--json", options.json, "Write the rows as an array of objects")->type_name("FILE");

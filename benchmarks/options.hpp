@@ -25,6 +25,7 @@ struct Options {
 
   int threads = 0;  ///< 0: LibTorch's choice
   std::string device = "cpu";
+  bool tf32 = false;  ///< on CUDA: round the operands of products and convolutions to TF32
   std::string malloc = "tuned";
   std::optional<int> rounds;
   std::optional<double> seconds;  ///< per row
@@ -35,6 +36,7 @@ struct Options {
 
   std::int64_t batch = 0;        ///< of --serve and --memory-of
   double micro_batch_share = 1;  ///< likewise
+  bool kernels = false;          ///< print where one step of the device's time goes, and end
   bool serve = false;            ///< take orders from the standard input, for peers/compare.py
   std::string state;             ///< with serve: where to write weights and data
   std::string memory_of;         ///< "plain" or "penalised": print the peak memory of one step and end

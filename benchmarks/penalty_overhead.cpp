@@ -1,5 +1,6 @@
 /// @file
 /// What a penalty costs, against a plain step. See README.md in this folder.
+#include "kernel_times.hpp"
 #include "measure_rows.hpp"
 #include "serve.hpp"
 #include "system.hpp"
@@ -25,6 +26,10 @@ void print_preamble(const Options& options, bool memory_kept) {
              options.device, torch::get_num_threads(), cores, processor_name(),
              memory_kept ? "kept in the process" : "as the C library does",
              load.has_value() ? fmt::format("{:.2f}", *load) : "unknown");
+  if (torch::Device(options.device).is_cuda()) {
+    fmt::print("Products and convolutions in {}, cuDNN chooses its algorithms by trial\n",
+               options.tf32 ? "TF32" : "full float32");
+  }
   if (load.has_value() && *load > 0.5 * cores) {
     fmt::print("The machine is busy: expect ratios to vary from run to run.\n");
   }
@@ -60,12 +65,20 @@ int run(const Options& options) {
   if (options.threads > 0) {
     torch::set_num_threads(options.threads);
   }
+  // As a training program would: cuDNN tries its algorithms, also for the odd shapes of double backward.
+  at::globalContext().setBenchmarkCuDNN(true);
+  at::globalContext().setAllowTF32CuDNN(options.tf32);
+  at::globalContext().setAllowTF32CuBLAS(options.tf32);
   if (!options.fused_operations.empty()) {
     microreg::detail::limit_fused_operations({options.fused_operations.begin(), options.fused_operations.end()});
   }
   if (!options.memory_of.empty()) {
     const auto bytes = peak_bytes_here(options.single_case(), options.memory_of);
     fmt::print("{}\n", bytes.has_value() ? std::to_string(*bytes) : "unknown");
+    return 0;
+  }
+  if (options.kernels) {
+    print_kernel_times(options.single_case());
     return 0;
   }
   if (options.serve) {

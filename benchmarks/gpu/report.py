@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Makes docs/gpu.md of the folder that run_gpu_checks.sh wrote:  benchmarks/gpu/report.py FOLDER [--out docs/gpu.md]"""
+
+import argparse
+import json
+import pathlib
+import re
+
+PRECISIONS = {"": "float32", "--tf32": "TF32"}
+
+
+def text_of(folder, name):
+    file = folder / name
+    return file.read_text() if file.exists() else ""
+
+
+def verdicts(text):
+    """{file: what its run said}, of the lines that run_gpu_checks.sh makes of the tests' output."""
+    result = {}
+    for line in text.splitlines():
+        name, *rest = line.split(" | ")
+        passed = any(part.startswith("All tests passed") for part in rest)
+        result[re.sub(r"^on-(cpu|device)-", "", name)] = (passed, "; ".join(rest[:2]))
+    return result
+
+
+def tests(folder):
+    lines = ["## Tests", ""]
+    cuda = text_of(folder, "cuda.txt").strip().splitlines()
+    if cuda:
+        lines += [f"`microreg_tests \"[cuda]\"`, the tests of what only a device has: {cuda[-1].strip().rstrip('.')}.", ""]
+    for prefix, what in (("on-cpu", "on the processor of that machine"),
+                         ("on-device", "with `MICROREG_TEST_DEVICE=cuda`, that is, with their tensors on the device")):
+        found = verdicts(text_of(folder, f"{prefix}.txt"))
+        failed = {name: said for name, (passed, said) in found.items() if not passed}
+        if found:
+            lines += [f"{len(found) - len(failed)} of {len(found)} files of tests pass {what}."]
+            lines += [f"- {name}: {said}" for name, said in failed.items()] + [""]
+    return lines
+
+
+def number(value, digits=2):
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def overhead(folder):
+    lines = ["## What a penalty costs", "",
+             "One micro-batch of 128 images of 32x32, GradientNorm; time over the plain step just before it, memory over the",
+             "plain step's by the caching allocator, and the distance of the penalty's part of the gradient to double",
+             "backward by LibTorch alone.", "",
+             "| network | precision | layout | estimator | plain ms | ratio | memory | error |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for file in sorted(folder.glob("overhead*.json")):
+        precision = "TF32" if "tf32" in file.name or "vit" in file.name else "float32"
+        for row in json.loads(file.read_text()):
+            how = row["estimator"] + ("" if row["estimator"] != "exact" else ", fused" if row["fused"] else ", stock")
+            lines.append(f"| {row['model']} | {precision} | {row['layout']} | {how} | {number(row['plain_ms'])} | "
+                         f"{number(row['ratio'])} | {number(row['peak_memory_ratio'])} | {row['relative_error']:.1e} |")
+    lines += ["", "The authors' formula in Python, on ResNet-18 of width 64:", "",
+              "| precision | layout | plain ms | authors ms | ratio |", "| --- | --- | --- | --- | --- |"]
+    for file in sorted(folder.glob("authors*.json")):
+        for row in json.loads(file.read_text()):
+            lines.append(f"| {'TF32' if row['tf32'] else 'float32'} | {row['layout']} | {number(row['plain_ms'])} | "
+                         f"{number(row['authors_ms'])} | {number(row['ratio'])} |")
+    return lines + [""]
+
+
+def block(title, text):
+    return [f"## {title}", "", "```text", text.strip(), "```", ""] if text.strip() else []
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("docs/gpu.md"))
+    options = parser.parse_args()
+    folder = options.folder
+    lines = ["# On a GPU", "", "Made by `benchmarks/gpu/report.py` of what `benchmarks/gpu/run_gpu_checks.sh` wrote, with",
+             "programs that `benchmarks/gpu/prepare.sh` had built on a machine without a GPU.", ""]
+    lines += block("The machine", text_of(folder, "machine.txt"))
+    lines += block("What the card can do", text_of(folder, "ceilings.txt"))
+    lines += tests(folder)
+    lines += overhead(folder)
+    lines += block("A short training", text_of(folder, "training.txt"))
+    options.out.write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
