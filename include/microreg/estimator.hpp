@@ -2,6 +2,7 @@
 /// The ways to differentiate a penalty, as options: one of them is the `estimator` of RegularizerOptions.
 #pragma once
 
+#include <memory>
 #include <variant>
 
 namespace microreg {
@@ -38,7 +39,32 @@ struct CentralDifference {
   Gates gates = Gates::frozen;
 };
 
-/// Any of them.
-using Estimator = std::variant<Exact, ForwardDifference, CentralDifference>;
+class Estimator;
+struct Parameters;
+
+namespace detail {
+class Differences;
+using MakeDifferences = std::unique_ptr<Differences>(const Estimator& estimator, const Parameters& parameters);
+MakeDifferences make_differences;
+}  // namespace detail
+
+/// Any of them. What makes a difference is referred to where one is chosen: a header-only program that takes Exact
+/// compiles none of it.
+class Estimator : public std::variant<Exact, ForwardDifference, CentralDifference> {
+ public:
+  Estimator(Exact exact = {}) : variant(exact) {}  // NOLINT(google-explicit-constructor): and so on
+  Estimator(ForwardDifference forward) : variant(forward), differences_(detail::make_differences) {}  // NOLINT
+  Estimator(CentralDifference central) : variant(central), differences_(detail::make_differences) {}  // NOLINT
+
+  /// Null for Exact.
+  [[nodiscard]] detail::MakeDifferences* differences() const noexcept { return differences_; }
+
+ private:
+  detail::MakeDifferences* differences_ = nullptr;
+};
 
 }  // namespace microreg
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/estimator.hpp>
+#endif

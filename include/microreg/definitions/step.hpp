@@ -8,10 +8,11 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/fused/scope.hpp>
+#include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/report.hpp>
+#include <microreg/step/differences.hpp>
 #include <microreg/step/double_backward.hpp>
-#include <microreg/step/finite_difference.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/sampling.hpp>
@@ -292,12 +293,12 @@ MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& opt
     const Parameters& parameters = loop.parameters();
     std::vector<at::Tensor> sums(parameters.tensors.size());
     std::vector<at::Tensor> loss_sums(options.gradient_ratio ? sums.size() : 0);
-    std::optional<FiniteDifference> difference;
-    if (const auto settings = difference_settings(options.estimator)) {
+    std::unique_ptr<Differences> difference;
+    if (options.estimator.differences() != nullptr) {
       require_plain_input(batch);
-      difference.emplace(*settings, parameters);
+      difference = options.estimator.differences()(options.estimator, parameters);
     }
-    const FusedScope fused(options.fused && !difference.has_value());
+    const FusedScope fused(options.fused && difference == nullptr);
     Report report =
         loop.run(choose_penalised(options.sampling, step, loop.count()),
                  [&](const Part& part, const Weights& weights, const auto& keep) -> std::vector<at::Tensor> {
@@ -307,7 +308,7 @@ MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& opt
                        add_loss_gradient(evaluation.loss, weights.loss, parameters, /*retain_graph=*/true, loss_sums);
                      }
                    };
-                   if (difference.has_value() && weights.penalty != 0) {
+                   if (difference != nullptr && weights.penalty != 0) {
                      return (*difference)(batch, part, weights, loop.snapshot(), sums, keep_all);
                    }
                    const auto evaluation = batch.evaluate(part, {});

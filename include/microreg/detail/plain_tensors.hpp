@@ -4,8 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/functorch/DynamicLayer.h>
 #include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 
@@ -33,6 +33,12 @@ inline bool is_plain(const at::Tensor& tensor) {
          has_formulas(tensor.scalar_type()) && !tensor.key_set().has_any(special) && !tensor._fw_grad(0).defined();
 }
 
+/// Whether a functorch transform is at work on this thread. Its stack of them would say so too; the header that
+/// declares it needs nlohmann/json, which LibTorch does not bring, and costs every user's compiler seconds.
+inline bool is_transformed() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
 /// Whether all of them are, of one type, and no functorch transform is at work: under one no node of ours may be
 /// recorded, not even for tensors that are not wrapped.
 inline bool are_plain(at::TensorList tensors) {
@@ -46,7 +52,7 @@ inline bool are_plain(at::TensorList tensors) {
     }
     type = tensor.scalar_type();
   }
-  return at::functorch::getDynamicLayerStack().empty();
+  return !is_transformed();
 }
 
 /// Whether an intercepted backward operation should be recorded with a formula of ours for its own derivative.

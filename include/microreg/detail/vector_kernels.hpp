@@ -5,6 +5,9 @@
 /// below, that is inlined into one wrapper per instruction set.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -78,9 +81,10 @@ __attribute__((target("avx2,fma"))) void run_avx2(Arguments... arguments) {
 }
 #endif
 
-/// Calls Kernel::run with the widest instruction set that this processor has.
-template <class Kernel, class... Arguments>
-void run_widest(Arguments... arguments) {
+/// The widest instruction set that kernels are compiled for and this processor has: 2 for AVX-512, 1 for AVX2, and
+/// anywhere but on x86; 0: none. Processors without AVX2, of before 2013, take the ATen forms: the same loops for them
+/// would cost every user's compiler seconds.
+inline int vector_level() {
 #if MICROREG_MULTIVERSION
   static const int level = [] {
     __builtin_cpu_init();
@@ -89,14 +93,26 @@ void run_widest(Arguments... arguments) {
     }
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
   }();
-  if (level == 2) {
-    return run_avx512<Kernel, Arguments...>(arguments...);
-  }
-  if (level == 1) {
-    return run_avx2<Kernel, Arguments...>(arguments...);
-  }
+  return level;
+#else
+  return 1;
 #endif
+}
+
+/// Whether to take the kernels: without a graph, on the CPU, and on a processor that they are compiled for.
+inline bool runs_kernels(const at::Tensor& x) {
+  return !at::GradMode::is_enabled() && x.is_cpu() && vector_level() > 0;
+}
+
+/// Calls Kernel::run with the widest instruction set. Where vector_level() is 0 it must not be called.
+template <class Kernel, class... Arguments>
+void run_widest(Arguments... arguments) {
+#if MICROREG_MULTIVERSION
+  return vector_level() == 2 ? run_avx512<Kernel, Arguments...>(arguments...)
+                             : run_avx2<Kernel, Arguments...>(arguments...);
+#else
   Kernel::run(arguments...);
+#endif
 }
 
 }  // namespace microreg::detail

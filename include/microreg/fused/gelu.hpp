@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/core/grad_mode.h>
 #include <microreg/detail/parallel.hpp>
 #include <microreg/detail/vector_kernels.hpp>
 #include <microreg/fused/rule.hpp>
@@ -73,7 +72,7 @@ inline at::Tensor gelu_second_derivative_aten(const at::Tensor& x, const at::Ten
 }
 
 inline at::Tensor gelu_second_derivative(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& v) {
-  if (at::GradMode::is_enabled() || !x.is_cpu() || x.scalar_type() != at::kFloat) {
+  if (!runs_kernels(x) || x.scalar_type() != at::kFloat) {
     return gelu_second_derivative_aten(x, dy, v);
   }
   const at::Tensor xs = x.contiguous(), dys = dy.contiguous(), vs = v.contiguous();

@@ -40,7 +40,7 @@ inline NormProblem group_norm_problem(const at::Tensor& dy, const at::Tensor& x,
 }
 
 inline std::array<at::Tensor, 3> group_norm_double_backward(const NormProblem& p, OutputMask needs) {
-  if (at::GradMode::is_enabled() || !p.x.is_cpu()) {
+  if (!runs_kernels(p.x)) {
     return norm_double_backward_aten(p, needs);
   }
   const std::int64_t groups = p.x.size(1), channels = p.x.size(2);

@@ -23,7 +23,7 @@ inline NormProblem layer_norm_problem(const at::Tensor& dy, const at::Tensor& x,
 }
 
 inline std::array<at::Tensor, 3> layer_norm_double_backward(const NormProblem& p, OutputMask needs) {
-  if (at::GradMode::is_enabled() || !p.x.is_cpu()) {
+  if (!runs_kernels(p.x)) {
     return norm_double_backward_aten(p, needs);
   }
   std::array<at::Tensor, 3> out;

@@ -8,7 +8,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/functorch/DynamicLayer.h>
 #include <microreg/detail/plain_tensors.hpp>
 
 #include <array>
@@ -27,7 +26,7 @@ inline bool prefers_product(const at::Tensor& grad_output, const at::Tensor& inp
   if (at::GradMode::is_enabled() || weight.dim() != 4 || input.dim() != 4 || grad_output.dim() != 4 ||
       !weight.is_cpu() || weight.scalar_type() != at::kFloat || input.scalar_type() != at::kFloat ||
       grad_output.scalar_type() != at::kFloat || !is_plain(weight) || !is_plain(input) || !is_plain(grad_output) ||
-      !at::functorch::getDynamicLayerStack().empty()) {
+      is_transformed()) {
     return false;
   }
   constexpr std::int64_t few_pixels = 16;

@@ -5,12 +5,14 @@
 #include <ATen/ATen.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/estimator.hpp>
 #include <microreg/gates/scope.hpp>
 #include <microreg/gates/unseen.hpp>
 #include <microreg/parameters.hpp>
+#include <microreg/step/differences.hpp>
 #include <microreg/step/displacement.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
@@ -18,6 +20,7 @@
 #include <microreg/step/tensor_lists.hpp>
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -33,17 +36,6 @@ struct DifferenceSettings {
   microreg::Gates gates;  // not the list of that name beside it
   bool central;
 };
-
-/// The estimator's settings; none for Exact.
-inline std::optional<DifferenceSettings> difference_settings(const Estimator& estimator) {
-  if (const auto* forward = std::get_if<ForwardDifference>(&estimator)) {
-    return DifferenceSettings{forward->step, forward->gates, false};
-  }
-  if (const auto* central = std::get_if<CentralDifference>(&estimator)) {
-    return DifferenceSettings{central->step, central->gates, true};
-  }
-  return std::nullopt;
-}
 
 /// The automatic step, as a multiple of the norm of what is displaced: where the error of the difference (which grows
 /// with the step, or its square) and rounding (which grows with its inverse) meet on random ReLU networks
@@ -61,24 +53,20 @@ inline double relative_step(const std::vector<at::Tensor>& displaced, bool centr
 /// difference goes with the displacement itself (measured on ResNet-18 and VGG-11).
 inline double largest_step(bool central) { return central ? 2e-3 : 4e-4; }
 
-/// Estimates the penalty's gradient by displaced passes, for all micro-batches of one step.
-///
 /// The first pass over a micro-batch gives the loss gradient and, for each probe s, its gradient g by what the penalty
 /// counts (parameters or input) and its gradient by all parameters. Each further pass, at a point displaced along g,
 /// gives the gradient of s by all parameters there; the difference over the displacement is the second derivative along
 /// g. For GradientNorm all of the first pass is one backward pass. The further passes draw the same random numbers and
 /// see the same buffers as the first, and leave no trace: parameters, buffers and generators are afterwards what one
 /// pass leaves. Nothing is read from the device.
-class FiniteDifference {
+class FiniteDifference final : public Differences {
  public:
   FiniteDifference(const DifferenceSettings& settings, const Parameters& parameters)
       : settings_(settings), parameters_(parameters) {}
 
-  /// Adds the gradient of one penalised micro-batch to `sums`. `keep(evaluation)` is shown the first pass before its
-  /// graph goes. Returns the squared gradient norm of each penalty.
-  template <class Keep>
   std::vector<at::Tensor> operator()(MiniBatch& batch, const Part& part, const Weights& weights,
-                                     const Snapshot& snapshot, std::vector<at::Tensor>& sums, const Keep& keep) {
+                                     const Snapshot& snapshot, std::vector<at::Tensor>& sums,
+                                     const std::function<void(Evaluation&)>& keep) override {
     Passes passes{batch, part, weights, snapshot.now(), {}, std::vector<Term>(batch.terms()), {}, 0};
     first_pass(passes, snapshot, sums, keep);
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
@@ -152,8 +140,8 @@ class FiniteDifference {
     return result;
   }
 
-  template <class Keep>
-  void first_pass(Passes& passes, const Snapshot& snapshot, std::vector<at::Tensor>& sums, const Keep& keep) const {
+  void first_pass(Passes& passes, const Snapshot& snapshot, std::vector<at::Tensor>& sums,
+                  const std::function<void(Evaluation&)>& keep) const {
     const auto evaluation = recorded(passes.gates, [&] { return passes.batch.evaluate(passes.part, {}); });
     if (settings_.gates == microreg::Gates::frozen) {
       require_seen(evaluation->loss, passes.gates);
@@ -362,5 +350,14 @@ class FiniteDifference {
   std::optional<Displaceable> displaceable_;  // the selected parameters; made when first needed, as is
   at::Tensor parameter_length_;               // their automatic displacement
 };
+
+MICROREG_INLINE std::unique_ptr<Differences> make_differences(const Estimator& estimator,
+                                                              const Parameters& parameters) {
+  if (const auto* forward = std::get_if<ForwardDifference>(&estimator)) {
+    return std::make_unique<FiniteDifference>(DifferenceSettings{forward->step, forward->gates, false}, parameters);
+  }
+  const auto& central = std::get<CentralDifference>(estimator);
+  return std::make_unique<FiniteDifference>(DifferenceSettings{central.step, central.gates, true}, parameters);
+}
 
 }  // namespace microreg::detail

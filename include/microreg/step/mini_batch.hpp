@@ -7,7 +7,6 @@
 #include <c10/core/Device.h>
 #include <microreg/any_penalty.hpp>
 #include <microreg/micro_batches.hpp>
-#include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/penalty.hpp>
 #include <microreg/report.hpp>
@@ -20,7 +19,12 @@
 #include <string>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg {
+
+struct RegularizerOptions;  // not its header, which has the estimators, which know this one
+enum class Reduction;
+
+namespace detail {
 
 /// One forward pass and loss of a micro-batch, with its graph.
 class Evaluation {
@@ -77,4 +81,6 @@ void check_output(const at::Tensor& output);
 /// -1 where there is no target.
 std::vector<Part> cut(std::int64_t inputs, std::int64_t targets, const RegularizerOptions& options);
 
-}  // namespace microreg::detail
+}  // namespace detail
+
+}  // namespace microreg

@@ -92,9 +92,9 @@ inline std::vector<at::Tensor> squared_norms(const MiniBatch& batch, const Evalu
 
 /// What one penalised micro-batch counts, and how strong each penalty is in this step.
 struct Weights {
-  double loss;     ///< weight(M)
-  double penalty;  ///< weight(M) times the factor of sampling; 0: not penalised in this step
-  std::vector<double> strengths;
+  double loss;                           ///< weight(M)
+  double penalty;                        ///< weight(M) times the factor of sampling; 0: not penalised in this step
+  const std::vector<double>& strengths;  ///< of the step, one a penalty
 };
 
 }  // namespace microreg::detail

@@ -1,0 +1,5 @@
+/// @file
+/// Definitions of estimator.hpp.
+#pragma once
+
+#include <microreg/step/finite_difference.hpp>
