@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Generator.h>
+#include <c10/core/ScalarType.h>
 #include <microreg/estimator.hpp>
 #include <microreg/micro_batches.hpp>
 #include <microreg/parameters.hpp>
@@ -61,6 +62,8 @@ struct RegularizerOptions {
   /// Use the fast double backward of microreg/fused, where it applies. The environment variable MICROREG_FUSED=0 turns
   /// it off too.
   bool fused = true;
+  /// Mixed precision for forward pass, loss and probes: kBFloat16 or kHalf, as an Autocast around them; see there.
+  std::optional<at::ScalarType> autocast = std::nullopt;
   /// Keep what the model returned, for Report::output(): accuracy, hidden states, pictures. Takes the memory of the
   /// outputs of all micro-batches.
   bool keep_outputs = false;
@@ -80,6 +83,7 @@ struct MeasureOptions {
   Reduction reduction = Reduction::mean;
   ParameterSelection select = {};
   std::optional<at::Generator> generator = std::nullopt;
+  std::optional<at::ScalarType> autocast = std::nullopt;
   bool keep_outputs = false;
 };
 

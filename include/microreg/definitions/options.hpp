@@ -38,6 +38,10 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
         }
       },
       options.estimator);
+  if (options.autocast.has_value() && *options.autocast != at::kBFloat16 && *options.autocast != at::kHalf) {
+    throw OptionError(text({"autocast is ", *options.autocast,
+                            "; it must be BFloat16 or Half, or empty for the types of parameters and input"}));
+  }
   if (options.generator.has_value() && !options.generator->defined()) {
     throw OptionError("generator is undefined; make one with at::make_generator, or leave the option empty");
   }
@@ -50,6 +54,7 @@ MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
                             .reduction = options.reduction,
                             .select = std::move(options.select),
                             .generator = std::move(options.generator),
+                            .autocast = options.autocast,
                             .keep_outputs = options.keep_outputs};
   validate(result);
   return result;

@@ -329,6 +329,9 @@ MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& opt
         (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu())) {
       report.throw_if_not_finite();
     }
+    for (std::size_t i = 0; i < sums.size(); ++i) {
+      sums[i] = sums[i].defined() ? sums[i].to(parameters.tensors[i].scalar_type()) : sums[i];
+    }
     add_to_grad(parameters.tensors, sums);
     return report;
   });

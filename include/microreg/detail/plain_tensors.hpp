@@ -11,8 +11,24 @@
 
 namespace microreg::detail {
 
-/// The element types that our formulas and kernels are for. Decided here alone: with_type() is the one way to them.
-inline bool has_formulas(at::ScalarType type) { return type == at::kFloat || type == at::kDouble; }
+/// The element types that our kernels are for. Decided here alone: with_type() is the one way to them.
+inline bool has_kernels(at::ScalarType type) { return type == at::kFloat || type == at::kDouble; }
+
+inline bool is_half(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
+
+/// The type in which sums and statistics of a type are taken: half types add up in float32.
+inline at::ScalarType wide_type(at::ScalarType type) { return is_half(type) ? at::kFloat : type; }
+
+/// The same values in that type; undefined stays undefined.
+inline at::Tensor widened(at::Tensor tensor) {
+  return tensor.defined() && is_half(tensor.scalar_type()) ? tensor.to(at::kFloat) : tensor;
+}
+
+/// How a formula takes tensors of half types.
+enum class HalfTypes {
+  as_they_are,  ///< it selects and multiplies, or is made of LibTorch's operations, which do it in their own way
+  widened,      ///< it sums, or cancels: in float32, also where float32 tensors stand beside (weights under autocast)
+};
 
 /// body(T{}) for the C++ type T of `type`, one of those above.
 template <class Body>
@@ -20,8 +36,8 @@ void with_type(at::ScalarType type, const Body& body) {
   type == at::kDouble ? body(double{}) : body(float{});
 }
 
-/// Whether a tensor is one that our formulas were written for: dense, real, of one of the types above, on the CPU or on
-/// CUDA, no subclass, no forward-mode tangent.
+/// Whether a tensor is one that our formulas were written for: dense, real, on the CPU or on CUDA, no subclass, no
+/// forward-mode tangent.
 inline bool is_plain(const at::Tensor& tensor) {
   if (!tensor.defined()) {
     return true;
@@ -30,7 +46,8 @@ inline bool is_plain(const at::Tensor& tensor) {
   static const c10::DispatchKeySet special(
       {DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::Conjugate, DispatchKey::Negative});
   return (tensor.is_cpu() || tensor.is_cuda()) && tensor.layout() == at::kStrided &&
-         has_formulas(tensor.scalar_type()) && !tensor.key_set().has_any(special) && !tensor._fw_grad(0).defined();
+         (has_kernels(tensor.scalar_type()) || is_half(tensor.scalar_type())) && !tensor.key_set().has_any(special) &&
+         !tensor._fw_grad(0).defined();
 }
 
 /// Whether a functorch transform is at work on this thread. Its stack of them would say so too; the header that
@@ -41,23 +58,27 @@ inline bool is_transformed() {
 
 /// Whether all of them are, of one type, and no functorch transform is at work: under one no node of ours may be
 /// recorded, not even for tensors that are not wrapped.
-inline bool are_plain(at::TensorList tensors) {
+inline bool are_plain(at::TensorList tensors, HalfTypes halves) {
   at::ScalarType type = at::ScalarType::Undefined;
   for (const at::Tensor& tensor : tensors) {
     if (!tensor.defined()) {
       continue;
     }
-    if (!is_plain(tensor) || (type != at::ScalarType::Undefined && tensor.scalar_type() != type)) {
+    if (!is_plain(tensor)) {
       return false;
     }
-    type = tensor.scalar_type();
+    const at::ScalarType own = halves == HalfTypes::widened ? wide_type(tensor.scalar_type()) : tensor.scalar_type();
+    if (type != at::ScalarType::Undefined && own != type) {
+      return false;
+    }
+    type = own;
   }
   return !is_transformed();
 }
 
 /// Whether an intercepted backward operation should be recorded with a formula of ours for its own derivative.
-inline bool should_fuse(at::TensorList tensors) {
-  return at::GradMode::is_enabled() && are_plain(tensors) &&
+inline bool should_fuse(at::TensorList tensors, HalfTypes halves) {
+  return at::GradMode::is_enabled() && are_plain(tensors, halves) &&
          std::any_of(tensors.begin(), tensors.end(),
                      [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); });
 }

@@ -55,7 +55,8 @@ inline Tensors batch_norm_double_backward(const NormProblem& p, OutputMask needs
 
 inline bool batch_norm_fits(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& rstd) {
   return x.dim() >= 2 && x.numel() > 0 && mean.defined() && rstd.defined() && mean.numel() == x.size(1) &&
-         rstd.numel() == x.size(1) && mean.scalar_type() == x.scalar_type() && rstd.scalar_type() == x.scalar_type();
+         rstd.numel() == x.size(1) && wide_type(mean.scalar_type()) == wide_type(x.scalar_type()) &&
+         wide_type(rstd.scalar_type()) == wide_type(x.scalar_type());
 }
 
 inline constexpr Rule native_batch_norm_backward_rule{
@@ -74,7 +75,8 @@ inline constexpr Rule native_batch_norm_backward_rule{
     .fits =
         [](const Call& call) {
           return call.arguments[7].toBool() && batch_norm_fits(call.tensor(1), call.tensor(5), call.tensor(6));
-        }};
+        },
+    .halves = HalfTypes::widened};
 
 /// cuDNN keeps 1/sqrt(var + eps) under the name of save_var.
 inline constexpr Rule cudnn_batch_norm_backward_rule{
@@ -89,6 +91,7 @@ inline constexpr Rule cudnn_batch_norm_backward_rule{
           return native_batch_norm_backward_rule.derivative(call.with(0, call.tensor(1)).with(1, call.tensor(0)),
                                                             upstream, needs);
         },
-    .fits = [](const Call& call) { return batch_norm_fits(call.tensor(0), call.tensor(5), call.tensor(6)); }};
+    .fits = [](const Call& call) { return batch_norm_fits(call.tensor(0), call.tensor(5), call.tensor(6)); },
+    .halves = HalfTypes::widened};
 
 }  // namespace microreg::detail

@@ -95,6 +95,7 @@ inline constexpr Rule gelu_backward_rule{
       return {needs[0] ? call.with(0, v).run()[0] : at::Tensor(),
               needs[1] ? gelu_second_derivative(call.tensor(1), call.tensor(0), v) : at::Tensor()};
     },
-    .fits = [](const Call& call) { return call.arguments[2].toStringView() == "none"; }};
+    .fits = [](const Call& call) { return call.arguments[2].toStringView() == "none"; },
+    .halves = HalfTypes::widened};
 
 }  // namespace microreg::detail

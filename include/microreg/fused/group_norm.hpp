@@ -98,7 +98,7 @@ inline constexpr Rule native_group_norm_rule{
       const at::Tensor x = call.tensor(0), weight = call.tensor(1), mean = call.tensor(8), rstd = call.tensor(9);
       const at::Tensor dy =
           upstream[0].contiguous(x.is_cpu() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous);
-      if (at::GradMode::is_enabled() && !should_fuse({dy, x, weight})) {
+      if (at::GradMode::is_enabled() && !should_fuse({dy, x, weight}, HalfTypes::widened)) {
         Tensors results = group_norm_backward_aten(
             group_norm_problem(dy, x, weight, mean, rstd, call.arguments[6].toInt(), Tensors(3)), x);
         for (std::size_t i = 0; i < 3; ++i) {
@@ -118,6 +118,7 @@ inline constexpr Rule native_group_norm_rule{
           return has_backward && call.tensor(0).numel() > 0 && call.tensor(0).dim() >= 2 &&
                  call.tensor(1).defined() == call.tensor(2).defined();
         },
-    .keeps_results = true};
+    .keeps_results = true,
+    .halves = HalfTypes::widened};
 
 }  // namespace microreg::detail

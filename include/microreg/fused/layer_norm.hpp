@@ -50,8 +50,10 @@ inline constexpr Rule native_layer_norm_backward_rule{
     .fits =
         [](const Call& call) {
           const at::Tensor x = call.tensor(1);
-          return x.numel() > 0 && call.tensor(3).scalar_type() == x.scalar_type() &&
-                 call.tensor(4).scalar_type() == x.scalar_type();
-        }};
+          const at::ScalarType type = wide_type(x.scalar_type());
+          return x.numel() > 0 && wide_type(call.tensor(3).scalar_type()) == type &&
+                 wide_type(call.tensor(4).scalar_type()) == type;
+        },
+    .halves = HalfTypes::widened};
 
 }  // namespace microreg::detail

@@ -37,7 +37,7 @@ void gather_channels_last(const at::Tensor& v, const at::Tensor& indices, at::Te
 /// v at the maxima of the last `dims` dimensions, differentiable.
 template <std::int64_t dims>
 at::Tensor take_maxima(const at::Tensor& v, const at::Tensor& indices) {
-  if (dims == 2 && !at::GradMode::is_enabled() && v.is_cpu() && indices.dim() == 4 &&
+  if (dims == 2 && !at::GradMode::is_enabled() && v.is_cpu() && has_kernels(v.scalar_type()) && indices.dim() == 4 &&
       indices.is_contiguous(at::MemoryFormat::ChannelsLast) && !indices.is_contiguous()) {  // one pixel is both
     const at::Tensor from = v.contiguous(at::MemoryFormat::ChannelsLast);
     at::Tensor out = at::empty_like(indices, v.options());

@@ -79,6 +79,8 @@ struct Rule {
   Tensors (*forward)(const Call& call) = nullptr;
   /// Only the first result has a derivative; the others are kept for it, as arguments behind those of the schema.
   bool keeps_results = false;
+  /// In which type the derivative is taken of half types. What it returns autograd rounds to the type of its input.
+  HalfTypes halves = HalfTypes::as_they_are;
 };
 
 /// A recorded call. Unlike torch::autograd::Function it has results that may be undefined, as those are that a mask did
@@ -103,8 +105,9 @@ class Recorded final : public torch::autograd::Node {
     set_next_edges(std::move(edges));
   }
 
-  torch::autograd::variable_list apply(torch::autograd::variable_list&& upstream) override {
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& incoming) override {
     const std::lock_guard lock(mutex_);
+    torch::autograd::variable_list upstream = std::move(incoming);
     if (std::none_of(upstream.begin(), upstream.end(), [](const at::Tensor& each) { return each.defined(); })) {
       return torch::autograd::variable_list(rule_.inputs.size());
     }
@@ -119,6 +122,12 @@ class Recorded final : public torch::autograd::Node {
     OutputMask needs{};
     for (std::size_t i = 0; i < rule_.inputs.size(); ++i) {
       needs[i] = task_should_compute_output(i);
+    }
+    if (rule_.halves == HalfTypes::widened) {
+      std::transform(upstream.begin(), upstream.end(), upstream.begin(), widened);
+      for (c10::IValue& argument : call.arguments) {
+        argument = argument.isTensor() ? c10::IValue(widened(argument.toTensor())) : argument;
+      }
     }
     return rule_.derivative(call, upstream, needs);
   }
@@ -170,7 +179,8 @@ class RuleKernel final : public c10::OperatorKernel {
     for (const std::size_t position : rule_.inputs) {
       inputs.push_back(call.tensor(position));
     }
-    if (!(graph ? should_fuse(inputs) : are_plain(inputs)) || (rule_.fits != nullptr && !rule_.fits(call))) {
+    if (!(graph ? should_fuse(inputs, rule_.halves) : are_plain(inputs, rule_.halves)) ||
+        (rule_.fits != nullptr && !rule_.fits(call))) {
       return operation.callBoxed(stack);
     }
     torch::jit::drop(*stack, static_cast<std::size_t>(count));

@@ -86,6 +86,7 @@ inline constexpr Rule softmax_backward_rule{
           const std::int64_t dim = call.arguments[2].toInt();
           return y.dim() > 0 && (dim == -1 || dim == y.dim() - 1) && y.is_cpu() && y.numel() > 0 &&
                  call.arguments[3].toScalarType() == y.scalar_type();
-        }};
+        },
+    .halves = HalfTypes::widened};
 
 }  // namespace microreg::detail

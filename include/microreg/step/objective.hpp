@@ -3,6 +3,7 @@
 #pragma once
 
 #include <microreg/any_penalty.hpp>
+#include <microreg/autocast.hpp>
 #include <microreg/batch.hpp>
 #include <microreg/detail/signature.hpp>
 #include <microreg/model.hpp>
@@ -121,6 +122,19 @@ LossValue call_loss(Loss& loss, Output& output, Target& target) {
   }
 }
 
+/// The Autocast that the options ask for, if they do, on the device of the parameters.
+class OptionalAutocast {
+ public:
+  OptionalAutocast(const std::optional<at::ScalarType>& type, c10::DeviceType device) {
+    if (type.has_value()) {
+      guard_.emplace(device, *type);
+    }
+  }
+
+ private:
+  std::optional<Autocast> guard_;
+};
+
 /// The objective of one Regularizer on batches of these types.
 template <class Input, class Target>
 class Objective {
@@ -144,16 +158,16 @@ class PassEvaluation final : public Evaluation {
  public:
   using Penalty = AnyPenalty<Input, Output, Target>;
 
-  PassEvaluation(const Penalty& penalty, const std::optional<at::Generator>& generator, Input input, Output output,
-                 Target target)
+  PassEvaluation(const Penalty& penalty, const RegularizerOptions& options, Input input, Output output, Target target)
       : penalty_(penalty),
-        generator_(generator),
+        options_(options),
         input_(std::move(input)),
         output_(std::move(output)),
         target_(std::move(target)) {}
 
   [[nodiscard]] std::vector<at::Tensor> probes(std::size_t term, Draws* draws) const override {
-    return penalty_.terms()[term].probes({input_, output_, target_, loss, generator_, draws});
+    const OptionalAutocast half(options_.autocast, loss.device().type());
+    return penalty_.terms()[term].probes({input_, output_, target_, loss, options_.generator, draws});
   }
 
   Output& output() noexcept { return output_; }
@@ -161,7 +175,7 @@ class PassEvaluation final : public Evaluation {
 
  private:
   const Penalty& penalty_;
-  const std::optional<at::Generator>& generator_;
+  const RegularizerOptions& options_;
   Input input_;
   Output output_;
   Target target_;
@@ -187,7 +201,7 @@ class TypedObjective final : public Objective<Input, Target> {
     if constexpr (is_tensor<Output>) {
       check_output(output);
     }
-    auto result = std::make_unique<PassEvaluation<Input, Output, Target>>(penalty_, options.generator, std::move(input),
+    auto result = std::make_unique<PassEvaluation<Input, Output, Target>>(penalty_, options, std::move(input),
                                                                           std::move(output), std::move(target));
     LossValue loss = call_loss(loss_, result->output(), result->target());
     result->loss = checked_loss(loss.value, options.reduction, size);
@@ -227,6 +241,10 @@ class ObjectiveOnBatch final : public MiniBatch {
       : objective_(objective), options_(options), input_(input), target_(target) {
     for (std::size_t i = 0; i < objective.terms(); ++i) {
       input_gradient_ = input_gradient_ || objective.term(i).by_input;
+    }
+    if (options.autocast.has_value()) {
+      const std::vector<NamedParameter> parameters = objective.parameters();
+      device_ = parameters.empty() ? device_ : parameters.front().tensor.device().type();
     }
   }
 
@@ -273,6 +291,7 @@ class ObjectiveOnBatch final : public MiniBatch {
         differentiable.push_back(tensor);
       });
     }
+    const OptionalAutocast half(options_.autocast, device_);
     auto result = objective_.evaluate(std::move(input), slice(target_, part.begin, part.size), part.size, options_);
     result->inputs = std::move(differentiable);
     return result;
@@ -284,6 +303,7 @@ class ObjectiveOnBatch final : public MiniBatch {
   const Input& input_;
   const Target& target_;
   bool input_gradient_ = false;
+  c10::DeviceType device_ = c10::kCPU;
 };
 
 }  // namespace detail

@@ -4,7 +4,9 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 
@@ -46,6 +48,8 @@ namespace microreg::detail {
 inline std::vector<at::Tensor> gradients(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& inputs,
                                          const std::vector<at::Tensor>& seeds, bool retain_graph, bool create_graph,
                                          std::string_view what) {
+  // In the types that the graph was made in, also where the user's Autocast is around the whole step.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   try {
     return torch::autograd::grad(outputs, inputs, seeds, retain_graph, create_graph, /*allow_unused=*/true);
   } catch (const std::exception& error) {
@@ -70,13 +74,11 @@ inline std::vector<at::Tensor> detached(std::vector<at::Tensor> tensors) {
   return tensors;
 }
 
-inline at::ScalarType accumulation_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
-
 /// || tensors ||^2 over all of them jointly, without a graph, a scalar on the device; half types add up in float32.
 inline at::Tensor squared_norm(const std::vector<at::Tensor>& tensors, const at::TensorOptions& scalar_options) {
   const at::NoGradGuard no_grad;
   const std::vector<at::Tensor> terms = defined(tensors);
-  const at::ScalarType type = accumulation_type(c10::typeMetaToScalarType(scalar_options.dtype()));
+  const at::ScalarType type = wide_type(c10::typeMetaToScalarType(scalar_options.dtype()));
   if (terms.empty()) {
     return at::zeros({}, scalar_options.dtype(type).requires_grad(false));
   }
@@ -98,7 +100,8 @@ inline at::Tensor owned(at::Tensor gradient) {
   return exclusive ? plain : plain.clone();
 }
 
-/// sums[i] += factor * terms[i], where either may be undefined (zero). Writes only to tensors in `sums`.
+/// sums[i] += factor * terms[i], where either may be undefined (zero). Writes only to tensors in `sums`, which are of
+/// float32 where the terms are of a half type: many small ones would stop counting there.
 inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> terms, double factor = 1.0) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> into;
@@ -107,6 +110,7 @@ inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> te
     if (!terms[i].defined()) {
       continue;
     }
+    terms[i] = widened(std::move(terms[i]));
     if (!sums[i].defined()) {
       sums[i] = factor == 1.0 ? owned(std::move(terms[i])) : terms[i] * factor;
     } else {
@@ -126,6 +130,7 @@ inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> te
     if (!terms[i].defined()) {
       continue;
     }
+    terms[i] = widened(std::move(terms[i]));
     const at::Tensor local = factor.to(terms[i].device(), terms[i].scalar_type());
     if (sums[i].defined()) {
       sums[i].addcmul_(terms[i], local);

@@ -1,0 +1,201 @@
+// Half types: the fused formulas on tensors of them, Autocast, parameters in them.
+#include "fused_helpers.hpp"
+#include "networks.hpp"
+
+#include <microreg/autocast.hpp>
+#include <microreg/microreg.hpp>
+
+#include <limits>
+
+using namespace helpers;
+
+namespace {
+
+double epsilon_of(torch::Dtype type) { return type == torch::kHalf ? 0x1p-10 : 0x1p-7; }
+
+/// An operation, the shapes of its inputs, and whether all but the first stay in float32, as weights under Autocast do.
+struct HalfCase {
+  std::string name;
+  Function function;
+  std::vector<std::vector<std::int64_t>> shapes;
+  bool mixed = false;
+};
+
+using Tensors = std::vector<torch::Tensor>;
+
+const std::vector<HalfCase> half_cases = {
+    {"convolution",
+     [](const Tensors& in) { return torch::conv2d(in[0], in[1], in[2], 1, 1); },
+     {{3, 4, 6, 6}, {5, 4, 3, 3}, {5}}},
+    {"strided pointwise convolution",
+     [](const Tensors& in) { return torch::conv2d(in[0], in[1], {}, 2); },
+     {{3, 4, 6, 6}, {5, 4, 1, 1}}},
+    {"batch_norm",
+     [](const Tensors& in) { return torch::batch_norm(in[0], in[1], in[2], {}, {}, true, 0.1, 1e-5, false); },
+     {{6, 4, 5, 5}, {4}, {4}}},
+    {"batch_norm, float32 weights",
+     [](const Tensors& in) { return torch::batch_norm(in[0], in[1], in[2], {}, {}, true, 0.1, 1e-5, false); },
+     {{6, 4, 5, 5}, {4}, {4}},
+     true},
+    {"layer_norm",
+     [](const Tensors& in) { return torch::layer_norm(in[0], {16}, in[1], in[2]); },
+     {{9, 16}, {16}, {16}}},
+    {"layer_norm, float32 weights",
+     [](const Tensors& in) { return torch::layer_norm(in[0], {16}, in[1], in[2]); },
+     {{9, 16}, {16}, {16}},
+     true},
+    {"group_norm",
+     [](const Tensors& in) { return torch::group_norm(in[0], 2, in[1], in[2]); },
+     {{3, 4, 5, 5}, {4}, {4}}},
+    {"softmax", [](const Tensors& in) { return torch::softmax(in[0], -1); }, {{5, 11}}},
+    {"gelu", [](const Tensors& in) { return torch::gelu(in[0]); }, {{5, 11}}},
+    {"relu", [](const Tensors& in) { return torch::relu(in[0]) * in[0]; }, {{5, 11}}},
+    {"max_pool2d", [](const Tensors& in) { return torch::max_pool2d(in[0], 2) * 1.5; }, {{2, 3, 6, 6}}},
+};
+
+/// All that a half type needs: the numbers drawn once, rounded to it, and kept in float64 for the reference.
+struct HalfProblem {
+  Tensors inputs, seeds;  // what comes in for the gradients of the inputs
+  torch::Tensor dy;
+  torch::Dtype type;
+  bool mixed;
+
+  HalfProblem(const HalfCase& of, torch::Dtype half) : type(half), mixed(of.mixed) {
+    torch::manual_seed(5);
+    const auto draw = [&](const std::vector<std::int64_t>& shape) {
+      return torch::randn(shape, torch::kFloat64).to(half).to(torch::kFloat64);
+    };
+    for (const auto& shape : of.shapes) {
+      inputs.push_back(draw(shape));
+      seeds.push_back(draw(shape));
+    }
+    dy = draw(of.function(inputs).sizes().vec());
+  }
+
+  [[nodiscard]] torch::Dtype type_of(std::size_t input, torch::Dtype asked) const {
+    return asked == type && mixed && input > 0 ? torch::kFloat32 : asked;
+  }
+
+  /// The derivatives of sum <gradient of input i, seed i> by dy and the inputs, all in one vector of float64.
+  [[nodiscard]] torch::Tensor double_backward(const Function& function, torch::Dtype in, bool fused,
+                                              bool* ours = nullptr) const {
+    const microreg::FusedScope scope(fused);
+    Tensors leaves, directions;
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      leaves.push_back(inputs[i].to(type_of(i, in)).detach().requires_grad_());
+      directions.push_back(seeds[i].to(type_of(i, in)));
+    }
+    const torch::Tensor upstream = dy.to(in).detach().requires_grad_();
+    const torch::Tensor result = function(leaves);
+    const auto first = torch::autograd::grad({result}, leaves, {upstream.to(result.scalar_type())}, true, true);
+    if (ours != nullptr) {
+      *ours = graph_has(first, "microreg");
+    }
+    Tensors by = leaves;
+    by.push_back(upstream);
+    const auto second = torch::autograd::grad(first, by, directions, false, false, true);
+    Tensors parts;
+    for (std::size_t i = 0; i < by.size(); ++i) {
+      if (second[i].defined()) {
+        CHECK(second[i].scalar_type() == by[i].scalar_type());
+      }
+      parts.push_back((second[i].defined() ? second[i] : torch::zeros_like(by[i])).to(torch::kFloat64).flatten());
+    }
+    return torch::cat(parts);
+  }
+};
+
+torch::Tensor exact_step(const torch::nn::Module& model, const std::function<void()>& step) {
+  clear_grad(model.parameters());
+  step();
+  return flat_grad(model.parameters());
+}
+
+}  // namespace
+
+TEST_CASE("fused formulas take half types, and are as accurate as LibTorch in them", "[half]") {
+  const auto type = GENERATE(torch::kBFloat16, torch::kHalf);
+  for (const HalfCase& of : half_cases) {
+    const HalfProblem problem(of, type);
+    const torch::Tensor exact = problem.double_backward(of.function, torch::kFloat64, false);
+    bool ours = false;
+    const double fused = relative_error(problem.double_backward(of.function, type, true, &ours), exact);
+    const double stock = relative_error(problem.double_backward(of.function, type, false), exact);
+    INFO(of.name << " in " << type << ": fused " << fused << ", LibTorch " << stock);
+    CHECK(ours);
+    CHECK(fused < std::max(1.1 * stock, epsilon_of(type)));
+  }
+}
+
+TEST_CASE("Autocast takes its state back, also nested and after an error", "[half]") {
+  const auto state = [] {
+    return std::make_pair(at::autocast::is_autocast_enabled(at::kCPU), at::autocast::get_autocast_dtype(at::kCPU));
+  };
+  const auto before = state();
+  try {
+    const microreg::Autocast outer(at::kCPU, at::kBFloat16);
+    CHECK(torch::matmul(torch::ones({2, 2}, at::kCPU), torch::ones({2, 2}, at::kCPU)).scalar_type() ==
+          torch::kBFloat16);
+    {
+      const microreg::Autocast inner(at::kCPU, at::kHalf);
+      CHECK(state().second == at::kHalf);
+    }
+    CHECK(state() == std::make_pair(true, at::kBFloat16));
+    throw std::runtime_error("in the middle");
+  } catch (const std::runtime_error&) {
+    CHECK(state() == before);
+  }
+  CHECK(has(message_of<microreg::OptionError>([] { const microreg::Autocast wrong(at::kCPU, at::kFloat); }),
+            {"Float", "BFloat16", "Half"}));
+  CHECK(state() == before);
+}
+
+TEST_CASE("a step under Autocast: by the option, around forward and loss, around all", "[half]") {
+  torch::manual_seed(4);
+  networks::Cnn model(networks::Norm::batch, networks::Activation::kinked);
+  const torch::Tensor x = torch::randn({8, 2, 6, 6});
+  const torch::Tensor y = torch::randint(networks::classes, {8});
+  const auto penalty = microreg::GradientNorm{} + 0.5 * microreg::AverageJacobian{};
+  const microreg::RegularizerOptions options{.strength = 0.1, .micro_batch_size = 4};
+  const auto device = test_device().type();
+  microreg::Report report;
+  const auto with = [&](const microreg::RegularizerOptions& chosen) {
+    microreg::Regularizer regularizer(model, cross_entropy, penalty, chosen);
+    report = regularizer.backward(x, y);
+  };
+  const torch::Tensor full = exact_step(*model, [&] { with(options); });
+  microreg::RegularizerOptions half = options;
+  half.autocast = torch::kBFloat16;
+  const torch::Tensor by_option = exact_step(*model, [&] { with(half); });
+  CHECK(relative_error(by_option, full) < 0.03);
+  CHECK(relative_error(by_option, full) > 1e-5);  // it did something
+  CHECK(report.penalties[0].value.scalar_type() == torch::kFloat32);
+
+  const torch::Tensor around_all = exact_step(*model, [&] {
+    const microreg::Autocast guard(device);
+    with(options);
+  });
+  CHECK(same_bits(around_all, by_option));
+
+  half.fused = false;
+  const torch::Tensor stock = exact_step(*model, [&] { with(half); });
+  CHECK(relative_error(by_option, stock) < 0.02);
+
+  CHECK(has(message_of<microreg::OptionError>([&] { with({.autocast = torch::kFloat64}); }), {"autocast", "Double"}));
+}
+
+TEST_CASE("gradients of parameters in half types add up in float32", "[half]") {
+  const auto type = GENERATE(torch::kBFloat16, torch::kHalf);
+  constexpr std::int64_t samples = 2048;
+  torch::Tensor w = torch::ones({3}, type).requires_grad_();
+  microreg::FunctionModel model{[&](const torch::Tensor& x) { return (x * w).sum(1); }, {w}};
+  microreg::Regularizer regularizer(model,
+                                    [](const torch::Tensor& output, const torch::Tensor&) { return output.mean(); },
+                                    microreg::GradientNorm{}, {.strength = 0.25, .micro_batch_size = 1});
+  const torch::Tensor x = torch::ones({samples, 3}, type);
+  const microreg::Report report = regularizer.backward(x, torch::zeros({samples}));
+  CHECK(w.grad().scalar_type() == type);
+  // The loss is linear: its gradient is 1 in each element, the penalty's 0.
+  CHECK(relative_error(w.grad(), torch::ones({3})) < epsilon_of(type));
+  CHECK(report.penalties[0].value.item<double>() == Approx(3.0).epsilon(1e-3));
+}
