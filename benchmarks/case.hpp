@@ -13,6 +13,8 @@ inline constexpr std::array<std::string_view, 2> layout_names{"nchw", "channels_
 inline constexpr std::array<std::string_view, 4> penalty_names{"gradient_norm", "fisher_trace", "average_jacobian",
                                                                "unit_jacobian"};
 
+inline constexpr std::array<std::string_view, 3> autocast_names{"float32", "bfloat16", "float16"};
+
 /// How the penalty is differentiated. make_penalised_step() gives each name its meaning.
 struct Estimator {
   std::string_view name;
@@ -34,6 +36,7 @@ struct Case {
   bool fused = true;
   double micro_batch_share = 1;
   std::string device = "cpu";
+  std::string autocast = "float32";  ///< the type of Autocast around plain and penalised steps; float32: none
 
   [[nodiscard]] std::int64_t batch_size() const { return batch > 0 ? batch : micro_batch; }
 };

@@ -42,6 +42,7 @@ Case Options::single_case() const {
   which.micro_batch_share = micro_batch_share;
   which.fused = fused != "off";
   which.device = device;
+  which.autocast = autocast;
   return which;
 }
 
@@ -55,6 +56,7 @@ std::vector<std::string> arguments_of(const Case& which) {
           "--penalty",     which.penalty,
           "--estimator",   which.estimator,
           "--device",      which.device,
+          "--autocast",    which.autocast,
           "--fused",       which.fused ? "on" : "off",
           "--batch",       fmt::format("{}", which.batch),
           "--share",       fmt::format("{}", which.micro_batch_share),
@@ -100,6 +102,9 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
       ->check(CLI::NonNegativeNumber)
       ->type_name("N");
   how->add_option("--device", options.device, "cpu, cuda or cuda:N")->type_name("NAME");
+  how->add_option("--autocast", options.autocast, "Mixed precision in forward passes, for plain and penalised steps")
+      ->check(CLI::IsMember(names_in(autocast_names, self)))
+      ->type_name("TYPE");
   how->add_flag("--tf32", options.tf32, "On CUDA: products and convolutions in TF32; else in full float32");
   how->add_option("--malloc", options.malloc,
                   "tuned: keep freed memory in the process; default: as the C library does; mapped: every large tensor "

@@ -25,6 +25,7 @@ struct Options {
 
   int threads = 0;  ///< 0: LibTorch's choice
   std::string device = "cpu";
+  std::string autocast = "float32";
   bool tf32 = false;  ///< on CUDA: round the operands of products and convolutions to TF32
   std::string malloc = "tuned";
   std::optional<int> rounds;

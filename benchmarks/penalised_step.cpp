@@ -3,6 +3,7 @@
 #include <microreg/microreg.hpp>
 
 #include <stdexcept>
+#include <utility>
 
 namespace overhead {
 
@@ -50,8 +51,10 @@ microreg::RegularizerOptions options_of(const Case& which) {
 }  // namespace
 
 PenalisedStep make_penalised_step(const Workload& workload, const Case& which) {
+  microreg::RegularizerOptions options = options_of(which);
+  options.autocast = workload.autocast;
   microreg::Regularizer regularizer(workload.model, torch::nn::CrossEntropyLoss(), penalty_called(which.penalty),
-                                    options_of(which));
+                                    std::move(options));
   return [workload, regularizer]() mutable {
     workload.model->zero_grad();
     return regularizer.backward(workload.images, workload.labels);

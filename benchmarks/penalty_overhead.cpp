@@ -26,6 +26,9 @@ void print_preamble(const Options& options, bool memory_kept) {
              options.device, torch::get_num_threads(), cores, processor_name(),
              memory_kept ? "kept in the process" : "as the C library does",
              load.has_value() ? fmt::format("{:.2f}", *load) : "unknown");
+  if (options.autocast != "float32") {
+    fmt::print("Forward passes under autocast in {}, plain and penalised alike\n", options.autocast);
+  }
   if (torch::Device(options.device).is_cuda()) {
     fmt::print("Products and convolutions in {}, cuDNN chooses its algorithms by trial\n",
                options.tf32 ? "TF32" : "full float32");

@@ -61,7 +61,8 @@ std::vector<Group> make_plan(const Options& options) {
                                              .layout = std::string(layout),
                                              .micro_batch = micro_batch,
                                              .penalty = std::string(penalty),
-                                             .device = options.device});
+                                             .device = options.device,
+                                             .autocast = options.autocast});
           if (!group.empty()) {
             plan.push_back(std::move(group));
           }

@@ -44,7 +44,7 @@ void write_objects(const std::string& file, const std::vector<AnyRow>& rows, int
     const Case& c = row.which;
     Json object{{"model", c.model},     {"layout", c.layout},       {"micro_batch", c.micro_batch},
                 {"penalty", c.penalty}, {"estimator", c.estimator}, {"fused", c.fused},
-                {"threads", threads},   {"device", c.device}};
+                {"threads", threads},   {"device", c.device},       {"autocast", c.autocast}};
     object.update(measured(row));
     array.push_back(std::move(object));
   }

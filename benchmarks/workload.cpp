@@ -1,10 +1,23 @@
 #include "workload.hpp"
 
+#include <microreg/autocast.hpp>
+
 #include <algorithm>
 #include <fstream>
 #include <stdexcept>
 
 namespace overhead {
+
+namespace {
+
+std::optional<at::ScalarType> half_type(const std::string& name) {
+  if (name == "float32") {
+    return std::nullopt;
+  }
+  return name == "bfloat16" ? at::kBFloat16 : at::kHalf;
+}
+
+}  // namespace
 
 Workload make_workload(const Case& which) {
   torch::manual_seed(1);
@@ -13,6 +26,7 @@ Workload make_workload(const Case& which) {
       .images = torch::randn({which.batch_size(), 3, 32, 32}),
       .labels = torch::randint(10, {which.batch_size()}, torch::kLong),
       .micro_batch = which.micro_batch,
+      .autocast = half_type(which.autocast),
   };
   const torch::Device device(which.device);
   workload.model->to(device);
@@ -35,8 +49,15 @@ torch::Tensor plain_step(const Workload& workload) {
   torch::Tensor total;
   for (std::int64_t begin = 0; begin < size; begin += workload.micro_batch) {
     const std::int64_t length = std::min(workload.micro_batch, size - begin);
-    const torch::Tensor output = workload.model->forward(workload.images.narrow(0, begin, length));
-    torch::Tensor loss = torch::cross_entropy_loss(output, workload.labels.narrow(0, begin, length));
+    torch::Tensor loss;
+    {
+      std::optional<microreg::Autocast> half;
+      if (workload.autocast.has_value()) {
+        half.emplace(workload.images.device().type(), *workload.autocast);
+      }
+      const torch::Tensor output = workload.model->forward(workload.images.narrow(0, begin, length));
+      loss = torch::cross_entropy_loss(output, workload.labels.narrow(0, begin, length));
+    }
     if (length < size) {
       loss = loss * (static_cast<double>(length) / static_cast<double>(size));
     }

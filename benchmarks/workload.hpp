@@ -5,6 +5,7 @@
 #include "case.hpp"
 #include "networks.hpp"
 
+#include <optional>
 #include <string>
 
 namespace overhead {
@@ -14,6 +15,7 @@ struct Workload {
   torch::Tensor images;
   torch::Tensor labels;
   std::int64_t micro_batch;
+  std::optional<at::ScalarType> autocast;
 };
 
 /// The network and the data of a case, drawn from a fixed seed, in its layout and on its device.
