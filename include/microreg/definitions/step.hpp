@@ -286,8 +286,9 @@ inline void add_loss_gradient(const at::Tensor& loss, double weight, const Param
   accumulate(sums, gradients({loss}, parameters.tensors, {}, retain_graph, /*create_graph=*/false, "the loss"), weight);
 }
 
-MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step) {
+MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof) {
   Step loop(batch, options, step);
+  Proof next_proof = proof;
   return loop.guarded([&] {
     const Parameters& parameters = loop.parameters();
     std::vector<at::Tensor> sums(parameters.tensors.size());
@@ -295,7 +296,7 @@ MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& opt
     std::optional<FiniteDifference> difference;
     if (const auto settings = difference_settings(options.estimator)) {
       require_plain_input(batch);
-      difference.emplace(*settings, parameters);
+      difference.emplace(*settings, parameters, next_proof, options.fused, options.check_finite == CheckFinite::always);
     }
     const FusedScope fused(options.fused && !difference.has_value());
     Report report =
@@ -328,7 +329,11 @@ MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& opt
         (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu())) {
       report.throw_if_not_finite();
     }
+    if (difference.has_value()) {
+      difference->finish();
+    }
     add_to_grad(parameters.tensors, sums);
+    proof = next_proof;
     return report;
   });
 }

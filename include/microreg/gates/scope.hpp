@@ -24,6 +24,9 @@
 /// (GateError): grid_sample with a grid that requires a gradient, renorm, embedding_bag's maximum, segment_reduce's
 /// extrema, a fused recurrent ReLU network, learnable quantisation, _foreach operations with a kink.
 ///
+/// Random numbers are held too: dropout, rand, randn, bernoulli, multinomial and whatever else draws gives in a replay
+/// what it gave in the first pass, and draws nothing, so that no generator has to be rewound.
+///
 /// Not seen: other threads, scripted graphs, a custom function's own backward, forward passes that run within a
 /// backward pass (checkpointing): see gates/unseen.hpp. Nor what runs without a graph on moved parameters, but for its
 /// decisions.
@@ -49,8 +52,8 @@ namespace detail {
 /// Makes a session this thread's while it lives, and the one before it afterwards.
 class GateScope {
  public:
-  GateScope(GateTape& tape, GateSession::Pass pass, Keep keep)
-      : registered_(register_once()), session_(tape, pass, keep), previous_(active_gate_session) {
+  GateScope(GateTape& tape, GateSession::Pass pass, Keep keep, Frozen frozen = Frozen::all)
+      : registered_(register_once()), session_(tape, pass, keep, frozen), previous_(active_gate_session) {
     active_gate_session = &session_;
   }
   GateScope(const GateScope&) = delete;
