@@ -59,6 +59,9 @@ inline void draw(Call& call) {
 }
 
 inline void draw_in_place(Call& call) {
+  if (!call.session.holds_draws()) {
+    return call.stock();
+  }
   if (!call.session.replays()) {
     call.stock();
     const StockKernels exclude;
@@ -79,6 +82,9 @@ inline void draw_in_place(Call& call) {
 
 /// dropout of the devices that have it as one operation: result and mask.
 inline void native_dropout(Call& call) {
+  if (!call.session.holds_draws()) {
+    return call.stock();
+  }
   const c10::IValue& train = call.in.values()[2];
   if (!train.isNone() && !train.toBool()) {
     return call.stock();
@@ -142,6 +148,9 @@ inline at::Tensor exchange_state(at::Generator generator, const std::optional<at
 }
 
 inline void draw_inside(Call& call) {
+  if (!call.session.holds_draws()) {
+    return call.stock();
+  }
   const auto dropout = call.in.find("dropout_p");
   if (dropout && call.in.number(*dropout) == 0) {
     return call.stock();

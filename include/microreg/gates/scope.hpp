@@ -24,8 +24,9 @@
 /// (GateError): grid_sample with a grid that requires a gradient, renorm, embedding_bag's maximum, segment_reduce's
 /// extrema, a fused recurrent ReLU network, learnable quantisation, _foreach operations with a kink.
 ///
-/// Random numbers are held too: dropout, rand, randn, bernoulli, multinomial and whatever else draws gives in a replay
-/// what it gave in the first pass, and draws nothing, so that no generator has to be rewound.
+/// Draws that choose (bernoulli, multinomial, poisson, rrelu's slopes) are decisions too. Dropout, rand and randn draw
+/// anew: put the generator back before a replay. An estimator does not, since other threads may draw from it: its own
+/// sessions hold whatever is drawn.
 ///
 /// Not seen: other threads, scripted graphs, a custom function's own backward, forward passes that run within a
 /// backward pass (checkpointing): see gates/unseen.hpp. Nor what runs without a graph on moved parameters, but for its
@@ -52,7 +53,7 @@ namespace detail {
 /// Makes a session this thread's while it lives, and the one before it afterwards.
 class GateScope {
  public:
-  GateScope(GateTape& tape, GateSession::Pass pass, Keep keep, Frozen frozen = Frozen::all)
+  GateScope(GateTape& tape, GateSession::Pass pass, Keep keep, Frozen frozen = Frozen::decisions)
       : registered_(register_once()), session_(tape, pass, keep, frozen), previous_(active_gate_session) {
     active_gate_session = &session_;
   }

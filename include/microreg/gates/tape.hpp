@@ -67,8 +67,9 @@ using Gates = std::vector<at::Tensor>;
 
 /// What a session records and replays.
 enum class Frozen {
-  all,    ///< decisions and draws
-  draws,  ///< random numbers alone; a tape with decisions may be replayed so too
+  all,        ///< decisions and draws
+  decisions,  ///< and draws that choose: bernoulli, multinomial, the slopes of rrelu
+  draws,      ///< random numbers alone; a tape with decisions may be replayed so too
 };
 
 inline std::string describe_operation(const char* operation, const std::vector<std::int64_t>& sizes) {
@@ -82,7 +83,7 @@ class GateSession {
  public:
   enum class Pass { record, replay };
 
-  GateSession(GateTape& tape, Pass pass, Keep keep, Frozen frozen = Frozen::all)
+  GateSession(GateTape& tape, Pass pass, Keep keep, Frozen frozen)
       : tape_(&tape), pass_(pass), keep_(keep), frozen_(frozen) {
     if (pass == Pass::record) {
       tape.clear();
@@ -90,7 +91,8 @@ class GateSession {
   }
 
   [[nodiscard]] bool replays() const noexcept { return pass_ == Pass::replay; }
-  [[nodiscard]] bool holds_decisions() const noexcept { return frozen_ == Frozen::all; }
+  [[nodiscard]] bool holds_decisions() const noexcept { return frozen_ != Frozen::draws; }
+  [[nodiscard]] bool holds_draws() const noexcept { return frozen_ != Frozen::decisions; }
 
   void record(GateTape::Entry entry) {
     for (const at::Tensor& gate : entry.gates) {
