@@ -157,7 +157,7 @@ TEST_CASE("differences: noise of one's own, and state outside of buffers, are re
         },
         [&](const Tensor& x) {  // a moving centre in a captured tensor
           const Tensor o = torch::tanh(x.matmul(s.a)).matmul(s.b);
-          state = 0.5 * state + 0.5 * o.detach().mean(0) + 0.1;
+          state = state + 0.1 * o.detach().mean(0) + 0.05;
           return o / (1 + state.square());
         }};
     for (const Forward& forward : kinds) {
@@ -204,13 +204,13 @@ TEST_CASE("differences: what is changed in place is named", "[difference_checks]
                  },
                  s.weights()},
                 entropy, s.x, s.y, {"[6, 16]", "forward pass", "project"});
-  // What LibTorch's counter does not see, the proof does.
-  check_refused({[&](const Tensor& x) {
-                   s.a.data().clamp_(-0.3, 0.3);
-                   return forward(x);
-                 },
-                 s.weights()},
-                entropy, s.x, s.y, {"off by"});
+  // What LibTorch's counter does not see, the gates do.
+  check_right({[&](const Tensor& x) {
+                 s.a.data().clamp_(-0.3, 0.3);
+                 return forward(x);
+               },
+               s.weights()},
+              entropy, s.x, s.y, 1e-5);
 }
 
 TEST_CASE("differences: an Embedding with max_norm is refused by name", "[difference_checks]") {
@@ -403,11 +403,12 @@ TEST_CASE("differences: the generator ends as after a plain step", "[difference_
 TEST_CASE("differences: the step adapts to the sensitivity that is there, or is refused", "[difference_checks]") {
   SECTION("float64 parameters over a float32 network") {
     const Setting s(torch::kFloat64, 64);
-    const Model model{
-        [&](const Tensor& x) {
-          return torch::tanh(x.to(torch::kFloat).matmul(s.a.to(torch::kFloat))).matmul(s.b.to(torch::kFloat));
-        },
-        s.weights()};
+    const Model model{[&](const Tensor& x) {
+                        return torch::tanh(x.to(torch::kFloat).matmul(s.a.to(torch::kFloat)))
+                            .matmul(s.b.to(torch::kFloat))
+                            .to(torch::kFloat64);
+                      },
+                      s.weights()};
     const Tensor right = by_hand(model, entropy, s.x, s.y);
     for (const auto& estimator : both) {
       Tensor found;

@@ -182,7 +182,7 @@ class FiniteDifference {
     bool due;                       // a proof is
     bool far = false;               // a displaced probe was not where it should be
     double loss_gradient_norm = 0;  // where a proof is due
-    std::string suspects = {};      // likewise
+    Suspects suspects = {};         // likewise
   };
 
   [[nodiscard]] Frozen frozen() const {
@@ -447,13 +447,8 @@ class FiniteDifference {
     double times = 1;
     const bool finite = std::isfinite(first.distance) && std::isfinite(first.norm);
     if (finite && !agrees(passes, first)) {
-      double longer = first.error();
-      for (const double other : {8., 64., 512., 4096., 32768., 0.125}) {
-        if (other > 1 && agrees(passes, best.comparison) && best.comparison.error() > longer) {
-          break;
-        }
+      for (const double other : {8., 64., 512., 4096., 32768.}) {
         Trial next = trial(other);
-        longer = other > 1 ? std::min(longer, next.comparison.error()) : longer;
         if (next.comparison.error() < best.comparison.error()) {
           best = std::move(next);
           times = other;
@@ -461,14 +456,25 @@ class FiniteDifference {
           break;
         }
       }
-      const bool agreed = agrees(passes, best.comparison) && settings_.step == 0;
+      // A shorter one may be right by chance here, and is an explanation only.
+      const bool agreed = agrees(passes, best.comparison) && settings_.step == 0 && passes.suspects.sentence.empty();
       if (!agreed && exact && far && proof_.given) {
         return accumulate(sums, *exact);  // lost in rounding here; another micro-batch has to prove it
       }
       if (!agreed) {
+        if (Trial shorter = trial(0.125); shorter.comparison.error() < 0.5 * best.comparison.error()) {
+          best = std::move(shorter);
+          times = 0.125;
+        }
         refuse(passes, first, best.comparison, times, exact.has_value());
       }
       proof_.factor *= times;
+    } else if (finite && passes.suspects.functions) {
+      // At the usual distance their kinks may lie out of reach, on this micro-batch.
+      const Comparison far_away = trial(is_fine() ? 1024 : 8).comparison;
+      if (!agrees(passes, far_away)) {
+        refuse(passes, far_away, far_away, 1, exact.has_value());
+      }
     }
     accumulate(sums, std::move(best.found));
     if (finite) {
@@ -507,6 +513,8 @@ class FiniteDifference {
     std::string why;
     if (settings_.gates == microreg::Gates::free) {
       why = "the gates are free, which makes another regularizer on a network with kinks: use Gates::frozen";
+    } else if (!passes.suspects.sentence.empty()) {
+      why = passes.suspects.sentence;
     } else if (best.error() < 0.5 * first.error() && times > 1) {
       why =
           text({"the displacement is lost in rounding (what is displaced is small, or the network computes in a "
@@ -516,8 +524,6 @@ class FiniteDifference {
     } else if (best.error() < 0.5 * first.error()) {
       why = text({"the displacement is too long for this network: one of ", times, " times the length is off by ",
                   in_percent(best.error()), "; choose a smaller .step"});
-    } else if (!passes.suspects.empty()) {
-      why = passes.suspects;
     } else {
       why =
           "something that double backward takes for a constant moves with the parameters, or the other way round: "

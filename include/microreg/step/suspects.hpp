@@ -16,14 +16,20 @@
 
 namespace microreg::detail {
 
+struct Suspects {
+  std::string sentence;    ///< empty if there are none
+  bool functions = false;  ///< some are functions of the user's own, which may have kinks that nobody sees
+};
+
 /// Functions of the user's own, hooks, and nodes that are older than the pass, which began at sequence number
-/// `beginning`. A sentence, empty if there is none of these.
-inline std::string suspects(const at::Tensor& loss, const Parameters& parameters, std::uint64_t beginning) {
+/// `beginning`.
+inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, std::uint64_t beginning) {
   using torch::autograd::Node;
   for (std::size_t i = 0; i < parameters.tensors.size(); ++i) {
     if (!torch::autograd::impl::hooks(parameters.tensors[i]).empty()) {
-      return text({"there is a hook on ", parameters.names[i],
-                   ", which a difference applies to each of its gradients: apply it to .grad after the step"});
+      return {text({"there is a hook on ", parameters.names[i],
+                    ", which a difference applies to each of its gradients: apply it to .grad after the step"}),
+              false};
     }
   }
   std::string function;
@@ -52,16 +58,18 @@ inline std::string suspects(const at::Tensor& loss, const Parameters& parameters
     }
   }
   if (!old.empty()) {
-    return text({"the graph has nodes that are older than the pass (", old,
-                 "): weights that were made from parameters once, outside of forward(), do not move with them; make "
-                 "them in each pass"});
+    return {text({"the graph has nodes that are older than the pass (", old,
+                  "): weights that were made from parameters once, outside of forward(), do not move with them; make "
+                  "them in each pass"}),
+            !function.empty()};
   }
   if (!function.empty()) {
-    return text({"there is a function of one's own, ", function,
-                 ", whose backward decides for itself, or is not the derivative of its forward"});
+    return {text({"there is a function of one's own, ", function,
+                  ", whose backward decides for itself, or is not the derivative of its forward"}),
+            true};
   }
   if (!hooked.empty()) {
-    return text({"there is a hook at ", hooked, ", which changes gradients"});
+    return {text({"there is a hook at ", hooked, ", which changes gradients"}), false};
   }
   return {};
 }
