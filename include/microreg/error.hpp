@@ -41,6 +41,13 @@ class GateError : public ModelError {
   using ModelError::ModelError;
 };
 
+/// A difference does not agree with exact double backward of the same micro-batch, or its passes do not repeat each
+/// other: the message says by how much, in which parameters, and why that may be.
+class DifferenceError : public ModelError {
+ public:
+  using ModelError::ModelError;
+};
+
 /// A loss, a penalty or a gradient is NaN or infinite.
 class NonFiniteError : public Error {
  public:

@@ -2,6 +2,7 @@
 /// The ways to differentiate a penalty, as options: one of them is the `estimator` of RegularizerOptions.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <variant>
 
@@ -26,6 +27,12 @@ enum class Gates {
 struct ForwardDifference {
   double step = 0;  ///< norm of the displacement e g; 0: chosen from the type and the norm of the parameters
   Gates gates = Gates::frozen;
+  /// The first penalised micro-batch, and one again after so many penalised steps, is differentiated by double backward
+  /// too and compared: DifferenceError if they disagree. Costs one exact micro-batch each time. 0: never.
+  std::int64_t check_every = 1000;
+  /// How far they may be apart, relative to the penalty's gradient; 0: chosen from the type of the parameters. With
+  /// Gates::free, another regularizer on networks with kinks, nothing is compared at 0.
+  double tolerance = 0;
 };
 
 /// The Hessian-vector product from two displaced gradients,
@@ -37,14 +44,18 @@ struct ForwardDifference {
 struct CentralDifference {
   double step = 0;  ///< norm of the displacement e g; 0: chosen from the type and the norm of the parameters
   Gates gates = Gates::frozen;
+  /// The first penalised micro-batch, and one again after so many penalised steps, is differentiated by double backward
+  /// too and compared: DifferenceError if they disagree. Costs one exact micro-batch each time. 0: never.
+  std::int64_t check_every = 1000;
+  /// How far they may be apart, relative to the penalty's gradient; 0: chosen from the type of the parameters. With
+  /// Gates::free, another regularizer on networks with kinks, nothing is compared at 0.
+  double tolerance = 0;
 };
-
-class Estimator;
-struct Parameters;
 
 namespace detail {
 class Differences;
-using MakeDifferences = std::unique_ptr<Differences>(const Estimator& estimator, const Parameters& parameters);
+struct DifferenceRequest;
+using MakeDifferences = std::unique_ptr<Differences>(const DifferenceRequest& request);
 MakeDifferences make_differences;
 }  // namespace detail
 

@@ -10,6 +10,7 @@
 #include <microreg/parameters.hpp>
 #include <microreg/penalty.hpp>
 #include <microreg/report.hpp>
+#include <microreg/step/mini_batch.hpp>
 #include <microreg/strength.hpp>
 
 #include <concepts>
@@ -130,6 +131,7 @@ class Penalised {
   AnyPenalty<> penalty_;
   RegularizerOptions options_;
   std::int64_t step_ = 0;
+  detail::Proof proof_;
 };
 
 }  // namespace microreg

@@ -114,7 +114,7 @@ class Regularizer {
     const auto objective = objective_;
     const RegularizerOptions options = options_;
     detail::ObjectiveOnBatch<Input, Target> batch(*objective, options, input, target);
-    Report report = detail::take_step(batch, options, step_);
+    Report report = detail::take_step(batch, options, step_, proof_);
     step_ += options.advance ? 1 : 0;
     return report;
   }
@@ -122,6 +122,7 @@ class Regularizer {
   std::shared_ptr<detail::Objective<Input, Target>> objective_;
   RegularizerOptions options_;
   std::int64_t step_ = 0;
+  detail::Proof proof_;
 };
 
 template <class M, class Loss, class PenaltyOrSum>

@@ -35,6 +35,14 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
             throw OptionError(text({"estimator.step is ", estimator.step,
                                     "; it must be a finite positive number, or 0 for an automatic choice"}));
           }
+          if (estimator.check_every < 0) {
+            throw OptionError(text({"estimator.check_every is ", estimator.check_every,
+                                    "; it must be a number of penalised steps, or 0 for no comparison with Exact"}));
+          }
+          if (!(is_finite(estimator.tolerance) && estimator.tolerance >= 0)) {
+            throw OptionError(text({"estimator.tolerance is ", estimator.tolerance,
+                                    "; it must be a finite positive number, or 0 for an automatic choice"}));
+          }
         }
       },
       options.estimator);

@@ -118,7 +118,7 @@ MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<Pass
   const AnyPenalty<> penalty = penalty_;
   const RegularizerOptions options = options_;
   detail::GivenPass batch(parameters, buffers, penalty, options, part, pass);
-  Report report = detail::take_step(batch, options, step_);
+  Report report = detail::take_step(batch, options, step_, proof_);
   step_ += options.advance && part.index + 1 == part.count ? 1 : 0;
   return report;
 }

@@ -287,8 +287,9 @@ inline void add_loss_gradient(const at::Tensor& loss, double weight, const Param
   accumulate(sums, gradients({loss}, parameters.tensors, {}, retain_graph, /*create_graph=*/false, "the loss"), weight);
 }
 
-MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step) {
+MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof) {
   Step loop(batch, options, step);
+  Proof next_proof = proof;
   return loop.guarded([&] {
     const Parameters& parameters = loop.parameters();
     std::vector<at::Tensor> sums(parameters.tensors.size());
@@ -296,7 +297,8 @@ MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& opt
     std::unique_ptr<Differences> difference;
     if (options.estimator.differences() != nullptr) {
       require_plain_input(batch);
-      difference = options.estimator.differences()(options.estimator, parameters);
+      difference = options.estimator.differences()(
+          {options.estimator, parameters, next_proof, options.fused, options.check_finite == CheckFinite::always});
     }
     const FusedScope fused(options.fused && difference == nullptr);
     Report report =
@@ -329,10 +331,14 @@ MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& opt
         (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu())) {
       report.throw_if_not_finite();
     }
+    if (difference != nullptr) {
+      difference->finish();
+    }
     for (std::size_t i = 0; i < sums.size(); ++i) {
       sums[i] = sums[i].defined() ? sums[i].to(parameters.tensors[i].scalar_type()) : sums[i];
     }
     add_to_grad(parameters.tensors, sums);
+    proof = next_proof;
     return report;
   });
 }

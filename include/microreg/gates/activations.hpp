@@ -28,17 +28,9 @@ inline at::Tensor replay_leaky(const at::Tensor& self, const at::Tensor& gate, c
   return at::leaky_relu_backward(self, gate.to(self.scalar_type()), slope, /*self_is_result=*/false);
 }
 
-/// In evaluation mode a leaky_relu. In training mode it draws the noise that the first pass drew if the generator is
-/// where it was then, and leaves it where the first pass left it: it draws for the elements that were not positive.
+/// In evaluation mode a leaky_relu; in training mode draws.hpp has it.
 inline Tensors replay_rrelu(const Arguments& in, const Gates& gates) {
-  const at::Tensor& self = in.tensor(0);
-  if (!in.flag(4)) {
-    return {replay_leaky(self, gates[0], (in.number(2) + in.number(3)) / 2)};
-  }
-  at::Tensor noise = in.tensor(1);
-  const at::Tensor sign = gates[0].gt(0).to(self.scalar_type()).mul_(2).sub_(1);
-  at::rrelu_with_noise(sign, noise, in.scalar(2), in.scalar(3), true, in.values()[5].toOptional<at::Generator>());
-  return {self * noise};
+  return {replay_leaky(in.tensor(0), gates[0], (in.number(2) + in.number(3)) / 2)};
 }
 
 /// self where `first` was strictly between two bounds, and what the first pass gave elsewhere.
@@ -61,6 +53,10 @@ inline Gates sign_of(const Arguments& in) { return {in.tensor(0).gt(0)}; }
 inline Gates sign_if_kept(const Arguments& in) { return {positive_gate(in)}; }
 inline Gates values(const Arguments& in) { return {value_gate(in)}; }
 
+inline constexpr Rule rrelu_rule = {
+    "rrelu_with_noise", "Tensor self, Tensor noise, Scalar lower, Scalar upper, bool training, Generator? generator",
+    sign_if_kept, nullptr, replay_rrelu};
+
 inline constexpr Rule activations[] = {
     {"relu", "Tensor self", nullptr,
      [](const Arguments&, const std::vector<c10::IValue>& results) {
@@ -71,8 +67,7 @@ inline constexpr Rule activations[] = {
      [](const Arguments& in, const Gates& gates) {
        return Tensors{replay_leaky(in.tensor(0), gates[0], in.scalar(1))};
      }},
-    {"rrelu_with_noise", "Tensor self, Tensor noise, Scalar lower, Scalar upper, bool training, Generator? generator",
-     sign_if_kept, nullptr, replay_rrelu},
+    rrelu_rule,
     {"_prelu_kernel", "Tensor self, Tensor weight", sign_if_kept, nullptr,
      [](const Arguments& in, const Gates& gates) {
        return Tensors{at::where(gates[0].gt(0), in.tensor(0), in.tensor(0) * in.tensor(1))};

@@ -64,7 +64,7 @@ inline constexpr const char* decisions[] = {"gt.Scalar",
 /// What leaves the tensors for the program. A second pass may do without, or read more.
 inline constexpr const char* readings[] = {"equal", "_local_scalar_dense"};
 
-/// The same, but LibTorch runs them in a second pass too, for their gradient of zeros or for what they draw.
+/// The same, but LibTorch runs them in a second pass too, for their gradient of zeros.
 inline constexpr const char* steps[] = {"sign",
                                         "sgn",
                                         "floor",
@@ -77,11 +77,7 @@ inline constexpr const char* steps[] = {"sign",
                                         "floor_divide",
                                         "floor_divide.Scalar",
                                         "div.Tensor_mode",
-                                        "div.Scalar_mode",
-                                        "bernoulli",
-                                        "multinomial",
-                                        "poisson",
-                                        "binomial"};
+                                        "div.Scalar_mode"};
 
 /// Values and indices over a dimension: a second pass gets the indices of the first, and the values there.
 inline constexpr const char* selections[] = {"max.dim", "min.dim",  "median.dim", "nanmedian.dim",

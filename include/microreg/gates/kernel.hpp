@@ -92,16 +92,22 @@ class Arguments {
   std::vector<c10::IValue> values_;
 };
 
-/// Whether forward passes on this thread belong to a session now.
+/// Whether random numbers that are drawn on this thread belong to a session now: also those that an operation draws
+/// inside, but not a backward pass's.
+inline bool draws_are_active() {
+  using c10::DispatchKey;
+  return active_gate_session != nullptr &&
+         !c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         torch::autograd::get_current_node() == nullptr;
+}
+
+/// Whether decisions of forward passes on this thread belong to a session now.
 ///
 /// Backward passes do not (their formulas call abs and clamp too), nor what operations that autograd differentiates as
 /// a whole call inside (logsumexp subtracts a maximum), nor anything under a functorch transform.
 inline bool gates_are_active() {
-  using c10::DispatchKey;
-  return active_gate_session != nullptr &&
-         !c10::impl::tls_is_dispatch_key_excluded(DispatchKey::AutogradFunctionality) &&
-         !c10::impl::tls_is_dispatch_key_included(DispatchKey::FuncTorchDynamicLayerFrontMode) &&
-         torch::autograd::get_current_node() == nullptr;
+  return draws_are_active() && active_gate_session->holds_decisions() &&
+         !c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradFunctionality);
 }
 
 /// Whether operations on these operands have gates: not on integers alone, and not with a forward-mode tangent or a
@@ -142,9 +148,9 @@ class Call {
     torch::jit::drop(stack_, in.values().size());
     stack_.insert(stack_.end(), std::make_move_iterator(results.begin()), std::make_move_iterator(results.end()));
   }
-  void record(Gates gates, bool may_be_left_out) {
+  void record(Gates gates, bool may_be_left_out, bool drawn = false) {
     const auto [node, number] = node_of(results().front());
-    session.record({in.operation(), in.sizes(), std::move(gates), {}, may_be_left_out, node, number});
+    session.record({in.operation(), in.sizes(), std::move(gates), {}, may_be_left_out, node, number, drawn});
   }
   Gates next() { return session.next(in.operation(), in.sizes()); }
 

@@ -11,6 +11,7 @@
 #include <microreg/gates/arithmetic.hpp>
 #include <microreg/gates/clamp.hpp>
 #include <microreg/gates/decisions.hpp>
+#include <microreg/gates/draws.hpp>
 #include <microreg/gates/extrema.hpp>
 #include <microreg/gates/losses.hpp>
 #include <microreg/gates/pooling.hpp>
@@ -31,12 +32,12 @@ namespace microreg::detail::gating {
 /// puts them there, so a kernel brings no template instances.
 class GateKernel final : public c10::OperatorKernel {
  public:
-  explicit GateKernel(std::function<void(Call&)> kernel) : kernel_(std::move(kernel)) {}
+  GateKernel(std::function<void(Call&)> kernel, bool draws) : kernel_(std::move(kernel)), draws_(draws) {}
 
   void operator()(const c10::OperatorHandle& operation, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
-    if (gates_are_active()) {
+    if (draws_ ? draws_are_active() : gates_are_active()) {
       Call call(operation, *stack, *active_gate_session);
-      if (has_gates(call.in)) {
+      if (draws_ || has_gates(call.in)) {
         return kernel_(call);
       }
     }
@@ -46,6 +47,7 @@ class GateKernel final : public c10::OperatorKernel {
 
  private:
   std::function<void(Call&)> kernel_;
+  bool draws_;
 };
 
 /// Registers the kernels, once per process: another shared object that includes this header finds them there. An
@@ -53,6 +55,7 @@ class GateKernel final : public c10::OperatorKernel {
 class Registration {
  public:
   Registration() {
+    add_draws();  // before the rule for rrelu, which draws in training mode
     add_rules(activations);
     add_rules(clamps);
     add_rules(extrema);
@@ -73,6 +76,27 @@ class Registration {
 
  private:
   using Kernel = std::function<void(Call&)>;
+
+  void add_draws() {
+    for (const char* operation : drawn_results) {
+      add_draw(operation, draw);
+    }
+    for (const char* operation : drawn_in_place) {
+      add_draw(operation, draw_in_place);
+    }
+    for (const char* operation : drawn_inside) {
+      add_draw(operation, draw_inside);
+    }
+    add_draw("native_dropout", native_dropout);
+    add_draw("rrelu_with_noise", rrelu);
+    add_draw("rrelu_with_noise_", rrelu);
+  }
+  /// What this LibTorch does not have is left out: the devices' own operations come and go.
+  void add_draw(std::string_view operation, const Kernel& kernel) {
+    const std::size_t dot = operation.find('.');
+    (void)add(std::string(operation.substr(0, dot)),
+              std::string(dot == std::string_view::npos ? "" : operation.substr(dot + 1)), nullptr, kernel, true);
+  }
 
   template <std::size_t N>
   void add_rules(const Rule (&rules)[N]) {
@@ -99,7 +123,8 @@ class Registration {
   }
 
   /// What kept an operation from being registered, or null.
-  const char* add(const std::string& name, const std::string& overload, const char* arguments, const Kernel& kernel) {
+  const char* add(const std::string& name, const std::string& overload, const char* arguments, const Kernel& kernel,
+                  bool draws = false) {
     const std::lock_guard lock(registration_mutex());
     register_fallthrough();
     const auto handle = c10::Dispatcher::singleton().findSchema({"aten::" + name, overload});
@@ -111,7 +136,7 @@ class Registration {
     }
     if (!handle->hasKernelForDispatchKey(interception_key)) {
       library_.impl((overload.empty() ? name : name + '.' + overload).c_str(),
-                    torch::CppFunction::makeFromBoxedFunctor(std::make_unique<GateKernel>(kernel)));
+                    torch::CppFunction::makeFromBoxedFunctor(std::make_unique<GateKernel>(kernel, draws)));
     }
     return nullptr;
   }

@@ -24,6 +24,10 @@
 /// (GateError): grid_sample with a grid that requires a gradient, renorm, embedding_bag's maximum, segment_reduce's
 /// extrema, a fused recurrent ReLU network, learnable quantisation, _foreach operations with a kink.
 ///
+/// Draws that choose (bernoulli, multinomial, poisson, rrelu's slopes) are decisions too. Dropout, rand and randn draw
+/// anew: put the generator back before a replay. An estimator does not, since other threads may draw from it: its own
+/// sessions hold whatever is drawn.
+///
 /// Not seen: other threads, scripted graphs, a custom function's own backward, forward passes that run within a
 /// backward pass (checkpointing): see gates/unseen.hpp. Nor what runs without a graph on moved parameters, but for its
 /// decisions.
@@ -49,8 +53,8 @@ namespace detail {
 /// Makes a session this thread's while it lives, and the one before it afterwards.
 class GateScope {
  public:
-  GateScope(GateTape& tape, GateSession::Pass pass, Keep keep)
-      : registered_(register_once()), session_(tape, pass, keep), previous_(active_gate_session) {
+  GateScope(GateTape& tape, GateSession::Pass pass, Keep keep, Frozen frozen = Frozen::decisions)
+      : registered_(register_once()), session_(tape, pass, keep, frozen), previous_(active_gate_session) {
     active_gate_session = &session_;
   }
   GateScope(const GateScope&) = delete;

@@ -21,7 +21,8 @@ class GateSession;
 }  // namespace detail
 
 /// The gates of one forward pass, in the order of its operations: which units of a ReLU were on, which element each
-/// max pooling took, what a comparison gave. Filled by RecordGates, read by ReplayGates.
+/// max pooling took, what a comparison gave, which random numbers were drawn. Filled by RecordGates, read by
+/// ReplayGates.
 ///
 /// A gate is the tensor that autograd keeps for the operation's own gradient if there is one (a ReLU's result, a
 /// clamp's input, a max pooling's indices), else a mask or a copy. A tape holds no autograd graph, but keeps these
@@ -36,6 +37,7 @@ class GateTape {
     bool may_be_left_out;                 ///< by a second pass: it decided nothing that carries a gradient
     const void* node;                     ///< of the operation in the autograd graph, or null; never dereferenced
     std::uint64_t sequence_number;        ///< of that node, since another may come to lie at its address
+    bool drawn = false;                   ///< random numbers, rather than a decision
   };
 
   GateTape() = default;
@@ -63,6 +65,13 @@ namespace detail {
 
 using Gates = std::vector<at::Tensor>;
 
+/// What a session records and replays.
+enum class Frozen {
+  all,        ///< decisions and draws
+  decisions,  ///< and draws that choose: bernoulli, multinomial, the slopes of rrelu
+  draws,      ///< random numbers alone; a tape with decisions may be replayed so too
+};
+
 inline std::string describe_operation(const char* operation, const std::vector<std::int64_t>& sizes) {
   std::ostringstream out;
   out << operation << " of a tensor of shape " << at::IntArrayRef(sizes);
@@ -74,13 +83,16 @@ class GateSession {
  public:
   enum class Pass { record, replay };
 
-  GateSession(GateTape& tape, Pass pass, Keep keep) : tape_(&tape), pass_(pass), keep_(keep) {
+  GateSession(GateTape& tape, Pass pass, Keep keep, Frozen frozen)
+      : tape_(&tape), pass_(pass), keep_(keep), frozen_(frozen) {
     if (pass == Pass::record) {
       tape.clear();
     }
   }
 
   [[nodiscard]] bool replays() const noexcept { return pass_ == Pass::replay; }
+  [[nodiscard]] bool holds_decisions() const noexcept { return frozen_ != Frozen::draws; }
+  [[nodiscard]] bool holds_draws() const noexcept { return frozen_ != Frozen::decisions; }
 
   void record(GateTape::Entry entry) {
     for (const at::Tensor& gate : entry.gates) {
@@ -112,7 +124,8 @@ class GateSession {
       }
     }
     ++position_;
-    return keep_ == Keep::yes ? entry.gates : std::exchange(entry.gates, {});
+    // Draws stay: they are small, and a pass at the first point needs them without the decisions.
+    return keep_ == Keep::yes || entry.drawn ? entry.gates : std::exchange(entry.gates, {});
   }
 
   /// The same for an operation that the first pass need not have had: nothing then.
@@ -124,7 +137,7 @@ class GateSession {
 
   void finish() const {
     for (std::size_t i = position_; i < tape_->entries_.size(); ++i) {
-      if (!tape_->entries_[i].may_be_left_out) {
+      if (!passes_over(tape_->entries_[i])) {
         throw GateError("the second pass does not repeat the first: it ended after " + std::to_string(i) + " of " +
                         std::to_string(tape_->entries_.size()) + " operations with gates, where the first had " +
                         describe(i) + advice);
@@ -145,6 +158,10 @@ class GateSession {
     return describe_operation(entry.operation, entry.sizes);
   }
 
+  [[nodiscard]] bool passes_over(const GateTape::Entry& entry) const {
+    return entry.may_be_left_out || (frozen_ == Frozen::draws && !entry.drawn);
+  }
+
   /// Moves on to the entry of this operation if only such lie between that a second pass may leave out.
   bool skip_to(const char* operation, const std::vector<std::int64_t>& sizes) {
     for (std::size_t i = position_; i < tape_->entries_.size(); ++i) {
@@ -153,7 +170,7 @@ class GateSession {
         position_ = i;
         return true;
       }
-      if (!entry.may_be_left_out) {
+      if (!passes_over(entry)) {
         break;
       }
     }
@@ -163,6 +180,7 @@ class GateSession {
   GateTape* tape_;
   Pass pass_;
   Keep keep_;
+  Frozen frozen_;
   std::size_t position_ = 0;
 };
 

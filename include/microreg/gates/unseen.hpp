@@ -11,6 +11,7 @@
 #include <microreg/gates/arithmetic.hpp>
 #include <microreg/gates/clamp.hpp>
 #include <microreg/gates/decisions.hpp>
+#include <microreg/gates/draws.hpp>
 #include <microreg/gates/extrema.hpp>
 #include <microreg/gates/losses.hpp>
 #include <microreg/gates/pooling.hpp>
@@ -65,6 +66,9 @@ inline std::set<std::string> kinked_stems() {
   for (const char* operation : selections) {
     result.insert(node_stem(operation));
   }
+  for (const char* operation : drawn_results) {
+    result.insert(node_stem(operation));
+  }
   for (const char* operation : steps) {
     if (!std::string_view(operation).starts_with("div")) {
       result.insert(node_stem(operation));
@@ -75,15 +79,18 @@ inline std::set<std::string> kinked_stems() {
 
 }  // namespace gating
 
-/// The nodes in the graph of `loss` that have a kink and are not on the tape, by name, each once. A scripted graph is
-/// one: its backward decides by itself. So are functions of the user's own if `functions` says so, since nobody knows
-/// what they decide.
-inline std::vector<std::string> unseen_kinks(const at::Tensor& loss, const GateTape& tape, bool functions = false) {
+/// The nodes in the graph of `loss` that have a kink and are not on one of the tapes, by name, each once. A scripted
+/// graph is one: its backward decides by itself. So are functions of the user's own if `functions` says so, since
+/// nobody knows what they decide.
+inline std::vector<std::string> unseen_kinks(const at::Tensor& loss, const std::vector<const GateTape*>& tapes,
+                                             bool functions = false) {
   using torch::autograd::Node;
   static const std::set<std::string> kinked = gating::kinked_stems();
   std::set<std::pair<const void*, std::uint64_t>> seen;
-  for (const GateTape::Entry& entry : tape.entries()) {
-    seen.emplace(entry.node, entry.sequence_number);
+  for (const GateTape* tape : tapes) {
+    for (const GateTape::Entry& entry : tape->entries()) {
+      seen.emplace(entry.node, entry.sequence_number);
+    }
   }
   std::set<std::string> result;
   std::set<const Node*> visited;
@@ -111,6 +118,10 @@ inline std::vector<std::string> unseen_kinks(const at::Tensor& loss, const GateT
     }
   }
   return {result.begin(), result.end()};
+}
+
+inline std::vector<std::string> unseen_kinks(const at::Tensor& loss, const GateTape& tape, bool functions = false) {
+  return unseen_kinks(loss, std::vector<const GateTape*>{&tape}, functions);
 }
 
 }  // namespace microreg::detail

@@ -2,7 +2,9 @@
 /// What a step knows of an estimator that differentiates by differences.
 #pragma once
 
+#include <microreg/estimator.hpp>
 #include <microreg/micro_batches.hpp>
+#include <microreg/parameters.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/snapshot.hpp>
@@ -11,6 +13,16 @@
 #include <vector>
 
 namespace microreg::detail {
+
+/// What a step asks for. `proof` is written to. `fused`: double backward, where it is needed, by the faster formulas.
+/// `may_read`: whether a device may be synchronised once a step.
+struct DifferenceRequest {
+  const Estimator& estimator;
+  const Parameters& parameters;
+  Proof& proof;
+  bool fused;
+  bool may_read;
+};
 
 /// Estimates the penalty's gradient by displaced passes, for all micro-batches of one step.
 class Differences {
@@ -25,6 +37,8 @@ class Differences {
   virtual std::vector<at::Tensor> operator()(MiniBatch& batch, const Part& part, const Weights& weights,
                                              const Snapshot& snapshot, std::vector<at::Tensor>& sums,
                                              const std::function<void(Evaluation&)>& keep) = 0;
+  /// To be called once, when all micro-batches are through.
+  virtual void finish() = 0;
 };
 
 }  // namespace microreg::detail

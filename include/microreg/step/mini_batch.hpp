@@ -65,8 +65,15 @@ class MiniBatch {
                                                              const std::vector<at::Tensor>& inputs) = 0;
 };
 
+/// What is remembered from step to step of the proofs of a difference.
+struct Proof {
+  bool given = false;      ///< once at least
+  std::int64_t since = 0;  ///< penalised steps since the last one
+  double factor = 1;       ///< of the automatic step, where the first choice was found too coarse or too fine
+};
+
 /// Adds the gradient of the objective on the mini-batch to `.grad`; the whole of Regularizer::backward.
-Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step);
+Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof);
 
 /// The whole of measure().
 Report measure_step(MiniBatch& batch, const RegularizerOptions& options);

@@ -74,11 +74,15 @@ class Snapshot {
   [[nodiscard]] Snapshot now() const { return {buffers_, generators_.now()}; }
 
   void restore() const {
+    restore_buffers();
+    generators_.restore();
+  }
+
+  void restore_buffers() const {
     const at::NoGradGuard no_grad;
     if (!buffers_.empty()) {
       at::_foreach_copy_(buffers_, copies_);
     }
-    generators_.restore();
   }
 
   [[nodiscard]] const GeneratorStates& generators() const noexcept { return generators_; }
