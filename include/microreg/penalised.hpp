@@ -15,6 +15,7 @@
 #include <concepts>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -23,6 +24,10 @@
 
 namespace microreg {
 
+namespace detail {
+struct SnapshotMemory;
+}
+
 /// The options of Penalised, each as in RegularizerOptions.
 struct PenalisedOptions {
   Strength strength = 1.0;
@@ -30,6 +35,8 @@ struct PenalisedOptions {
   Sampling sampling = {};
   ParameterSelection select = {};
   std::optional<at::Generator> generator = std::nullopt;
+  OtherLeaves other_leaves = OtherLeaves::refused;
+  NonFinite non_finite = NonFinite::error;  ///< skip_penalty needs the form of backward() that takes a closure
   CheckFinite check_finite = CheckFinite::on_cpu;
   bool fused = true;
   bool gradient_ratio = false;
@@ -106,6 +113,8 @@ class Penalised {
   [[nodiscard]] std::int64_t step() const noexcept { return step_; }
   void set_step(std::int64_t step) noexcept { step_ = step; }
   void advance() noexcept { ++step_; }
+  /// How many calls NonFinite::skip_step left out so far.
+  [[nodiscard]] std::int64_t skipped() const noexcept { return skipped_; }
 
  private:
   template <class Result>
@@ -129,7 +138,9 @@ class Penalised {
   std::function<std::vector<at::Tensor>()> buffers_;  // empty: not known
   AnyPenalty<> penalty_;
   RegularizerOptions options_;
+  std::shared_ptr<detail::SnapshotMemory> memory_;
   std::int64_t step_ = 0;
+  std::int64_t skipped_ = 0;
 };
 
 }  // namespace microreg
