@@ -135,11 +135,11 @@ TEST_CASE("other leaves are trained, refused or ignored", "[step options]") {
   CHECK(model->weight.grad().defined());
   CHECK_FALSE(encoder->weight.grad().defined());
   clear_grad(all);
-  microreg::Penalised refusing(model->parameters(), GradientNorm{});
+  microreg::Penalised refusing(model->parameters(), GradientNorm{}, {.other_leaves = OtherLeaves::refused});
   CHECK(has(message_of<ModelError>([&] { (void)refusing.backward(label_loss(model(encoded()), y)); }),
             {"no parameter", "other_leaves"}));
   CHECK_FALSE(model->weight.grad().defined());
-  microreg::Penalised some(model->parameters(), GradientNorm{}, {.other_leaves = ignoring});
+  microreg::Penalised some(model->parameters(), GradientNorm{});
   CHECK_NOTHROW((void)some.backward(label_loss(model(encoded()), y)));
   CHECK(has(message_of<OptionError>(
                 [&] { Regularizer bad(model, label_loss, GradientNorm{}, {.also_train = {torch::zeros({2})}}); }),
@@ -160,7 +160,7 @@ TEST_CASE("leaves that a pass makes for itself are not refused", "[step options]
                   {.micro_batch_size = 4, .fused = fused});
     CHECK_NOTHROW((void)r.backward(batch.input, batch.target));
   }
-  microreg::Penalised p(model->parameters(), GradientNorm{});
+  microreg::Penalised p(model->parameters(), GradientNorm{}, {.other_leaves = OtherLeaves::refused});
   CHECK_NOTHROW((void)p.backward([&] { return label_loss(forward(batch.input), batch.target); }));
 }
 

@@ -35,8 +35,8 @@ struct PenalisedOptions {
   Sampling sampling = {};
   ParameterSelection select = {};
   std::optional<at::Generator> generator = std::nullopt;
-  OtherLeaves other_leaves = OtherLeaves::refused;
-  NonFinite non_finite = NonFinite::error;  ///< skip_penalty needs the form of backward() that takes a closure
+  OtherLeaves other_leaves = OtherLeaves::ignored;  ///< the parameters are named here; `refused` finds forgotten ones
+  NonFinite non_finite = NonFinite::error;          ///< skip_penalty needs the form of backward() that takes a closure
   CheckFinite check_finite = CheckFinite::on_cpu;
   bool fused = true;
   bool gradient_ratio = false;
