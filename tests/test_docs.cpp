@@ -510,3 +510,17 @@ TEST_CASE("docs: grafting", "[docs]") {
   optimizer.step();
   CHECK(length_of_step(before) == Approx(0.1).epsilon(1e-4));
 }
+
+TEST_CASE("options.hpp, docs/concepts.md: a loss that says what it is a mean over", "[docs]") {
+  auto loss = [](const torch::Tensor& o, const torch::Tensor& y) {
+    return microreg::CountedLoss{torch::nll_loss(o, y, {}, at::Reduction::Sum, -100), (y != -100).sum()};
+  };
+  const torch::Tensor w = torch::randn({6, 3}, torch::requires_grad());
+  microreg::FunctionModel model{[&](const torch::Tensor& x) { return torch::log_softmax(x.matmul(w), 1); }, {w}};
+  torch::Tensor y = labels();
+  y.narrow(0, 0, 200).fill_(-100);
+  const torch::Tensor x = images();
+  microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{});
+  const auto report = regularizer.backward(x, y);
+  CHECK(number(report.loss) == Approx(number(torch::nll_loss(torch::log_softmax(x.matmul(w), 1), y))).epsilon(1e-5));
+}

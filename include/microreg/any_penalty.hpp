@@ -81,6 +81,9 @@ class AnyPenalty {
     }
     return penalty;
   }
+  [[nodiscard]] friend AnyPenalty operator*(AnyPenalty penalty, const Strength& factor) {
+    return factor * std::move(penalty);
+  }
 
   /// How many penalties it adds up.
   [[nodiscard]] std::size_t size() const noexcept { return terms_.size(); }

@@ -22,9 +22,11 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -53,8 +55,9 @@ struct OnHost : at::Tensor {
   OnHost(at::Tensor tensor) : at::Tensor(std::move(tensor)) {}  // NOLINT(google-explicit-constructor)
 };
 
-/// A list with one element a sample, a tensor of boxes for each image for instance. (The tensors in a plain
-/// std::vector are cut along their first dimension.)
+/// A list with one element a sample, a tensor of boxes for each image for instance, or a weight. (The tensors in a
+/// plain std::vector are cut along their first dimension; a plain std::vector of numbers goes along uncut, and is
+/// refused where it has one for each sample.)
 template <class T>
 struct PerSample : std::vector<T> {
   using std::vector<T>::vector;
@@ -91,6 +94,15 @@ template <class T>
 struct IsVector : std::false_type {};
 template <class T, class A>
 struct IsVector<std::vector<T, A>> : std::true_type {};
+/// A list of numbers, which is not looked into.
+template <class T>
+inline constexpr bool is_value_list = false;
+template <class T, class A>
+inline constexpr bool is_value_list<std::vector<T, A>> = is_plain_value<T>;
+template <class T>
+struct IsPerSample : std::false_type {};
+template <class T>
+struct IsPerSample<PerSample<T>> : std::true_type {};
 template <class T>
 struct IsOptional : std::false_type {};
 template <class T>
@@ -99,6 +111,22 @@ template <class T>
 struct IsMap : std::false_type {};
 template <class K, class V, class C, class A>
 struct IsMap<std::map<K, V, C, A>> : std::true_type {};
+
+/// A batch that holds its tensors itself: of a tuple or pair of references (std::tie), one of values.
+template <class T>
+struct OwnedBatch {
+  using type = T;
+};
+template <class T>
+using Owned = typename OwnedBatch<std::remove_cvref_t<T>>::type;
+template <class... T>
+struct OwnedBatch<std::tuple<T...>> {
+  using type = std::tuple<Owned<T>...>;
+};
+template <class A, class B>
+struct OwnedBatch<std::pair<A, B>> {
+  using type = std::pair<Owned<A>, Owned<B>>;
+};
 
 /// microreg_fields must tie, not copy: what is cut are the fields themselves.
 template <class Fields>
@@ -133,6 +161,30 @@ constexpr bool is_batch() {
   }
 }
 
+/// Whether `T` holds types of the user's own, with microreg_fields.
+template <class T>
+constexpr bool has_own_types();
+
+template <class T, std::size_t... I>
+constexpr bool any_element_has_own_types(std::index_sequence<I...>) {
+  return (has_own_types<std::remove_cvref_t<std::tuple_element_t<I, T>>>() || ...);
+}
+
+template <class T>
+constexpr bool has_own_types() {
+  if constexpr (is_tensor<T> || is_plain_value<T> || HasSlices<T>) {
+    return false;
+  } else if constexpr (HasFields<T>) {
+    return true;
+  } else if constexpr (IsVector<T>::value || IsOptional<T>::value) {
+    return has_own_types<typename T::value_type>();
+  } else if constexpr (IsMap<T>::value) {
+    return has_own_types<typename T::mapped_type>();
+  } else {
+    return any_element_has_own_types<T>(std::make_index_sequence<std::tuple_size_v<T>>{});
+  }
+}
+
 template <class From, class To, std::size_t... I>
 constexpr bool all_keep_cut(std::index_sequence<I...>);
 
@@ -149,7 +201,8 @@ constexpr bool keeps_cut() {
   } else if constexpr (IsOptional<From>::value && IsOptional<To>::value) {
     return keeps_cut<typename From::value_type, typename To::value_type>();
   } else if constexpr (TupleLike<From> && TupleLike<To>) {
-    return all_keep_cut<From, To>(std::make_index_sequence<std::tuple_size_v<From>>{});
+    return std::tuple_size_v<From> == std::tuple_size_v<To> &&
+           all_keep_cut<From, To>(std::make_index_sequence<std::tuple_size_v<From>>{});
   } else {
     return true;
   }
@@ -157,7 +210,9 @@ constexpr bool keeps_cut() {
 
 template <class From, class To, std::size_t... I>
 constexpr bool all_keep_cut(std::index_sequence<I...>) {
-  return (keeps_cut<std::tuple_element_t<I, From>, std::tuple_element_t<I, To>>() && ...);
+  return (keeps_cut<std::remove_cvref_t<std::tuple_element_t<I, From>>,
+                    std::remove_cvref_t<std::tuple_element_t<I, To>>>() &&
+          ...);
 }
 
 /// Calls `visit(part, path)` for every tensor and everything with microreg_slice in `batch`; `path` reads like
@@ -170,9 +225,9 @@ void for_each_part(Batch& batch, const std::string& path, const Visit& visit) {
                    visit),
      ...);
   };
-  if constexpr (is_tensor<Batch> || HasSlices<Batch>) {
+  if constexpr (is_tensor<Batch> || HasSlices<Batch> || is_value_list<std::remove_const_t<Batch>>) {
     visit(batch, path);
-  } else if constexpr (is_plain_value<Batch>) {
+  } else if constexpr (is_plain_value<std::remove_const_t<Batch>>) {
     // Nothing to visit.
   } else if constexpr (HasFields<Batch>) {
     auto fields = microreg_fields(batch);
@@ -194,12 +249,18 @@ void for_each_part(Batch& batch, const std::string& path, const Visit& visit) {
   }
 }
 
-/// Calls `visit(tensor, path)` for every tensor in `batch`.
+/// Calls `visit(tensor, path)` for every tensor in `batch`, also for those in lists of one element a sample.
 template <class Batch, class Visit>
 void for_each_tensor(Batch& batch, const std::string& path, const Visit& visit) {
   for_each_part(batch, path, [&]<class Part>(Part& part, const std::string& where) {
     if constexpr (is_tensor<Part>) {
       visit(part, where);
+    } else if constexpr (IsPerSample<std::remove_const_t<Part>>::value) {
+      if constexpr (is_batch<typename Part::value_type>() && !is_plain_value<typename Part::value_type>) {
+        for (std::size_t i = 0; i < part.size(); ++i) {
+          for_each_tensor(part[i], text({where, "[", i, "]"}), visit);
+        }
+      }
     }
   });
 }
@@ -213,6 +274,11 @@ class SampleCounter {
   void add(const Along<Dimension>& tensor, const std::string& path) {
     add(tensor, path, Dimension);
   }
+  template <class T>
+    requires is_value_list<T>
+  void add(const T& values, const std::string& path) {
+    note_values(values.size(), path);
+  }
   template <HasSlices T>
   void add(const T& part, const std::string& path) {
     add(static_cast<std::int64_t>(microreg_size(part)), path, "");
@@ -225,16 +291,23 @@ class SampleCounter {
   void add(const at::Tensor& tensor, const std::string& path, std::int64_t dimension);
   void add(std::int64_t samples, const std::string& path, const std::string& shape);
 
+  void note_values(std::size_t values, const std::string& path);
+
   std::int64_t count_ = -1;
   std::string first_;
+  std::vector<std::pair<std::int64_t, std::string>> values_;
 };
 
 inline void cut(Whole& /*tensor*/, std::int64_t /*begin*/, std::int64_t /*length*/) {}
 void cut(at::Tensor& tensor, std::int64_t begin, std::int64_t length, std::int64_t dimension = 0);
+[[noreturn]] void throw_shared_fields(const std::string& path);
 template <std::int64_t Dimension>
 void cut(Along<Dimension>& tensor, std::int64_t begin, std::int64_t length) {
   cut(tensor, begin, length, Dimension);
 }
+template <class T>
+  requires is_value_list<T>
+void cut(T& /*values*/, std::int64_t /*begin*/, std::int64_t /*length*/) {}
 template <HasSlices T>
 void cut(T& part, std::int64_t begin, std::int64_t length) {
   part = microreg_slice(part, begin, length);
@@ -251,15 +324,30 @@ concept Batch = detail::is_batch<std::remove_cvref_t<T>>();
 template <Batch B>
 [[nodiscard]] std::int64_t sample_count(const B& batch, const std::string& name = "batch") {
   detail::SampleCounter counter;
-  B handles = batch;  // Fields are visited through non-const references; tensors are handles, so this copies no data.
+  detail::Owned<B> handles = batch;  // Fields are visited through non-const references; tensors are handles.
   detail::for_each_part(handles, name, [&](const auto& part, const std::string& path) { counter.add(part, path); });
   return counter.count(name);
 }
 
-/// The samples [begin, begin + length) of `batch`, as views: no data is copied.
+/// The samples [begin, begin + length) of `batch`, as views: no data is copied. Of a tuple of references (std::tie) it
+/// makes one of values. Throws BatchError for a type whose copies share their fields with the original, which cutting
+/// would change.
 template <Batch B>
-[[nodiscard]] B slice(const B& batch, std::int64_t begin, std::int64_t length) {
-  B part = batch;
+[[nodiscard]] detail::Owned<B> slice(const B& batch, std::int64_t begin, std::int64_t length) {
+  detail::Owned<B> part = batch;
+  if constexpr (detail::has_own_types<detail::Owned<B>>()) {
+    std::vector<const void*> originals;
+    // Fields are tied through non-const references; nothing is written.
+    detail::for_each_part(const_cast<B&>(batch), "batch", [&](auto& field, const std::string& /*path*/) {
+      originals.push_back(static_cast<const void*>(std::addressof(field)));
+    });
+    detail::for_each_part(part, "batch", [&](auto& field, const std::string& path) {
+      if (std::find(originals.begin(), originals.end(), static_cast<const void*>(std::addressof(field))) !=
+          originals.end()) {
+        detail::throw_shared_fields(path);
+      }
+    });
+  }
   detail::for_each_part(part, "batch",
                         [&](auto& tensor, const std::string& /*path*/) { detail::cut(tensor, begin, length); });
   return part;

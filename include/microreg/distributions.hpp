@@ -12,6 +12,7 @@
 #include <microreg/error.hpp>
 
 #include <concepts>
+#include <cstdint>
 #include <optional>
 #include <type_traits>
 #include <utility>
@@ -35,27 +36,29 @@ inline at::Tensor event_sum(const at::Tensor& per_component) {
 }
 }  // namespace detail
 
-/// Class labels from logits [M, C, ...] by softmax over dimension 1.
+/// Class labels from logits [M, C, ...] by softmax over dimension 1, or over `.class_dimension`: -1 for [M, T, C].
 struct Categorical {
+  std::int64_t class_dimension = 1;  ///< where the classes lie; negative: counted from the end
+
   /// Labels [M, ...] in int64. Drawn by the Gumbel-max rule: at::multinomial would synchronise a CUDA device to check
   /// its input.
-  [[nodiscard]] at::Tensor sample(const at::Tensor& logits, const std::optional<at::Generator>& generator) const {
-    check(logits);
+  [[nodiscard]] at::Tensor sample(const at::Tensor& output, const std::optional<at::Generator>& generator) const {
+    const at::Tensor logits = checked(output);
     const at::NoGradGuard no_grad;
     const at::ScalarType type = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     const at::Tensor scores = logits.detach().to(type);
     return (scores - at::empty_like(scores).exponential_(1.0, generator).log_()).argmax(1);
   }
   [[nodiscard]] at::Tensor negative_log_likelihood(const at::Tensor& logits, const at::Tensor& labels) const {
-    return at::cross_entropy_loss(logits, labels);
+    return at::cross_entropy_loss(checked(logits), labels);
   }
   /// One scalar for each of N samples and C classes, sqrt(p) / N * -log p with the factor sqrt(p) / N held constant:
   /// `hold(make)` returns what `make()` does, the same in every pass over a micro-batch. The sum of their squared
   /// gradient norms is the expectation over labels of the squared norm of the gradient of the mean negative
   /// log-likelihood: the scores of independent labels have mean zero, so only the terms of one sample stay.
   template <class Hold>
-  [[nodiscard]] std::vector<at::Tensor> expected_probes(const at::Tensor& logits, const Hold& hold) const {
-    check(logits);
+  [[nodiscard]] std::vector<at::Tensor> expected_probes(const at::Tensor& output, const Hold& hold) const {
+    const at::Tensor logits = checked(output);
     const at::Tensor log_p = at::log_softmax(logits, 1);
     const double samples = static_cast<double>(logits.numel()) / static_cast<double>(logits.size(1));
     const at::Tensor factor = hold([&] {
@@ -65,12 +68,38 @@ struct Categorical {
     return (log_p * factor).neg().flatten().unbind();
   }
 
- private:
-  static void check(const at::Tensor& logits) {
-    if (logits.dim() < 2) {
-      throw ModelError(detail::text({"Categorical needs logits of shape [M, C, ...], got ", logits.sizes(),
-                                     "; for one logit a sample use Bernoulli"}));
+  /// Throws ModelError where integer targets have the shape of the output without its last dimension, and not that
+  /// without the classes': the classes lie last then.
+  void check_target(const at::Tensor& output, const at::Tensor& target) const {
+    if (output.dim() < 3 || !target.defined() || target.dim() + 1 != output.dim() ||
+        !at::isIntegralType(target.scalar_type(), /*includeBool=*/false)) {
+      return;
     }
+    const std::int64_t classes = class_dimension < 0 ? class_dimension + output.dim() : class_dimension;
+    const auto without = [&](std::int64_t dimension) {
+      std::vector<std::int64_t> sizes = output.sizes().vec();
+      sizes.erase(sizes.begin() + dimension);
+      return sizes;
+    };
+    const std::int64_t last = output.dim() - 1;
+    if (classes > 0 && classes < last && target.sizes() != without(classes) && target.sizes() == without(last)) {
+      throw ModelError(detail::text({"Categorical reads dimension ", class_dimension, " of the output ", output.sizes(),
+                                     " as the classes, but the target has shape ", target.sizes(),
+                                     ", so that they seem to lie last: say FisherTrace{Categorical{.class_dimension = "
+                                     "-1}}"}));
+    }
+  }
+
+ private:
+  /// The logits as [M, C, ...].
+  [[nodiscard]] at::Tensor checked(const at::Tensor& logits) const {
+    if (logits.dim() < 2 || class_dimension == 0 || class_dimension >= logits.dim() ||
+        class_dimension <= -logits.dim()) {
+      throw ModelError(
+          detail::text({"Categorical needs logits of shape [M, C, ...], got ", logits.sizes(),
+                        " with classes along dimension ", class_dimension, "; for one logit a sample use Bernoulli"}));
+    }
+    return class_dimension == 1 ? logits : logits.movedim(class_dimension, 1);
   }
 };
 

@@ -26,10 +26,14 @@ namespace microreg {
 template <class M, class Loss, class PenaltyOrSum, class Input, class Target>
 [[nodiscard]] Report measure(M&& model, Loss loss, PenaltyOrSum penalty, const Input& input, const Target& target,
                              MeasureOptions options = {}) {
+  using Inputs = detail::Owned<Input>;  // of std::tie, a tuple of values
+  using Targets = detail::Owned<Target>;
   const auto objective =
-      detail::make_objective<Input, Target>(std::forward<M>(model), std::move(loss), std::move(penalty));
+      detail::make_objective<Inputs, Targets>(std::forward<M>(model), std::move(loss), std::move(penalty));
   const RegularizerOptions as_in_a_step = detail::options_of(std::move(options));
-  detail::ObjectiveOnBatch<Input, Target> batch(*objective, as_in_a_step, input, target);
+  const Inputs& inputs = input;
+  const Targets& targets = target;
+  detail::ObjectiveOnBatch<Inputs, Targets> batch(*objective, as_in_a_step, inputs, targets);
   return detail::measure_step(batch, as_in_a_step);
 }
 

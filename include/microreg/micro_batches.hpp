@@ -19,6 +19,14 @@ enum class Weighting {
   reference,  ///< 1 / ceil(|B| / |M|), as in the authors' code, where a short micro-batch gets full weight.
 };
 
+/// What becomes of a last micro-batch that is shorter than the others. Over one sample alone batch normalisation fails,
+/// and over a few it is another network than the one that plain training knows.
+enum class ShortLast {
+  kept,     ///< it is one of its own
+  merged,   ///< its samples join the one before
+  dropped,  ///< its samples are left out of this step
+};
+
 /// Which micro-batch of its mini-batch one is, and how much it counts.
 struct Part {
   std::int64_t index = 0;  ///< counted from 0
@@ -28,19 +36,27 @@ struct Part {
   double weight = 1;       ///< weight(M); all of them add up to 1
 };
 
-/// The cut of `samples` samples into micro-batches of at most `micro_batch_size`, the last one possibly shorter.
+/// The cut of `samples` samples into micro-batches of at most `micro_batch_size` (more for the last one, if a short one
+/// is merged), the last one possibly shorter. Fewer samples than that are one micro-batch.
 class MicroBatches {
  public:
-  MicroBatches(std::int64_t samples, std::int64_t micro_batch_size, Weighting weighting) noexcept
-      : samples_(samples), micro_batch_size_(micro_batch_size), weighting_(weighting) {}
-
-  [[nodiscard]] std::int64_t count() const noexcept {
-    return samples_ == 0 ? 0 : (samples_ - 1) / micro_batch_size_ + 1;
+  MicroBatches(std::int64_t samples, std::int64_t micro_batch_size, Weighting weighting,
+               ShortLast short_last = ShortLast::kept) noexcept
+      : samples_(samples), micro_batch_size_(std::min(micro_batch_size, samples)), weighting_(weighting) {
+    if (samples == 0) {
+      return;
+    }
+    const std::int64_t whole = samples / micro_batch_size_;
+    count_ = whole + (short_last == ShortLast::kept && samples % micro_batch_size_ != 0 ? 1 : 0);
+    samples_ = short_last == ShortLast::dropped ? whole * micro_batch_size_ : samples;
   }
+
+  [[nodiscard]] std::int64_t count() const noexcept { return count_; }
+  /// Those in all micro-batches together.
   [[nodiscard]] std::int64_t samples() const noexcept { return samples_; }
   [[nodiscard]] std::int64_t begin(std::int64_t index) const noexcept { return index * micro_batch_size_; }
   [[nodiscard]] std::int64_t size(std::int64_t index) const noexcept {
-    return std::min(micro_batch_size_, samples_ - begin(index));
+    return index + 1 == count_ ? samples_ - begin(index) : micro_batch_size_;
   }
   /// Micro-batch `index` with all of that.
   [[nodiscard]] Part part(std::int64_t index) const noexcept {
@@ -56,6 +72,7 @@ class MicroBatches {
   std::int64_t samples_;
   std::int64_t micro_batch_size_;
   Weighting weighting_;
+  std::int64_t count_ = 0;
 };
 
 /// Micro-batches of batches that are cut alike, each as {Part, slice of the first, slice of the second, ...}, for a
@@ -107,12 +124,13 @@ class MicroBatchRange {
 ///
 /// Throws OptionError for a size below 1, BatchError where the batches are empty or differ in samples.
 template <Batch First, Batch... More>
-[[nodiscard]] MicroBatchRange<First, More...> micro_batches(std::int64_t micro_batch_size, const First& first,
-                                                            const More&... more) {
+[[nodiscard]] MicroBatchRange<detail::Owned<First>, detail::Owned<More>...> micro_batches(std::int64_t micro_batch_size,
+                                                                                          const First& first,
+                                                                                          const More&... more) {
   if (micro_batch_size < 1) {
     throw OptionError(detail::text({"micro_batch_size is ", micro_batch_size, "; it must be at least 1"}));
   }
-  const std::int64_t samples = sample_count(std::tuple<First, More...>(first, more...));
+  const std::int64_t samples = sample_count(std::tuple<detail::Owned<First>, detail::Owned<More>...>(first, more...));
   if (samples == 0) {
     throw BatchError("the mini-batch is empty; skip empty batches in the data loader");
   }

@@ -3,6 +3,7 @@
 /// reference to a `torch::nn::Module` subclass, `AnyModule`, `torch::jit::Module`, or a FunctionModel.
 #pragma once
 
+#include <c10/util/Exception.h>
 #include <torch/csrc/jit/api/module.h>
 #include <torch/nn/module.h>
 #include <torch/nn/modules/container/any.h>
@@ -15,6 +16,7 @@
 
 #include <memory>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -131,7 +133,15 @@ class AnyModuleHandle {
   at::Tensor forward(Input& input) {
     // AnyModule compares argument types exactly: a tensor must be passed as a Tensor, not as a const Tensor&.
     if constexpr (TupleLike<Input>) {
-      return std::apply([this](auto... arguments) { return module_.forward(std::move(arguments)...); }, input);
+      try {
+        return std::apply([this](auto... arguments) { return module_.forward(std::move(arguments)...); }, input);
+      } catch (const c10::Error& error) {
+        // Said before the module is called: it takes the tuple itself.
+        if (std::string_view(error.what()).find("expects 1 argument(s), but received") == std::string_view::npos) {
+          throw;
+        }
+        return module_.forward(Input(input));
+      }
     } else {
       return module_.forward(Input(input));
     }
@@ -143,6 +153,39 @@ class AnyModuleHandle {
   torch::nn::AnyModule module_;
 };
 
+/// A batch as a value of TorchScript: tensors, numbers, strings, and lists, dictionaries, tuples and optionals of
+/// those.
+template <class T>
+c10::IValue as_script_value(const T& value) {
+  if constexpr (is_tensor<T>) {
+    return at::Tensor(value);
+  } else if constexpr (IsMap<T>::value) {
+    static_assert(is_tensor<typename T::mapped_type> && std::is_constructible_v<c10::IValue, typename T::key_type>,
+                  "microreg: a scripted model takes maps from strings or integers to tensors");
+    c10::Dict<typename T::key_type, at::Tensor> result;
+    for (const auto& [key, tensor] : value) {
+      result.insert(key, tensor);
+    }
+    return result;
+  } else if constexpr (IsVector<T>::value && is_tensor<typename T::value_type>) {
+    return c10::List<at::Tensor>(std::vector<at::Tensor>(value.begin(), value.end()));
+  } else if constexpr (IsOptional<T>::value) {
+    return value.has_value() ? as_script_value(*value) : c10::IValue();
+  } else if constexpr (TupleLike<T>) {
+    return std::apply(
+        [](const auto&... element) {
+          return c10::IValue(c10::ivalue::Tuple::create(std::vector<c10::IValue>{as_script_value(element)...}));
+        },
+        value);
+  } else if constexpr (std::is_constructible_v<c10::IValue, const T&>) {
+    return c10::IValue(value);
+  } else {
+    static_assert(std::is_constructible_v<c10::IValue, const T&>,
+                  "microreg: a scripted model cannot take this part of the batch: it takes tensors, numbers, strings, "
+                  "and std::vector, std::map, std::tuple and std::optional of them; wrap it in a FunctionModel");
+  }
+}
+
 class ScriptHandle {
  public:
   explicit ScriptHandle(torch::jit::Module module) : module_(std::move(module)) {}
@@ -151,9 +194,9 @@ class ScriptHandle {
   at::Tensor forward(Input& input) {
     std::vector<c10::IValue> arguments;
     if constexpr (TupleLike<Input>) {
-      std::apply([&](const auto&... argument) { (arguments.emplace_back(argument), ...); }, input);
+      std::apply([&](const auto&... argument) { (arguments.push_back(as_script_value(argument)), ...); }, input);
     } else {
-      arguments.emplace_back(input);
+      arguments.push_back(as_script_value(input));
     }
     const c10::IValue output = module_.forward(std::move(arguments));
     if (!output.isTensor()) {

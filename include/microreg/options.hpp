@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 #include <microreg/estimator.hpp>
 #include <microreg/micro_batches.hpp>
@@ -11,13 +12,38 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 namespace microreg {
 
 /// How the user's loss reduces over the samples of a micro-batch.
 enum class Reduction {
-  mean,  ///< the mean over samples, LibTorch's default
-  sum,   ///< the sum over samples; microreg divides it by |M|
+  mean,   ///< the mean over samples, LibTorch's default
+  sum,    ///< the sum over samples; microreg divides it by |M|
+  total,  ///< the sum over samples, whose scale is kept: the objective is the sum of the loss over B, plus the
+          ///< penalties of the mean loss
+};
+
+/// What a loss returns whose mean is not over samples (tokens, labels that are not ignored, class weights): L_M is
+/// sum / count, and the micro-batches count by their `count` instead of their samples, so that the loss of the step is
+/// that of the whole mini-batch, all sums over all counts. Reading a count from a CUDA device waits for it.
+///
+/// ```cpp
+/// auto loss = [](const torch::Tensor& o, const torch::Tensor& y) {
+///   return microreg::CountedLoss{torch::nll_loss(o, y, {}, at::Reduction::Sum, -100), (y != -100).sum()};
+/// };
+/// ```
+struct CountedLoss {
+  at::Tensor sum;    ///< a scalar with a graph
+  at::Tensor count;  ///< a scalar, at least 0
+};
+
+/// What a step does that meets NaN or infinity. All but `error` look for them in every step, which synchronises a CUDA
+/// device.
+enum class NonFinite {
+  error,         ///< NonFiniteError, as CheckFinite says, and nothing has changed
+  skip_penalty,  ///< the step is made again without penalties; an error if the loss is not finite either
+  skip_step,     ///< buffers are put back, `.grad` is left alone, and Report::skipped and skipped() say so
 };
 
 /// When a step looks for NaN and infinity before it touches `.grad`.
@@ -36,6 +62,13 @@ struct Sampling {
   std::int64_t every = 1;
   /// Seed of the choice that `share` makes. The choice is a function of seed and step alone.
   std::uint64_t seed = 0;
+};
+
+/// What is done about tensors that require a gradient, that the loss depends on, and that are not among the parameters:
+/// those of another network, of a loss, of an encoder in front.
+enum class OtherLeaves {
+  refused,  ///< ModelError, since `loss.backward()` would have trained them
+  ignored,  ///< they get no gradient, as the discriminator's in a generator's step
 };
 
 /// The options of Regularizer. Every member has a default; set those you need by name.
@@ -57,6 +90,15 @@ struct RegularizerOptions {
   ParameterSelection select = {};
   /// Where labels and directions are drawn from; the default generator of the output's device if empty.
   std::optional<at::Generator> generator = std::nullopt;
+  /// Leaves beside the model's parameters (and those of a loss that is a module) that are trained too: they receive the
+  /// gradient, and count in the penalties as also_train[0], also_train[1], ... unless `select` says otherwise.
+  std::vector<at::Tensor> also_train = {};
+  /// What to do where the loss depends on still other leaves.
+  OtherLeaves other_leaves = OtherLeaves::refused;
+  /// What becomes of a last micro-batch that is shorter than the others.
+  ShortLast short_last = ShortLast::kept;
+  /// What to do about NaN and infinity.
+  NonFinite non_finite = NonFinite::error;
   /// When to look for NaN and infinity.
   CheckFinite check_finite = CheckFinite::on_cpu;
   /// Use the fast double backward of microreg/fused, where it applies. The environment variable MICROREG_FUSED=0 turns
@@ -85,6 +127,9 @@ struct MeasureOptions {
   std::optional<at::Generator> generator = std::nullopt;
   std::optional<at::ScalarType> autocast = std::nullopt;
   bool keep_outputs = false;
+  std::vector<at::Tensor> also_train = {};
+  OtherLeaves other_leaves = OtherLeaves::refused;
+  ShortLast short_last = ShortLast::kept;
 };
 
 namespace detail {

@@ -16,6 +16,7 @@
 #include <concepts>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <type_traits>
@@ -24,6 +25,10 @@
 
 namespace microreg {
 
+namespace detail {
+struct SnapshotMemory;
+}
+
 /// The options of Penalised, each as in RegularizerOptions.
 struct PenalisedOptions {
   Strength strength = 1.0;
@@ -31,6 +36,8 @@ struct PenalisedOptions {
   Sampling sampling = {};
   ParameterSelection select = {};
   std::optional<at::Generator> generator = std::nullopt;
+  OtherLeaves other_leaves = OtherLeaves::ignored;  ///< the parameters are named here; `refused` finds forgotten ones
+  NonFinite non_finite = NonFinite::error;          ///< skip_penalty needs the form of backward() that takes a closure
   CheckFinite check_finite = CheckFinite::on_cpu;
   bool fused = true;
   bool gradient_ratio = false;
@@ -107,6 +114,8 @@ class Penalised {
   [[nodiscard]] std::int64_t step() const noexcept { return step_; }
   void set_step(std::int64_t step) noexcept { step_ = step; }
   void advance() noexcept { ++step_; }
+  /// How many calls NonFinite::skip_step left out so far.
+  [[nodiscard]] std::int64_t skipped() const noexcept { return skipped_; }
 
  private:
   template <class Result>
@@ -130,8 +139,10 @@ class Penalised {
   std::function<std::vector<at::Tensor>()> buffers_;  // empty: not known
   AnyPenalty<> penalty_;
   RegularizerOptions options_;
+  std::shared_ptr<detail::SnapshotMemory> memory_;
   std::int64_t step_ = 0;
   detail::Proof proof_;
+  std::int64_t skipped_ = 0;
 };
 
 }  // namespace microreg

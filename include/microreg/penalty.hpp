@@ -189,6 +189,29 @@ template <Penalty P>
   return {std::move(strength), std::move(penalty)};
 }
 
+template <Penalty P>
+[[nodiscard]] Weighted<P> operator*(P penalty, Strength strength) {
+  return {std::move(strength), std::move(penalty)};
+}
+
+/// Multiplies the strengths of a weighted penalty, or of each in a sum.
+template <class Expression>
+  requires(detail::IsWeighted<Expression>::value || detail::IsPenaltySum<Expression>::value)
+[[nodiscard]] Expression operator*(const Strength& factor, Expression expression) {
+  const auto scale = [&](auto& term) { term.strength = factor * term.strength; };
+  if constexpr (detail::IsWeighted<Expression>::value) {
+    scale(expression);
+  } else {
+    std::apply([&](auto&... term) { (scale(term), ...); }, expression.terms);
+  }
+  return expression;
+}
+template <class Expression>
+  requires(detail::IsWeighted<Expression>::value || detail::IsPenaltySum<Expression>::value)
+[[nodiscard]] Expression operator*(Expression expression, const Strength& factor) {
+  return factor * std::move(expression);
+}
+
 /// Adds penalties up; a penalty without a strength of its own counts with 1.
 template <PenaltyExpression A, PenaltyExpression B>
   requires(!detail::IsAnyPenalty<A>::value && !detail::IsAnyPenalty<B>::value)

@@ -28,8 +28,9 @@ namespace microreg {
 /// - Model: see Model in model.hpp. A module passed by reference must outlive the Regularizer.
 /// - Loss: any callable `loss(output, target)` that returns a scalar, the mean over samples (or the sum, with
 ///   `.reduction = Reduction::sum`). A loss whose mean does not count samples (class weights, ignore_index) is taken
-///   as it is for each micro-batch. Of a tuple, or a type with microreg_fields, the first tensor is the loss, and the
-///   others come back in Report::loss_parts. A loss that takes the output alone goes with the target type NoTarget.
+///   as it is for each micro-batch, unless it returns a CountedLoss. A loss that is a module holder may have
+///   parameters, which are trained too. Of a tuple, or a type with microreg_fields, the first tensor is the loss, and
+///   the others come back in Report::loss_parts. A loss that takes the output alone goes with the target type NoTarget.
 /// - Penalty: one penalty, a sum of penalties with strengths of their own, or an AnyPenalty.
 /// - Estimator: Exact, or a difference of first derivatives, which is cheaper; `.sampling` makes
 ///   any of them cheaper still. See RegularizerOptions.
@@ -100,6 +101,8 @@ class Regularizer {
   [[nodiscard]] std::int64_t step() const noexcept { return step_; }
   /// Sets the step, for a run that resumes.
   void set_step(std::int64_t step) noexcept { step_ = step; }
+  /// How many steps NonFinite::skip_step left out so far.
+  [[nodiscard]] std::int64_t skipped() const noexcept { return skipped_; }
   /// Counts a step, where `.advance = false` keeps backward() from it.
   void advance() noexcept { ++step_; }
 
@@ -113,9 +116,10 @@ class Regularizer {
     // Held, in case a callable of the user's assigns to this Regularizer meanwhile.
     const auto objective = objective_;
     const RegularizerOptions options = options_;
-    detail::ObjectiveOnBatch<Input, Target> batch(*objective, options, input, target);
+    detail::ObjectiveOnBatch<Input, Target> batch(*objective, options, input, target, &objective->memory);
     Report report = detail::take_step(batch, options, step_, proof_);
     step_ += options.advance ? 1 : 0;
+    skipped_ += report.skipped ? 1 : 0;
     return report;
   }
 
@@ -123,6 +127,7 @@ class Regularizer {
   RegularizerOptions options_;
   std::int64_t step_ = 0;
   detail::Proof proof_;
+  std::int64_t skipped_ = 0;
 };
 
 template <class M, class Loss, class PenaltyOrSum>

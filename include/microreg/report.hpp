@@ -15,23 +15,27 @@ namespace microreg {
 
 /// One penalty over the micro-batches of a mini-batch.
 struct PenaltyReport {
-  std::string name;
+  std::string name;     ///< a second one of the same name is called name#2
   double strength = 0;  ///< the factor in this step's objective
   at::Tensor value;     ///< sum over M of weight(M) * R_M, without the strength; scalar. Where only a share of the
                         ///< micro-batches or steps is penalised, its unbiased estimate from those
-  at::Tensor micro_batch_norms;  ///< || grad s_M ||, the unsquared norm, one per penalised micro-batch
+  at::Tensor micro_batch_norms;  ///< || grad s_M ||, the unsquared norm, one per penalised micro-batch; K zeros in a
+                                 ///< step that has none
 };
 
 /// The outcome of `Regularizer::backward` (and, without gradients, of `measure`).
 struct Report {
   std::int64_t step = 0;                ///< counted from 0
+  std::int64_t first_micro_batch = 0;   ///< index of the first one here: Penalised's part, otherwise 0
   std::int64_t samples = 0;             ///< |B|
   at::Tensor loss;                      ///< sum over M of weight(M) * L_M: the mean loss over B; scalar
   std::vector<at::Tensor> loss_parts;   ///< what the loss returned behind its first member, averaged as the loss is
   at::Tensor micro_batch_losses;        ///< L_M, one per micro-batch; [K]
   std::vector<std::int64_t> penalised;  ///< which micro-batches were penalised, ascending; by default all K
   std::vector<PenaltyReport> penalties;
-  at::Tensor gradient_norm;  ///< norm of what this step added to the `.grad` fields; scalar; undefined in `measure`
+  bool skipped = false;          ///< NonFinite::skip_step left this step out
+  bool penalty_skipped = false;  ///< NonFinite::skip_penalty left the penalties out of this step's gradient
+  at::Tensor gradient_norm;      ///< norm of what this step added to the `.grad` fields; scalar; undefined in `measure`
   /// norm of the penalties' gradient over that of the loss gradient, to choose a strength by: scalar; with
   /// `.gradient_ratio = true`
   at::Tensor gradient_ratio;

@@ -26,7 +26,9 @@ class Strength {
   template <class Schedule>
     requires(!std::convertible_to<Schedule, double> && !std::same_as<std::remove_cvref_t<Schedule>, Strength> &&
              std::is_invocable_r_v<double, Schedule&, std::int64_t>)
-  Strength(Schedule schedule) : schedule_(std::move(schedule)) {}  // NOLINT(google-explicit-constructor)
+  Strength(Schedule schedule) : schedule_(std::move(schedule)) {  // NOLINT(google-explicit-constructor)
+    require_schedule();  // an empty std::function and a null pointer make an empty one
+  }
 
   /// The strength at `step`.
   [[nodiscard]] double at(std::int64_t step) const { return schedule_ ? checked(schedule_(step), step) : constant_; }
@@ -40,6 +42,8 @@ class Strength {
   }
 
  private:
+  /// Throws OptionError unless there is a function to ask.
+  void require_schedule() const;
   /// `value`, if it is one; `step` is -1 for a constant.
   static double checked(double value, std::int64_t step);
 

@@ -50,6 +50,13 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
     throw OptionError(text({"autocast is ", *options.autocast,
                             "; it must be BFloat16 or Half, or empty for the types of parameters and input"}));
   }
+  for (std::size_t i = 0; i < options.also_train.size(); ++i) {
+    if (!options.also_train[i].defined() || !options.also_train[i].requires_grad()) {
+      throw OptionError(text({"also_train[", i, "] ",
+                              options.also_train[i].defined() ? "does not require a gradient" : "is undefined",
+                              "; pass leaves with requires_grad, as module->parameters() gives"}));
+    }
+  }
   if (options.generator.has_value() && !options.generator->defined()) {
     throw OptionError("generator is undefined; make one with at::make_generator, or leave the option empty");
   }
@@ -62,6 +69,9 @@ MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
                             .reduction = options.reduction,
                             .select = std::move(options.select),
                             .generator = std::move(options.generator),
+                            .also_train = std::move(options.also_train),
+                            .other_leaves = options.other_leaves,
+                            .short_last = options.short_last,
                             .autocast = options.autocast,
                             .keep_outputs = options.keep_outputs};
   validate(result);

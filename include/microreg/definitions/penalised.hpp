@@ -42,13 +42,21 @@ class GivenPass final : public MiniBatch {
  public:
   GivenPass(const std::function<std::vector<NamedParameter>()>& parameters,
             const std::function<std::vector<at::Tensor>()>& buffers, const AnyPenalty<>& penalty,
-            const RegularizerOptions& options, const Part& part, const std::function<PassTensors()>& pass)
-      : parameters_(parameters), buffers_(buffers), penalty_(penalty), options_(options), part_(part), pass_(pass) {}
+            const RegularizerOptions& options, const Part& part, const std::function<PassTensors()>& pass,
+            SnapshotMemory& memory)
+      : parameters_(parameters),
+        buffers_(buffers),
+        penalty_(penalty),
+        options_(options),
+        part_(part),
+        pass_(pass),
+        memory_(memory) {}
 
   [[nodiscard]] std::vector<NamedParameter> parameters() const override { return parameters_(); }
   [[nodiscard]] std::vector<at::Tensor> buffers() const override {
     return buffers_ ? buffers_() : std::vector<at::Tensor>();
   }
+  [[nodiscard]] SnapshotMemory* memory() override { return &memory_; }
   [[nodiscard]] std::size_t terms() const override { return penalty_.size(); }
   [[nodiscard]] const TermInfo& term(std::size_t index) const override { return penalty_.terms()[index]; }
   [[nodiscard]] std::vector<Part> parts() const override { return {part_}; }
@@ -71,6 +79,7 @@ class GivenPass final : public MiniBatch {
   const RegularizerOptions& options_;
   Part part_;
   const std::function<PassTensors()>& pass_;
+  SnapshotMemory& memory_;
 };
 
 }  // namespace detail
@@ -83,10 +92,13 @@ MICROREG_INLINE Penalised::Penalised(std::vector<at::Tensor> parameters, AnyPena
                .sampling = options.sampling,
                .select = std::move(options.select),
                .generator = std::move(options.generator),
+               .other_leaves = options.other_leaves,
+               .non_finite = options.non_finite,
                .check_finite = options.check_finite,
                .fused = options.fused,
                .gradient_ratio = options.gradient_ratio,
-               .advance = options.advance} {
+               .advance = options.advance},
+      memory_(std::make_shared<detail::SnapshotMemory>()) {
   detail::validate(options_);
 }
 
@@ -95,6 +107,12 @@ MICROREG_INLINE Report Penalised::backward(const Part& part, const PassTensors& 
     throw OptionError(
         "a difference needs the forward pass again: call backward([&] { return loss; }) with a closure that computes "
         "the loss, or use Exact");
+  }
+  if (options_.non_finite == NonFinite::skip_penalty) {
+    throw OptionError(
+        "non_finite is NonFinite::skip_penalty, which needs the forward pass again: call backward([&] { return loss; "
+        "}) "
+        "with a closure that computes the loss");
   }
   return run(part, [&pass] { return pass; });
 }
@@ -117,8 +135,10 @@ MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<Pass
   const auto buffers = buffers_;
   const AnyPenalty<> penalty = penalty_;
   const RegularizerOptions options = options_;
-  detail::GivenPass batch(parameters, buffers, penalty, options, part, pass);
+  const auto memory = memory_;
+  detail::GivenPass batch(parameters, buffers, penalty, options, part, pass, *memory);
   Report report = detail::take_step(batch, options, step_, proof_);
+  skipped_ += report.skipped ? 1 : 0;
   step_ += options.advance && part.index + 1 == part.count ? 1 : 0;
   return report;
 }

@@ -75,8 +75,10 @@ MICROREG_INLINE void Report::throw_if_not_finite() const {
   const auto check = [&](const at::Tensor& values, const std::string& what, const std::vector<std::int64_t>& of) {
     const auto [position, value] = detail::first_non_finite(values);
     if (position >= 0) {
-      const std::int64_t micro_batch = of.empty() ? position : of[static_cast<std::size_t>(position)];
-      throw NonFiniteError(detail::text({what, " is ", value, " in micro-batch ", micro_batch, " of ", micro_batches(),
+      const std::int64_t micro_batch =
+          first_micro_batch + (of.empty() ? position : of[static_cast<std::size_t>(position)]);
+      throw NonFiniteError(detail::text({what, " is ", value, " in micro-batch ", micro_batch,
+                                         first_micro_batch == 0 ? detail::text({" of ", micro_batches()}) : "",
                                          " at step ", step, "; ", detail::remedy_of_non_finite}),
                            micro_batch);
     }
@@ -91,7 +93,7 @@ MICROREG_INLINE void Report::throw_if_not_finite() const {
   if (const auto [position, value] = detail::first_non_finite(gradient_norm); position >= 0) {
     throw NonFiniteError(detail::text({"the gradient of the objective is ", value, " at step ", step,
                                        " although every loss and penalty is finite; ", detail::remedy_of_non_finite}),
-                         0);
+                         first_micro_batch);
   }
 }
 

@@ -3,8 +3,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/UndefinedTensorImpl.h>
+#include <c10/util/intrusive_ptr.h>
+#include <torch/csrc/autograd/variable.h>
 #include <microreg/detail/config.hpp>
+#include <microreg/detail/finite.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/fused/scope.hpp>
@@ -13,17 +18,23 @@
 #include <microreg/report.hpp>
 #include <microreg/step/differences.hpp>
 #include <microreg/step/double_backward.hpp>
+#include <microreg/step/graph.hpp>
 #include <microreg/step/mini_batch.hpp>
+#include <microreg/step/objective.hpp>
 #include <microreg/step/probes.hpp>
+#include <microreg/step/recurrent.hpp>
 #include <microreg/step/sampling.hpp>
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/tensor_lists.hpp>
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -45,10 +56,22 @@ MICROREG_INLINE at::Tensor checked_loss(const at::Tensor& value, Reduction reduc
   if (!value.is_floating_point() || !value.requires_grad()) {
     throw ModelError(text({"the loss (", value.scalar_type(),
                            ") carries no graph; compute it from the model's output without detach(), NoGradGuard or "
-                           "InferenceMode"}));
+                           "InferenceMode (and for a micro-batch that has nothing to learn from, return 0 * "
+                           "output.sum())"}));
   }
   const at::Tensor scalar = value.dim() == 0 ? value : value.reshape({});
-  return reduction == Reduction::sum ? scalar / size : scalar;
+  return reduction == Reduction::mean ? scalar : scalar / size;
+}
+
+MICROREG_INLINE LossValue mean_of(const CountedLoss& loss) {
+  if (!loss.sum.defined() || !loss.count.defined() || loss.count.numel() != 1) {
+    throw ModelError("a CountedLoss needs a sum and a count, each a tensor of one value");
+  }
+  const double count = loss.count.detach().to(at::kCPU, at::kDouble).item<double>();
+  if (!is_finite(count) || count < 0) {
+    throw ModelError(text({"the count of the loss is ", count, "; it must be a finite number, at least 0"}));
+  }
+  return {count > 0 ? loss.sum / count : loss.sum, {}, count};
 }
 
 MICROREG_INLINE std::vector<Part> cut(std::int64_t inputs, std::int64_t targets, const RegularizerOptions& options) {
@@ -59,7 +82,7 @@ MICROREG_INLINE std::vector<Part> cut(std::int64_t inputs, std::int64_t targets,
   if (inputs == 0) {
     throw BatchError("the mini-batch is empty: input has 0 samples; skip empty batches in the data loader");
   }
-  const MicroBatches micro_batches(inputs, options.micro_batch_size, options.weighting);
+  const MicroBatches micro_batches(inputs, options.micro_batch_size, options.weighting, options.short_last);
   std::vector<Part> parts;
   for (std::int64_t i = 0; i < micro_batches.count(); ++i) {
     parts.push_back(micro_batches.part(i));
@@ -94,12 +117,53 @@ inline void check_devices(const MiniBatch& batch, const RegularizerOptions& opti
   }
 }
 
+/// Throws ModelError for a parameter that cannot be trained, or a `.grad` that cannot be added to.
+inline void check_parameters(const Parameters& parameters) {
+  for (std::size_t i = 0; i < parameters.tensors.size(); ++i) {
+    const at::Tensor& parameter = parameters.tensors[i];
+    if (!parameter.is_leaf()) {
+      throw ModelError(text({"parameter ", parameters.names[i],
+                             " is no leaf but computed from other tensors, so it would get no .grad; compute it "
+                             "inside the model, and pass what it is computed from"}));
+    }
+    const at::Tensor grad = parameter.grad();
+    if (!grad.defined()) {
+      continue;
+    }
+    const char* problem = grad.layout() != at::kStrided                   ? "sparse"
+                          : grad.is_inference()                           ? "an inference tensor"
+                          : grad.sizes() != parameter.sizes()             ? "of another shape than the parameter"
+                          : grad.scalar_type() != parameter.scalar_type() ? "of another type than the parameter"
+                          : grad.device() != parameter.device()           ? "on another device than the parameter"
+                          : !grad.is_non_overlapping_and_dense() && at::has_internal_overlap(grad) != at::MemOverlap::No
+                              ? "expanded, several elements in one place"
+                              : nullptr;
+    if (problem != nullptr) {
+      throw ModelError(text({".grad of parameter ", parameters.names[i], " is ", problem,
+                             ", so nothing can be added to it; clear it with zero_grad(), or clone() it"}));
+    }
+  }
+}
+
+/// `gradient` with the strides of its parameter, as LibTorch's own accumulation promises; contiguous for a parameter
+/// whose memory overlaps or has gaps.
+inline at::Tensor laid_out_as(const at::Tensor& parameter, const at::Tensor& gradient) {
+  if (!parameter.is_non_overlapping_and_dense()) {
+    return gradient.to(parameter.scalar_type()).contiguous();
+  }
+  if (gradient.strides() == parameter.strides() && gradient.scalar_type() == parameter.scalar_type()) {
+    return gradient;
+  }
+  return at::empty_strided(parameter.sizes(), parameter.strides(), parameter.options().requires_grad(false))
+      .copy_(gradient);
+}
+
 /// Adds `sums` to the `.grad` fields of `parameters`, outside of any graph.
 inline void add_to_grad(const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& sums) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> into;
   std::vector<at::Tensor> from;
-  std::vector<std::size_t> without;
+  std::vector<std::pair<std::size_t, at::Tensor>> without;
   for (std::size_t i = 0; i < parameters.size(); ++i) {
     if (!sums[i].defined()) {
       continue;
@@ -108,16 +172,63 @@ inline void add_to_grad(const std::vector<at::Tensor>& parameters, const std::ve
       into.push_back(parameters[i].grad());
       from.push_back(sums[i]);
     } else {
-      without.push_back(i);
+      without.emplace_back(i, laid_out_as(parameters[i], sums[i]));
     }
   }
   if (!into.empty()) {
     at::_foreach_add_(into, from);
   }
-  for (const std::size_t i : without) {  // last, since nothing throws any more
-    parameters[i].mutable_grad() = sums[i];
+  for (auto& [i, gradient] : without) {  // last, since nothing throws any more
+    parameters[i].mutable_grad() = std::move(gradient);
   }
 }
+
+/// The leaves of a loss's graph that require a gradient and would get none. Those that a pass makes for itself (a loss
+/// that differentiates by its input) die with its graph; what somebody still holds then would have been trained.
+class UntrainedLeaves {
+ public:
+  void note(const MiniBatch& batch, const Evaluation& evaluation, const Parameters& parameters) {
+    std::unordered_set<const c10::TensorImpl*> known;
+    const auto add = [&](const at::Tensor& tensor) { known.insert(tensor.unsafeGetTensorImpl()); };
+    std::for_each(parameters.tensors.begin(), parameters.tensors.end(), add);
+    std::for_each(evaluation.inputs.begin(), evaluation.inputs.end(), add);
+    for (const at::Tensor& leaf : leaves_of(evaluation.loss)) {
+      if (!known.contains(leaf.unsafeGetTensorImpl())) {
+        found_.emplace_back(leaf.getIntrusivePtr());
+      }
+    }
+    if (!found_.empty()) {
+      batch.for_each_tensor([&](const at::Tensor& tensor, const std::string& /*path*/) {
+        std::erase_if(found_,
+                      [&](const auto& leaf) { return leaf._unsafe_get_target() == tensor.unsafeGetTensorImpl(); });
+      });
+    }
+  }
+
+  /// To be called when the graph is gone, or differentiated. Throws ModelError.
+  void require_none() {
+    for (const auto& weak : std::exchange(found_, {})) {
+      const auto leaf = weak.lock();
+      if (!leaf.defined()) {
+        continue;
+      }
+      const at::Tensor tensor(leaf);
+      const std::size_t ours = 2 + (torch::autograd::impl::try_get_grad_accumulator(tensor).get() != nullptr ? 1 : 0);
+      if (tensor.use_count() > ours) {
+        throw ModelError(
+            text({"the loss is a function of a tensor of shape ", tensor.sizes(),
+                  " that requires a gradient and is no parameter of the model (a parameter of the loss, an encoder in "
+                  "front of the model, another network, a module that was not registered), so it would get no .grad; "
+                  "pass it in the option also_train (to Penalised among the parameters), make one model of several "
+                  "with modules(), detach() what comes from it, or set .other_leaves = OtherLeaves::ignored where that "
+                  "is what you want"}));
+      }
+    }
+  }
+
+ private:
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> found_;
+};
 
 /// strength(step) of every penalty, times the common factor.
 inline std::vector<double> strengths_at(const MiniBatch& batch, const RegularizerOptions& options, std::int64_t step) {
@@ -133,28 +244,45 @@ inline std::vector<double> strengths_at(const MiniBatch& batch, const Regularize
 class Step {
  public:
   /// Throws before anything is changed.
-  Step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step)
+  Step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, bool without_penalties = false)
       : batch_(batch),
         options_(options),
         step_(step),
         strengths_(strengths_at(batch, options, step)),
-        parameters_(trainable(batch.parameters(), options.select)),
+        parameters_(trainable(all_parameters(batch, options), options.select)),
         parts_(batch.parts()),
-        snapshot_(checked_snapshot()) {}
+        snapshot_(checked_snapshot()) {
+    if (without_penalties) {
+      strengths_.assign(strengths_.size(), 0.0);
+    }
+  }
 
-  /// What `steps()` returns. If it throws, buffers and generators are put back.
+  /// What `steps()` returns. If it throws, buffers and generators are put back, and parameters that the model writes
+  /// to.
   template <class Steps>
   Report guarded(const Steps& steps) const {
     try {
-      return steps();
+      const GuardedGradients guard(parameters_.tensors, parameters_.names);
+      Report report = steps();
+      remember_written();
+      return report;
+    } catch (const SparseGradient& error) {
+      put_back();
+      for (std::size_t i = 0; i < parameters_.tensors.size(); ++i) {
+        if (parameters_.tensors[i].is_same(error.parameter())) {
+          throw ModelError(text({"parameter ", parameters_.names[i], ": ", error.what()}));
+        }
+      }
+      throw;
     } catch (...) {
-      snapshot_.restore();
+      put_back();
       throw;
     }
   }
 
   [[nodiscard]] const Parameters& parameters() const noexcept { return parameters_; }
   [[nodiscard]] const Snapshot& snapshot() const noexcept { return snapshot_; }
+  [[nodiscard]] const std::vector<Part>& parts() const noexcept { return parts_; }
   [[nodiscard]] std::int64_t count() const noexcept { return parts_.front().count; }
   [[nodiscard]] const std::vector<double>& strengths() const noexcept { return strengths_; }
 
@@ -166,33 +294,154 @@ class Step {
     std::vector<std::vector<at::Tensor>> squared_norms;
     for (const Part& part : parts_) {
       const bool penalised = choice.chosen[static_cast<std::size_t>(part.index)];
-      const Weights weights{part.weight, penalised ? part.weight * choice.factor : 0.0, strengths_};
-      auto squared = estimate(part, weights, [&](Evaluation& evaluation) {
+      Weights weights{part.weight * loss_scale(), penalised ? part.weight * choice.factor : 0.0, strengths_};
+      RecurrentCalls recurrent(parts_.size() > 1 && watches_recurrent(part));
+      const auto keep = [&](Evaluation& evaluation) {
+        if (evaluation.count.has_value()) {
+          counts_.push_back(*evaluation.count);
+          // Relative to the first, and not 0, by which a difference would divide; all of them are scaled at the end.
+          const double relative = std::max(*evaluation.count / std::max(counts_.front(), 1.0), 1e-30);
+          weights.loss = relative;
+          weights.penalty = penalised ? relative * choice.factor : 0.0;
+        }
+        if (batch_.memory() != nullptr && batch_.memory()->first) {
+          snapshot_.forget_unchanged_parameters();
+        }
+        if (options_.other_leaves == OtherLeaves::refused) {
+          untrained_.note(batch_, evaluation, parameters_);
+        }
         losses_.push_back(evaluation.loss.detach());
         loss_parts_.push_back(std::move(evaluation.loss_parts));
         if (options_.keep_outputs) {
           outputs_.push_back(std::move(evaluation.outputs));
         }
-      });
+      };
+      auto squared = explained(part, [&] { return estimate(part, weights, keep); });
+      recurrent.require_samples_in_batch(part.size);
+      untrained_.require_none();
       if (penalised) {
         chosen_.push_back(part);
         squared_norms.push_back(std::move(squared));
       }
     }
+    weigh_by_counts();
     return report(choice, squared_norms);
   }
 
+  /// What the sums are to be multiplied by in the end.
+  [[nodiscard]] double scale() const noexcept { return scale_; }
+
  private:
-  /// The checks that need the parameters, and then the snapshot.
+  /// |B| where the loss keeps the scale of a sum, otherwise 1.
+  [[nodiscard]] double loss_scale() const {
+    double samples = 0;
+    for (const Part& part : parts_) {
+      samples += static_cast<double>(part.size);
+    }
+    return options_.reduction == Reduction::total ? samples : 1;
+  }
+
+  /// Whether recurrent networks are looked for in this micro-batch: always if a module is one, once if nobody knows.
+  [[nodiscard]] bool watches_recurrent(const Part& part) const {
+    return std::any_of(parameters_.names.begin(), parameters_.names.end(), [&](const std::string& name) {
+      return name.find("weight_ih") != std::string::npos || (part.index == 0 && name.starts_with("parameters["));
+    });
+  }
+
+  /// Where the loss says what it is a mean over, the micro-batches have counted by that.
+  void weigh_by_counts() {
+    if (counts_.empty()) {
+      return;
+    }
+    if (counts_.size() != parts_.size()) {
+      throw ModelError("the loss returned a CountedLoss for some micro-batches and not for others");
+    }
+    double total = 0;
+    for (const double count : counts_) {
+      total += count;
+    }
+    if (!(total > 0)) {
+      throw ModelError("the counts of the losses of all micro-batches are 0; skip such mini-batches");
+    }
+    for (std::size_t i = 0; i < parts_.size(); ++i) {
+      parts_[i].weight = counts_[i] / total;
+    }
+    for (Part& part : chosen_) {
+      part.weight = counts_[static_cast<std::size_t>(part.index - parts_.front().index)] / total;
+    }
+    scale_ = std::max(counts_.front(), 1.0) / total;
+  }
+
+  /// What `work()` returns. Names the micro-batch for the errors of LibTorch that plain training does not meet.
+  template <class Work>
+  static auto explained(const Part& part, const Work& work) {
+    try {
+      return work();
+    } catch (const std::exception& error) {
+      if (part.size == 1 && part.count > 1 &&
+          std::string_view(error.what()).find("Expected more than 1 value per channel") != std::string_view::npos) {
+        throw BatchError(text({"micro-batch ", part.index, " of ", part.count,
+                               " has one sample, over which batch normalisation has no variance in training mode; set "
+                               ".short_last = ShortLast::merged or ShortLast::dropped, or choose another "
+                               "micro_batch_size"}));
+      }
+      throw;
+    }
+  }
+
+  static std::vector<NamedParameter> all_parameters(const MiniBatch& batch, const RegularizerOptions& options) {
+    std::vector<NamedParameter> result = batch.parameters();
+    for (std::size_t i = 0; i < options.also_train.size(); ++i) {
+      result.push_back({text({"also_train[", i, "]"}), options.also_train[i]});
+    }
+    return result;
+  }
+
+  /// The checks that need the parameters, and then the snapshot: of buffers, and of parameters that the forward pass
+  /// writes to (an Embedding's max_norm), which the first step finds out.
   Snapshot checked_snapshot() const {
     check_devices(batch_, options_, parameters_.tensors);
-    return {batch_.buffers(), parameters_.tensors.front().device(), options_.generator};
+    check_parameters(parameters_);
+    std::vector<at::Tensor> tensors = batch_.buffers();
+    SnapshotMemory* const memory = batch_.memory();
+    const std::vector<at::Tensor>& written =
+        memory != nullptr && !memory->first ? memory->written : parameters_.tensors;
+    tensors.insert(tensors.end(), written.begin(), written.end());
+    std::vector<c10::Device> devices;
+    for (const at::Tensor& parameter : parameters_.tensors) {
+      if (std::find(devices.begin(), devices.end(), parameter.device()) == devices.end()) {
+        devices.push_back(parameter.device());
+      }
+    }
+    return {tensors, devices, options_.generator, memory};
+  }
+
+  void remember_written() const {
+    SnapshotMemory* const memory = batch_.memory();
+    if (memory == nullptr || !std::exchange(memory->first, false)) {
+      return;
+    }
+    for (const at::Tensor& tensor : snapshot_.changed()) {
+      if (tensor.requires_grad()) {
+        memory->written.push_back(tensor);
+      }
+    }
+  }
+
+  /// While an error is on its way, which no other one replaces.
+  void put_back() const noexcept {
+    try {
+      snapshot_.restore();
+    } catch (const std::exception& error) {
+      TORCH_WARN("microreg could not put everything back after an error: ", error.what());
+    }
   }
 
   Report report(const Choice& choice, const std::vector<std::vector<at::Tensor>>& squared_norms) {
     const at::NoGradGuard no_grad;
     Report result;
     result.step = step_;
+    result.first_micro_batch = parts_.front().index;
     for (const Part& part : parts_) {
       result.samples += part.size;
     }
@@ -201,12 +450,15 @@ class Step {
     }
     result.micro_batch_losses = at::stack(losses_);
     result.loss = weighted_sum(losses_, parts_);
+    if (const double scale = counts_.empty() ? loss_scale() : 1; scale != 1) {
+      result.loss = result.loss * scale;
+    }
     require_equal_parts();
     for (std::size_t i = 0; i < loss_parts_.front().size(); ++i) {
       std::vector<at::Tensor> values;
       for (const std::vector<at::Tensor>& parts : loss_parts_) {
         values.push_back(parts.at(i).is_floating_point() ? parts.at(i) : parts.at(i).to(result.loss.scalar_type()));
-        if (options_.reduction == Reduction::sum) {
+        if (options_.reduction != Reduction::mean && counts_.empty()) {
           values.back() = values.back() / parts_[values.size() - 1].size;
         }
       }
@@ -219,12 +471,18 @@ class Step {
       for (const std::vector<at::Tensor>& squared : squared_norms) {
         values.push_back(squared[p]);
       }
-      const at::Tensor norms = values.empty() ? at::empty({0}, result.loss.options()) : at::stack(values).sqrt();
+      const at::Tensor norms = values.empty()
+                                   ? at::zeros({static_cast<std::int64_t>(parts_.size())}, result.loss.options())
+                                   : at::stack(values).sqrt();
       if (!term.squared) {
         values = values.empty() ? values : norms.unbind();
       }
       at::Tensor value = values.empty() ? at::zeros({}, result.loss.options()) : weighted_sum(values, chosen_);
-      result.penalties.push_back({term.name, strengths_[p], choice.factor == 1 ? value : value * choice.factor, norms});
+      const auto alike = std::count_if(result.penalties.begin(), result.penalties.end(), [&](const auto& penalty) {
+        return penalty.name == term.name || penalty.name.starts_with(term.name + "#");
+      });
+      const std::string name = alike == 0 ? term.name : text({term.name, "#", alike + 1});
+      result.penalties.push_back({name, strengths_[p], choice.factor == 1 ? value : value * choice.factor, norms});
     }
     return result;
   }
@@ -247,6 +505,13 @@ class Step {
     for (const Part& part : parts_) {
       total += part.weight;
     }
+    if (!counts_.empty()) {
+      at::Tensor sum = values.front() * (parts.front().weight / total);
+      for (std::size_t i = 1; i < values.size(); ++i) {
+        sum = sum + values[i] * (parts[i].weight / total);
+      }
+      return sum;
+    }
     const double all = parts_.size() == static_cast<std::size_t>(count()) ? 1 : total;
     const at::Tensor tail = values.back() * (parts.back().weight / all);
     if (values.size() == 1) {
@@ -264,6 +529,9 @@ class Step {
   std::vector<Part> parts_;
   Snapshot snapshot_;
 
+  UntrainedLeaves untrained_;
+  std::vector<double> counts_;  // where the loss gives them
+  double scale_ = 1;
   std::vector<Part> chosen_;
   std::vector<at::Tensor> losses_;
   std::vector<std::vector<at::Tensor>> loss_parts_;
@@ -287,8 +555,41 @@ inline void add_loss_gradient(const at::Tensor& loss, double weight, const Param
   accumulate(sums, gradients({loss}, parameters.tensors, {}, retain_graph, /*create_graph=*/false, "the loss"), weight);
 }
 
-MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof) {
-  Step loop(batch, options, step);
+/// Throws NonFiniteError, which names a cause that plain training does not meet: all labels of a micro-batch ignored.
+inline void require_finite(const Report& report, const MiniBatch& batch, const std::vector<Part>& parts) {
+  try {
+    report.throw_if_not_finite();
+  } catch (const NonFiniteError& error) {
+    const Part& part = parts[static_cast<std::size_t>(error.micro_batch() - parts.front().index)];
+    std::string cause;
+    batch.for_each_tensor([&](const at::Tensor& tensor, const std::string& path) {
+      if (path.starts_with("target") && tensor.defined() && tensor.layout() == at::kStrided && tensor.dim() > 0 &&
+          at::isIntegralType(tensor.scalar_type(), /*includeBool=*/false) && part.begin + part.size <= tensor.size(0)) {
+        const at::Tensor labels = tensor.narrow(0, part.begin, part.size);
+        if (labels.numel() > 0 && (labels == labels.flatten()[0]).all().item<bool>()) {
+          cause = text({"; all labels of the micro-batch in ", path, " are ", labels.flatten()[0].item<std::int64_t>(),
+                        ": if that is the ignore_index, the mean is over none, so shuffle, choose a larger "
+                        "micro_batch_size, or return (loss_sum / count.clamp_min(1)) from the loss"});
+        }
+      }
+    });
+    throw NonFiniteError(error.what() + cause, error.micro_batch());
+  }
+}
+
+/// Whether the report and what it stands for are finite.
+inline bool all_finite(const Report& report) {
+  try {
+    report.throw_if_not_finite();
+  } catch (const NonFiniteError&) {
+    return false;
+  }
+  return true;
+}
+
+inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof,
+                        bool without_penalties) {
+  Step loop(batch, options, step, without_penalties);
   Proof next_proof = proof;
   return loop.guarded([&] {
     const Parameters& parameters = loop.parameters();
@@ -318,29 +619,58 @@ MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& opt
                    if (weights.penalty != 0) {
                      return double_backward(batch, *evaluation, weights, parameters, sums);
                    }
-                   add_loss_gradient(evaluation->loss, weights.loss, parameters, /*retain_graph=*/false, sums);
+                   add_loss_gradient(evaluation->loss, weights.loss, parameters, evaluation->shares_graph, sums);
                    return {};
                  });
+    if (loop.scale() != 1) {
+      const at::NoGradGuard no_grad;
+      for (auto* list : {&sums, &loss_sums}) {
+        if (const auto there = defined(*list); !there.empty()) {
+          at::_foreach_mul_(there, loop.scale());
+        }
+      }
+    }
+    report.penalty_skipped = without_penalties;
     const at::TensorOptions scalar = report.loss.options();
     report.gradient_norm = squared_norm(sums, scalar).sqrt();
     if (options.gradient_ratio) {
       report.gradient_ratio =
           squared_norm(differences(sums, loss_sums), scalar).sqrt() * over_norm(squared_norm(loss_sums, scalar), 1.0);
     }
-    if (options.check_finite == CheckFinite::always ||
+    if (without_penalties) {
+      report.penalised.clear();  // measured, maybe as infinite, and of no effect
+      for (PenaltyReport& penalty : report.penalties) {
+        penalty.value = at::zeros_like(penalty.value);
+        penalty.micro_batch_norms = at::zeros_like(penalty.micro_batch_norms);
+      }
+    }
+    if (options.non_finite == NonFinite::skip_step && !all_finite(report)) {
+      loop.snapshot().restore();
+      report.skipped = true;
+      return report;
+    }
+    if (options.check_finite == CheckFinite::always || options.non_finite != NonFinite::error ||
         (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu())) {
-      report.throw_if_not_finite();
+      require_finite(report, batch, loop.parts());
     }
     if (difference != nullptr) {
       difference->finish();
-    }
-    for (std::size_t i = 0; i < sums.size(); ++i) {
-      sums[i] = sums[i].defined() ? sums[i].to(parameters.tensors[i].scalar_type()) : sums[i];
     }
     add_to_grad(parameters.tensors, sums);
     proof = next_proof;
     return report;
   });
+}
+
+MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof) {
+  if (options.non_finite == NonFinite::skip_penalty) {
+    try {
+      return step_once(batch, options, step, proof, /*without_penalties=*/false);
+    } catch (const NonFiniteError&) {
+      return step_once(batch, options, step, proof, /*without_penalties=*/true);
+    }
+  }
+  return step_once(batch, options, step, proof, /*without_penalties=*/false);
 }
 
 MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& options) {

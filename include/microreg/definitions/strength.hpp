@@ -10,6 +10,12 @@
 
 namespace microreg {
 
+MICROREG_INLINE void Strength::require_schedule() const {
+  if (!schedule_) {
+    throw OptionError("strength is an empty function; assign the schedule first, or pass a number");
+  }
+}
+
 MICROREG_INLINE double Strength::checked(double value, std::int64_t step) {
   if (!detail::is_finite(value) || value < 0) {
     throw OptionError(detail::text({"strength", step < 0 ? "" : detail::text({" at step ", step}), " is ", value,

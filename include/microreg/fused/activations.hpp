@@ -35,6 +35,17 @@ inline constexpr Rule leaky_relu_backward_rule{
         "Tensor",
     .inputs = {0, 1},
     .saved = {1},
+    .derivative = piecewise_linear_derivative,
+    // In place, a negative slope leaves no trace of which side an input was on: LibTorch refuses.
+    .fits = [](const Call& call) {
+      return !call.arguments[3].toBool() || call.arguments[2].toScalar().toDouble() >= 0;
+    }};
+
+/// Of hardsigmoid, which LibTorch does not differentiate twice.
+inline constexpr Rule hardsigmoid_backward_rule{
+    .schema = "aten::hardsigmoid_backward(Tensor grad_output, Tensor self) -> Tensor",
+    .inputs = {0, 1},
+    .saved = {1},
     .derivative = piecewise_linear_derivative};
 
 }  // namespace microreg::detail

@@ -14,6 +14,7 @@
 #include <microreg/fused/operations.hpp>
 #include <microreg/fused/rule.hpp>
 #include <microreg/fused/softmax.hpp>
+#include <microreg/fused/weight_norm.hpp>
 
 #include <cstddef>
 #include <memory>
@@ -30,7 +31,7 @@ class FusedRegistration {
          {&convolution_backward_rule, &native_batch_norm_backward_rule, &cudnn_batch_norm_backward_rule,
           &native_layer_norm_backward_rule, &native_group_norm_rule, &threshold_backward_rule, &hardtanh_backward_rule,
           &leaky_relu_backward_rule, &max_pool2d_backward_rule, &max_pool3d_backward_rule, &gelu_backward_rule,
-          &softmax_backward_rule}) {
+          &softmax_backward_rule, &hardsigmoid_backward_rule, &weight_norm_rule}) {
       if (is_chosen(rule->schema)) {
         kernels_.add_boxed(rule->schema, std::make_unique<RuleKernel>(*rule));
       }

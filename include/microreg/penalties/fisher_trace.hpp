@@ -52,6 +52,9 @@ struct FisherTrace {
   template <class Pass>
     requires std::convertible_to<decltype(std::declval<const Pass&>().output), const at::Tensor&>
   [[nodiscard]] std::vector<at::Tensor> probes(const Pass& pass) const {
+    if constexpr (requires { distribution.check_target(pass.output, pass.target); }) {
+      distribution.check_target(pass.output, pass.target);
+    }
     return probes_of(pass.output, pass.generator, [&](const auto& sample) { return pass.draw(sample); });
   }
 

@@ -5,14 +5,16 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/graph_node.hpp>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/tensor_lists.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <iterator>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -42,27 +44,25 @@ class DoubleBackward {
 
   /// Differentiates penalty `index` with `factor` = strength * weight, and returns its squared gradient norm.
   ///
-  /// A squared norm needs no copy of g for the seeds: the probe is differentiated times a = sqrt(2 factor), and the
-  /// gradient a g, seeded with itself, gives a^2 H g = 2 factor H g.
+  /// The first pass gives the gradient g itself, which is what hooks and functions of the user's own see, at any
+  /// strength. A squared norm needs no copy of g for the seeds: g is scaled in place where nobody else holds it.
   at::Tensor add(std::size_t index, const TermInfo& term, double factor) {
     const bool wanted = factor > 0;
-    const double root = std::sqrt(2 * factor);
-    // Half types would round the scaled gradient; far from 1, squares could leave the range of float32.
-    const bool folded = term.squared && root > 1e-3 && root < 1e3 && at_least_float32(parameters_.tensors);
-    const double scale = folded ? root : 1.0;
     at::Tensor squared;
     std::vector<at::Tensor> differentiable;
     for (const at::Tensor& probe : checked_probes(evaluation_, index, term)) {
-      const auto g = probe_gradient(term, probe, scale, wanted);
-      add_to(squared, squared_norm(g, probe.options()) / (scale * scale));
-      std::copy_if(g.begin(), g.end(), std::back_inserter(differentiable),
-                   [&](const at::Tensor& gradient) { return wanted && gradient.requires_grad(); });
+      auto g = probe_gradient(term, probe, wanted);
+      add_to(squared, squared_norm(g, probe.options()));
+      for (at::Tensor& gradient : g) {
+        if (wanted && gradient.requires_grad()) {
+          differentiable.push_back(std::move(gradient));
+        }
+      }
     }
     if (!differentiable.empty()) {
       const at::NoGradGuard no_grad;
-      auto seed = folded         ? detached(differentiable)
-                  : term.squared ? scaled(differentiable, 2 * factor)
-                                 : scaled(differentiable, over_norm(squared, factor));
+      auto seed = term.squared ? taken_and_scaled(differentiable, 2 * factor)
+                               : scaled(differentiable, over_norm(squared, factor));
       std::move(seed.begin(), seed.end(), std::back_inserter(seeds_));
       roots_.insert(roots_.end(), differentiable.begin(), differentiable.end());
     }
@@ -76,6 +76,7 @@ class DoubleBackward {
       return;
     }
     loss_gradient_.clear();
+    const bool penalised = !roots_.empty();
     std::vector<at::Tensor> starts{evaluation_.loss};
     std::vector<at::Tensor> start_seeds{at::full_like(evaluation_.loss, weight).detach()};
     if (!roots_.empty()) {
@@ -83,17 +84,16 @@ class DoubleBackward {
       start_seeds.push_back(at::ones_like(starts.back()).detach());
       roots_.clear();
     }
-    accumulate(sums, gradients(starts, parameters_.tensors, start_seeds, /*retain_graph=*/false,
-                               /*create_graph=*/false, "the exact penalty"));
+    accumulate(sums, gradients(starts, parameters_.tensors, start_seeds, evaluation_.shares_graph,
+                               /*create_graph=*/false, penalised ? "the exact penalty" : "the loss", penalised));
   }
 
  private:
-  /// The gradient of scale * probe by what counts, undefined ones left out. Where no graph is wanted, the loss is
+  /// The gradient of the probe by what counts, undefined ones left out. Where no graph is wanted, the loss is
   /// differentiated by all parameters and kept, since that may be all that is needed.
-  std::vector<at::Tensor> probe_gradient(const TermInfo& term, const at::Tensor& probe, double scale, bool wanted) {
+  std::vector<at::Tensor> probe_gradient(const TermInfo& term, const at::Tensor& probe, bool wanted) {
     const auto differentiate = [&](const std::vector<at::Tensor>& inputs) {
-      return gradients({probe}, inputs, {at::full_like(probe, scale).detach()}, /*retain_graph=*/true,
-                       /*create_graph=*/wanted, term.name);
+      return gradients({probe}, inputs, {}, /*retain_graph=*/true, /*create_graph=*/wanted, term.name);
     };
     std::vector<at::Tensor> counted;
     if (!term.by_input && !wanted && probe.is_same(evaluation_.loss)) {
@@ -120,10 +120,15 @@ inline std::vector<at::Tensor> double_backward(const MiniBatch& batch, const Eva
                                                std::vector<at::Tensor>& sums) {
   std::vector<at::Tensor> squared_norms;
   DoubleBackward step(evaluation, parameters);
-  for (std::size_t i = 0; i < batch.terms(); ++i) {
-    squared_norms.push_back(step.add(i, batch.term(i), weights.strengths[i] * weights.penalty));
+  try {
+    for (std::size_t i = 0; i < batch.terms(); ++i) {
+      squared_norms.push_back(step.add(i, batch.term(i), weights.strengths[i] * weights.penalty));
+    }
+    step.finish(weights.loss, sums);
+  } catch (const MissingDerivative& error) {
+    const std::string place = place_of(error.operation(), evaluation.loss, parameters.tensors, parameters.names);
+    throw ModelError(place.empty() ? std::string(error.what()) : text({error.what(), " (it stands ", place, ")"}));
   }
-  step.finish(weights.loss, sums);
   return squared_norms;
 }
 

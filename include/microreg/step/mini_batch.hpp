@@ -10,6 +10,7 @@
 #include <microreg/parameters.hpp>
 #include <microreg/penalty.hpp>
 #include <microreg/report.hpp>
+#include <microreg/step/snapshot.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -41,6 +42,8 @@ class Evaluation {
   std::vector<at::Tensor> loss_parts;  ///< what the loss returned behind it, without a graph
   std::vector<at::Tensor> inputs;      ///< the tensors of the input that require a gradient
   std::vector<at::Tensor> outputs;     ///< the tensors in what the model returned, without a graph; if they are kept
+  std::optional<double> count;         ///< what the loss is a mean over, where it says so
+  bool shares_graph = false;           ///< the input carries a graph, which other micro-batches need too
 };
 
 /// What model, loss and penalties say of one mini-batch.
@@ -53,12 +56,14 @@ class MiniBatch {
 
   [[nodiscard]] virtual std::vector<NamedParameter> parameters() const = 0;
   [[nodiscard]] virtual std::vector<at::Tensor> buffers() const = 0;
+  /// What a Snapshot remembers from step to step, if there is something that lives as long.
+  [[nodiscard]] virtual SnapshotMemory* memory() { return nullptr; }
   /// The number of penalties, and what is known of each.
   [[nodiscard]] virtual std::size_t terms() const = 0;
   [[nodiscard]] virtual const TermInfo& term(std::size_t index) const = 0;
   /// The micro-batches of this step. Throws BatchError for a batch that cannot be cut.
   [[nodiscard]] virtual std::vector<Part> parts() const = 0;
-  /// Calls `visit(tensor, path)` for every tensor that has to be on the model's device.
+  /// Calls `visit(tensor, path)` for every tensor that is cut, which has to be on the model's device.
   virtual void for_each_tensor(const std::function<void(const at::Tensor&, const std::string&)>& visit) const = 0;
   /// Forward pass and loss of one micro-batch; `inputs`, if there are any, take the place of Evaluation::inputs.
   [[nodiscard]] virtual std::unique_ptr<Evaluation> evaluate(const Part& part,

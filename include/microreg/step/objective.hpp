@@ -65,13 +65,19 @@ using TargetOf = typename SecondArgument<Loss>::type;
 /// What a loss returned: its value, and the other members of what it came in.
 struct LossValue {
   at::Tensor value;
-  std::vector<at::Tensor> parts;
+  std::vector<at::Tensor> parts = {};
+  std::optional<double> count = {};
 };
+
+/// sum / count, and the count. Throws ModelError for one that is no number above or at 0.
+LossValue mean_of(const CountedLoss& loss);
 
 template <class Value>
 LossValue loss_value(Value&& value) {
   if constexpr (std::is_convertible_v<Value, at::Tensor>) {
-    return {std::forward<Value>(value), {}};
+    return {std::forward<Value>(value)};
+  } else if constexpr (std::is_same_v<std::remove_cvref_t<Value>, CountedLoss>) {
+    return mean_of(value);
   } else {
     LossValue result;
     bool first = true;
@@ -89,8 +95,8 @@ LossValue loss_value(Value&& value) {
 }
 
 template <class Value>
-concept LossResult =
-    std::convertible_to<Value, at::Tensor> || (Batch<Value> && !is_plain_value<std::remove_cvref_t<Value>>);
+concept LossResult = std::convertible_to<Value, at::Tensor> || std::same_as<std::remove_cvref_t<Value>, CountedLoss> ||
+                     (Batch<Value> && !is_plain_value<std::remove_cvref_t<Value>>);
 
 template <class Loss, class Output, class Target>
 concept TakesOutput = std::same_as<Target, NoTarget> && requires(Loss& loss, Output& output) {
@@ -150,6 +156,8 @@ class Objective {
   [[nodiscard]] virtual const TermInfo& term(std::size_t index) const = 0;
   [[nodiscard]] virtual std::unique_ptr<Evaluation> evaluate(Input input, Target target, std::int64_t size,
                                                              const RegularizerOptions& options) = 0;
+
+  SnapshotMemory memory;  ///< of the Regularizer
 };
 
 /// What a forward pass returned, kept for the probes.
@@ -190,8 +198,23 @@ class TypedObjective final : public Objective<Input, Target> {
   TypedObjective(Handle handle, Loss loss, Penalty penalty)
       : handle_(std::move(handle)), loss_(std::move(loss)), penalty_(std::move(penalty)) {}
 
-  [[nodiscard]] std::vector<NamedParameter> parameters() const override { return handle_.parameters(); }
-  [[nodiscard]] std::vector<at::Tensor> buffers() const override { return handle_.buffers(); }
+  [[nodiscard]] std::vector<NamedParameter> parameters() const override {
+    std::vector<NamedParameter> result = handle_.parameters();
+    if constexpr (is_module_holder<Loss>) {
+      for (auto& [name, tensor] : named_parameters_of(*loss_.ptr())) {
+        result.push_back({"loss." + name, tensor});
+      }
+    }
+    return result;
+  }
+  [[nodiscard]] std::vector<at::Tensor> buffers() const override {
+    std::vector<at::Tensor> result = handle_.buffers();
+    if constexpr (is_module_holder<Loss>) {
+      const std::vector<at::Tensor> of_loss = loss_.ptr()->buffers();
+      result.insert(result.end(), of_loss.begin(), of_loss.end());
+    }
+    return result;
+  }
   [[nodiscard]] std::size_t terms() const override { return penalty_.size(); }
   [[nodiscard]] const TermInfo& term(std::size_t index) const override { return penalty_.terms()[index]; }
 
@@ -204,7 +227,8 @@ class TypedObjective final : public Objective<Input, Target> {
     auto result = std::make_unique<PassEvaluation<Input, Output, Target>>(penalty_, options, std::move(input),
                                                                           std::move(output), std::move(target));
     LossValue loss = call_loss(loss_, result->output(), result->target());
-    result->loss = checked_loss(loss.value, options.reduction, size);
+    result->loss = checked_loss(loss.value, loss.count.has_value() ? Reduction::mean : options.reduction, size);
+    result->count = loss.count;
     result->loss_parts = std::move(loss.parts);
     if constexpr (Batch<Output>) {
       if (options.keep_outputs) {
@@ -237,8 +261,8 @@ template <class Input, class Target>
 class ObjectiveOnBatch final : public MiniBatch {
  public:
   ObjectiveOnBatch(Objective<Input, Target>& objective, const RegularizerOptions& options, const Input& input,
-                   const Target& target)
-      : objective_(objective), options_(options), input_(input), target_(target) {
+                   const Target& target, SnapshotMemory* memory = nullptr)
+      : objective_(objective), options_(options), input_(input), target_(target), memory_(memory) {
     for (std::size_t i = 0; i < objective.terms(); ++i) {
       input_gradient_ = input_gradient_ || objective.term(i).by_input;
     }
@@ -250,6 +274,7 @@ class ObjectiveOnBatch final : public MiniBatch {
 
   [[nodiscard]] std::vector<NamedParameter> parameters() const override { return objective_.parameters(); }
   [[nodiscard]] std::vector<at::Tensor> buffers() const override { return objective_.buffers(); }
+  [[nodiscard]] SnapshotMemory* memory() override { return memory_; }
   [[nodiscard]] std::size_t terms() const override { return objective_.terms(); }
   [[nodiscard]] const TermInfo& term(std::size_t index) const override { return objective_.term(index); }
 
@@ -267,6 +292,8 @@ class ObjectiveOnBatch final : public MiniBatch {
       for_each_part(batch, name, [&]<class Leaf>(const Leaf& leaf, const std::string& path) {
         if constexpr (is_tensor<Leaf> && !std::is_base_of_v<Whole, Leaf> && !std::is_base_of_v<OnHost, Leaf>) {
           visit(leaf, path);
+        } else if constexpr (IsPerSample<Leaf>::value) {
+          detail::for_each_tensor(leaf, path, visit);
         }
       });
     };
@@ -278,6 +305,13 @@ class ObjectiveOnBatch final : public MiniBatch {
     Input input = slice(input_, part.begin, part.size);
     std::vector<at::Tensor> differentiable;
     if (input_gradient_) {
+      for_each_part(input, "input", []<class Leaf>(const Leaf& /*leaf*/, const std::string& path) {
+        if constexpr (!is_tensor<Leaf> && !IsPerSample<Leaf>::value && !is_value_list<Leaf>) {
+          throw ModelError(text({path,
+                                 " cannot be looked into, to differentiate by the tensors in it: give its type "
+                                 "microreg_fields instead of microreg_slice, or pass a PerSample"}));
+        }
+      });
       // Leaves of the graph, as views: the user's own tensors are left alone.
       detail::for_each_tensor(input, "input", [&](at::Tensor& tensor, const std::string& /*path*/) {
         if (!tensor.is_floating_point() && !tensor.requires_grad()) {
@@ -291,9 +325,18 @@ class ObjectiveOnBatch final : public MiniBatch {
         differentiable.push_back(tensor);
       });
     }
+    bool shares_graph = false;
+    detail::for_each_tensor(input, "input", [&](const at::Tensor& tensor, const std::string& /*path*/) {
+      shares_graph = shares_graph || (tensor.defined() && tensor.grad_fn() != nullptr);
+    });
+    Target target = slice(target_, part.begin, part.size);
+    detail::for_each_tensor(target, "target", [&](const at::Tensor& tensor, const std::string& /*path*/) {
+      shares_graph = shares_graph || (tensor.defined() && tensor.grad_fn() != nullptr);
+    });
     const OptionalAutocast half(options_.autocast, device_);
-    auto result = objective_.evaluate(std::move(input), slice(target_, part.begin, part.size), part.size, options_);
+    auto result = objective_.evaluate(std::move(input), std::move(target), part.size, options_);
     result->inputs = std::move(differentiable);
+    result->shares_graph = shares_graph;
     return result;
   }
 
@@ -302,6 +345,7 @@ class ObjectiveOnBatch final : public MiniBatch {
   const RegularizerOptions& options_;
   const Input& input_;
   const Target& target_;
+  SnapshotMemory* memory_;
   bool input_gradient_ = false;
   c10::DeviceType device_ = c10::kCPU;
 };

@@ -2,27 +2,35 @@
 /// What a step may change before it is sure to succeed, and how to put it back.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/Context.h>
-#include <ATen/Functions.h>
 #include <ATen/core/Generator.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/Device.h>
 
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
 #include <mutex>
 #include <optional>
+#include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
 namespace microreg::detail {
 
-/// The states of every generator that a step may draw from: the default ones of the CPU and of the model's device, and
+/// The states of every generator that a step may draw from: the default ones of the CPU and of the model's devices, and
 /// the one in the options.
 class GeneratorStates {
  public:
-  GeneratorStates(c10::Device device, const std::optional<at::Generator>& generator) {
+  GeneratorStates(const std::vector<c10::Device>& devices, const std::optional<at::Generator>& generator) {
     save(at::globalContext().defaultGenerator(c10::kCPU));
-    if (!device.is_cpu() && !device.is_meta()) {  // the meta device has no generator
-      save(at::globalContext().defaultGenerator(device));
+    for (const c10::Device& device : devices) {
+      if (!device.is_cpu() && !device.is_meta()) {  // the meta device has no generator
+        save(at::globalContext().defaultGenerator(device));
+      }
     }
     if (generator.has_value()) {
       save(*generator);
@@ -38,11 +46,14 @@ class GeneratorStates {
     return result;
   }
 
+  /// Sets those that have moved.
   void restore() const {
     for (const auto& [saved, state] : states_) {
       at::Generator generator = saved;
       const std::scoped_lock lock(generator.mutex());
-      generator.set_state(state);
+      if (!at::equal(generator.get_state(), state)) {
+        generator.set_state(state);
+      }
     }
   }
 
@@ -57,21 +68,129 @@ class GeneratorStates {
   std::vector<std::pair<at::Generator, at::Tensor>> states_;
 };
 
-/// A copy of buffers and random number generators, bitwise. `restore()` puts them back in place.
-class Snapshot {
+/// A copy of one tensor: of what its memory holds, and of how it lies there.
+///
+/// Small ones are compared value by value before they are put back, large ones (and those of a device, which comparing
+/// would wait for) by the version that every operation in place counts. Putting back does not count: the values are
+/// those that other graphs have saved, so that these stay valid.
+class SavedTensor {
  public:
-  Snapshot(const std::vector<at::Tensor>& buffers, c10::Device device, const std::optional<at::Generator>& generator)
-      : generators_(device, generator) {
-    for (const at::Tensor& buffer : buffers) {
-      if (buffer.defined()) {
-        buffers_.push_back(buffer);
+  static constexpr std::size_t large = std::size_t{1} << 20;  ///< bytes
+
+  explicit SavedTensor(const at::Tensor& tensor) : SavedTensor(tensor, nullptr) {}
+  /// The same as `earlier` where that is still true, without copying again.
+  SavedTensor(const at::Tensor& tensor, const SavedTensor* earlier)
+      : tensor_(tensor), version_(version_of(tensor)), alias_(tensor.variable_data()) {
+    if (earlier != nullptr && is_large() && earlier->version_ == version_ && earlier->lies_the_same() &&
+        earlier->looks_the_same()) {
+      copy_ = earlier->copy_;
+    } else {
+      copy_ = values(alias_).clone();
+    }
+  }
+
+  [[nodiscard]] const at::Tensor& tensor() const noexcept { return tensor_; }
+  [[nodiscard]] bool is_large() const { return alias_.layout() != at::kStrided || alias_.nbytes() >= large; }
+  [[nodiscard]] bool changed() const { return version_of(tensor_) != version_; }
+
+  void restore() const {
+    if (!lies_the_same()) {
+      at::Tensor(tensor_).set_data(alias_);
+    }
+    if (is_large() ? changed() : !alias_.is_cpu() || !at::equal(bits(values(alias_)), bits(copy_))) {
+      values(alias_).copy_(copy_);
+    }
+  }
+
+ private:
+  static std::int64_t version_of(const at::Tensor& tensor) {
+    return tensor.is_inference() ? 0 : static_cast<std::int64_t>(tensor._version());
+  }
+
+  /// The tensor without the repetitions of expand(), which cannot be written to.
+  static at::Tensor values(at::Tensor tensor) {
+    if (tensor.layout() == at::kStrided) {
+      for (std::int64_t d = 0; d < tensor.dim(); ++d) {
+        tensor = tensor.stride(d) == 0 && tensor.size(d) > 1 ? tensor.narrow(d, 0, 1) : tensor;
       }
     }
-    copy_buffers();
+    return tensor;
+  }
+
+  /// For a comparison in which NaN equals itself.
+  static at::Tensor bits(const at::Tensor& tensor) {
+    return (tensor.is_floating_point() || tensor.is_complex()) ? tensor.contiguous().flatten().view(at::kByte) : tensor;
+  }
+
+  [[nodiscard]] bool lies_the_same() const {
+    if (alias_.layout() != at::kStrided || tensor_.layout() != at::kStrided) {
+      return alias_.layout() == tensor_.layout();
+    }
+    return tensor_.storage().is_alias_of(alias_.storage()) && tensor_.sizes() == alias_.sizes() &&
+           tensor_.strides() == alias_.strides() && tensor_.storage_offset() == alias_.storage_offset() &&
+           tensor_.scalar_type() == alias_.scalar_type();
+  }
+
+  /// A look at a thousand values, for what was written without being counted.
+  [[nodiscard]] bool looks_the_same() const {
+    if (!alias_.is_cpu() || alias_.layout() != at::kStrided || !alias_.is_contiguous()) {
+      return true;
+    }
+    const std::int64_t step = std::max<std::int64_t>(alias_.numel() / 1000, 1);
+    const auto some = [&](const at::Tensor& tensor) { return bits(tensor.view(-1).slice(0, 0, tensor.numel(), step)); };
+    return copy_.is_contiguous() && at::equal(some(alias_), some(copy_));
+  }
+
+  at::Tensor tensor_;
+  std::int64_t version_;
+  at::Tensor alias_;  // the same memory, with a version of its own
+  at::Tensor copy_;
+};
+
+/// What stays between the steps of one object: copies of large tensors, which are taken again only where these have
+/// changed, and which parameters the model writes to in its forward pass.
+struct SnapshotMemory {
+  std::vector<SavedTensor> large;
+  std::vector<at::Tensor> written;
+  bool first = true;
+};
+
+/// A copy of tensors and random number generators, bitwise. `restore()` puts back, in place, those that have changed.
+class Snapshot {
+ public:
+  Snapshot(const std::vector<at::Tensor>& tensors, const std::vector<c10::Device>& devices,
+           const std::optional<at::Generator>& generator, SnapshotMemory* memory = nullptr)
+      : generators_(devices, generator) {
+    const at::NoGradGuard no_grad;
+    std::unordered_set<const c10::TensorImpl*> seen;
+    std::unordered_map<const c10::TensorImpl*, const SavedTensor*> earlier;
+    if (memory != nullptr) {
+      for (const SavedTensor& saved : memory->large) {
+        earlier.emplace(saved.tensor().unsafeGetTensorImpl(), &saved);
+      }
+    }
+    for (const at::Tensor& tensor : tensors) {
+      if (tensor.defined() && seen.insert(tensor.unsafeGetTensorImpl()).second) {
+        const auto known = earlier.find(tensor.unsafeGetTensorImpl());
+        saved_.emplace_back(tensor, known == earlier.end() ? nullptr : known->second);
+      }
+    }
+    if (memory != nullptr) {
+      memory->large.clear();
+      std::copy_if(saved_.begin(), saved_.end(), std::back_inserter(memory->large),
+                   [](const SavedTensor& saved) { return saved.is_large() && !saved.tensor().requires_grad(); });
+    }
   }
 
   /// A copy of the same things as they are now.
-  [[nodiscard]] Snapshot now() const { return {buffers_, generators_.now()}; }
+  [[nodiscard]] Snapshot now() const {
+    const at::NoGradGuard no_grad;
+    Snapshot result(generators_.now());
+    for (const SavedTensor& saved : saved_) {
+      result.saved_.emplace_back(saved.tensor(), &saved);
+    }
+    return result;
+  }
 
   void restore() const {
     restore_buffers();
@@ -80,29 +199,33 @@ class Snapshot {
 
   void restore_buffers() const {
     const at::NoGradGuard no_grad;
-    if (!buffers_.empty()) {
-      at::_foreach_copy_(buffers_, copies_);
+    for (const SavedTensor& saved : saved_) {
+      saved.restore();
     }
+  }
+
+  /// Those that an operation in place has written to since.
+  [[nodiscard]] std::vector<at::Tensor> changed() const {
+    std::vector<at::Tensor> result;
+    for (const SavedTensor& saved : saved_) {
+      if (saved.changed()) {
+        result.push_back(saved.tensor());
+      }
+    }
+    return result;
+  }
+
+  /// Lets the copies of parameters go that nothing has written to, before gradients need the memory.
+  void forget_unchanged_parameters() {
+    std::erase_if(saved_, [](const SavedTensor& saved) { return saved.tensor().requires_grad() && !saved.changed(); });
   }
 
   [[nodiscard]] const GeneratorStates& generators() const noexcept { return generators_; }
 
  private:
-  Snapshot(std::vector<at::Tensor> buffers, GeneratorStates generators)
-      : buffers_(std::move(buffers)), generators_(std::move(generators)) {
-    copy_buffers();
-  }
+  explicit Snapshot(GeneratorStates generators) : generators_(std::move(generators)) {}
 
-  void copy_buffers() {
-    const at::NoGradGuard no_grad;
-    copies_.reserve(buffers_.size());
-    for (const at::Tensor& buffer : buffers_) {
-      copies_.push_back(buffer.clone());
-    }
-  }
-
-  std::vector<at::Tensor> buffers_;
-  std::vector<at::Tensor> copies_;
+  std::vector<SavedTensor> saved_;
   GeneratorStates generators_;
 };
 

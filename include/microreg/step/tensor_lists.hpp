@@ -5,56 +5,111 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/Exception.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
+#include <microreg/step/graph.hpp>
 
 #include <algorithm>
 #include <exception>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace microreg::detail {
 
-/// Says which operation stopped double backward and what can be done, for the errors that users meet most.
-[[noreturn]] inline void rethrow_with_remedy(const std::exception& error, std::string_view what) {
+/// An operation has no derivative where one is needed. Known by what LibTorch, and libraries of operations, say then.
+class MissingDerivative : public ModelError {
+ public:
+  MissingDerivative(const std::string& message, std::string operation)
+      : ModelError(message), operation_(std::move(operation)) {}
+  /// LibTorch's sentence, which names the operation.
+  [[nodiscard]] const std::string& operation() const noexcept { return operation_; }
+
+ private:
+  std::string operation_;
+};
+
+/// A gradient that is no dense tensor.
+class SparseGradient : public ModelError {
+ public:
+  explicit SparseGradient(const at::Tensor& parameter)
+      : ModelError(text({"the gradient of a parameter of shape ", parameter.sizes(),
+                         " is sparse; construct the Embedding or EmbeddingBag with .sparse(false)"})),
+        parameter_(parameter) {}
+  [[nodiscard]] const at::Tensor& parameter() const noexcept { return parameter_; }
+
+ private:
+  at::Tensor parameter_;
+};
+
+/// Rethrows the error that is being handled: as MissingDerivative, with what can be done, if it says that there is no
+/// derivative, and as it is otherwise. `second`: a second derivative was asked for, so that first ones exist.
+[[noreturn]] inline void rethrow_with_remedy(const std::exception& error, std::string_view what, bool second) {
   const std::string message = error.what();
   const std::string first_line = message.substr(0, message.find('\n'));
-  std::string remedy;
-  if (message.find("scaled_dot_product") != std::string::npos || message.find("attention") != std::string::npos) {
+  const auto has = [&](const char* part) { return first_line.find(part) != std::string::npos; };
+  const bool missing = (has("derivative") && has("not implemented")) || has("not differentiable") ||
+                       has("differentiate twice") || has("once_differentiable") ||
+                       ((has("ouble backward") || has("ouble-backward") || has("econd derivative")) &&
+                        (has("not support") || has("n't support") || has("not implemented") || has("unsupported")));
+  if (!missing || dynamic_cast<const Error*>(&error) != nullptr ||
+      dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
+    throw;  // Not about differentiability: the original error says it best.
+  }
+  std::string remedy = second ? "replace this operation by differentiable ones, or choose an estimator that needs "
+                                "first derivatives only, ForwardDifference"
+                              : "replace this operation by differentiable ones";
+  if (has("scaled_dot_product") || has("attention")) {
     remedy =
         "only the math kernel of scaled_dot_product_attention can be differentiated twice: call "
         "at::globalContext().setSDPUseFlash(false), setSDPUseMemEfficient(false) and setSDPUseCuDNN(false) once";
-  } else if (message.find("cudnn_rnn") != std::string::npos || message.find("CuDNN") != std::string::npos) {
+  } else if (has("cudnn_rnn") || has("CuDNN")) {
     remedy =
         "cuDNN's recurrent networks cannot be differentiated twice: call "
         "at::globalContext().setUserEnabledCuDNN(false) "
         "around the step";
-  } else if (message.find("is not implemented") != std::string::npos ||
-             message.find("not differentiable") != std::string::npos) {
-    remedy =
-        "replace this operation by differentiable ones, or choose an estimator that needs first derivatives only, "
-        "ForwardDifference";
-  } else {
-    throw;  // Not about differentiability: the original error says it best.
+  } else if (second && (has("ctc_loss") || has("embedding_bag") || has("cdist"))) {
+    remedy = has("ctc_loss")        ? "choose ForwardDifference, which needs first derivatives only"
+             : has("embedding_bag") ? "use an Embedding and a mean or sum over it, or ForwardDifference"
+                                    : "write (a - b).square().sum(-1) of unsqueezed operands, or ForwardDifference";
   }
-  throw ModelError(text({what, " needs a second derivative that LibTorch does not have: ", first_line, "; ", remedy}));
+  throw MissingDerivative(text({what, " needs a ", second ? "second " : "", "derivative that ",
+                                second ? "LibTorch does not have: " : "is not there: ", first_line, "; ", remedy}),
+                          first_line);
 }
 
-/// d(sum of <outputs, seeds>)/d(inputs); undefined where an input does not take part.
+/// d(sum of <outputs, seeds>)/d(inputs); undefined where an input does not take part. `second`: the outputs are
+/// themselves functions of gradients.
 inline std::vector<at::Tensor> gradients(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& inputs,
                                          const std::vector<at::Tensor>& seeds, bool retain_graph, bool create_graph,
-                                         std::string_view what) {
+                                         std::string_view what, bool second = false) {
   // In the types that the graph was made in, also where the user's Autocast is around the whole step.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  try {
-    return torch::autograd::grad(outputs, inputs, seeds, retain_graph, create_graph, /*allow_unused=*/true);
-  } catch (const std::exception& error) {
-    rethrow_with_remedy(error, what);
+  std::optional<SecondDerivatives> watched;
+  if (create_graph) {
+    watched.emplace(outputs, what);
   }
+  std::vector<at::Tensor> result;
+  try {
+    result = torch::autograd::grad(outputs, inputs, seeds, retain_graph, create_graph, /*allow_unused=*/true);
+  } catch (const std::exception& error) {
+    rethrow_with_remedy(error, what, second);
+  }
+  if (watched.has_value()) {
+    watched->require_graphs();
+  }
+  for (std::size_t i = 0; i < result.size(); ++i) {
+    if (result[i].defined() && result[i].layout() != at::kStrided) {
+      throw SparseGradient(inputs[i]);
+    }
+  }
+  return result;
 }
 
 /// The defined ones among `tensors`.
@@ -74,11 +129,15 @@ inline std::vector<at::Tensor> detached(std::vector<at::Tensor> tensors) {
   return tensors;
 }
 
-/// || tensors ||^2 over all of them jointly, without a graph, a scalar on the device; half types add up in float32.
+/// || tensors ||^2 over all of them jointly, without a graph, a scalar on the device; half types add up in float32, and
+/// all of them in float64 if one is.
 inline at::Tensor squared_norm(const std::vector<at::Tensor>& tensors, const at::TensorOptions& scalar_options) {
   const at::NoGradGuard no_grad;
   const std::vector<at::Tensor> terms = defined(tensors);
-  const at::ScalarType type = wide_type(c10::typeMetaToScalarType(scalar_options.dtype()));
+  at::ScalarType type = wide_type(c10::typeMetaToScalarType(scalar_options.dtype()));
+  for (const at::Tensor& term : terms) {
+    type = term.scalar_type() == at::kDouble ? at::kDouble : type;
+  }
   if (terms.empty()) {
     return at::zeros({}, scalar_options.dtype(type).requires_grad(false));
   }
@@ -101,7 +160,7 @@ inline at::Tensor owned(at::Tensor gradient) {
 }
 
 /// sums[i] += factor * terms[i], where either may be undefined (zero). Writes only to tensors in `sums`, which are of
-/// float32 where the terms are of a half type: many small ones would stop counting there.
+/// float32 where the terms are of a half type: that loses small terms, and stops growing after a few hundred.
 inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> terms, double factor = 1.0) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> into;
@@ -154,6 +213,29 @@ inline std::vector<at::Tensor> scaled(const std::vector<at::Tensor>& tensors, co
   result.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) {
     result.push_back(tensor * factor.to(tensor.device(), tensor.scalar_type()));
+  }
+  return result;
+}
+
+/// The values of `tensors` times `factor`, without their graph: in the memory of those that nobody else holds, whose
+/// own values are then without meaning.
+inline std::vector<at::Tensor> taken_and_scaled(std::vector<at::Tensor>& tensors, double factor) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> result;
+  std::vector<at::Tensor> ours;
+  result.reserve(tensors.size());
+  for (at::Tensor& tensor : tensors) {
+    // A view that nobody else knows the base of: the gradient of a linear layer's weight is a transpose.
+    const std::size_t holders = tensor.is_view() && tensor._base().use_count() == 1 ? 2 : 1;
+    const bool alone = tensor.use_count() == 1 && tensor.has_storage() && tensor.storage().use_count() == holders &&
+                       tensor.is_non_overlapping_and_dense();
+    result.push_back(alone ? tensor.detach() : tensor * factor);
+    if (alone) {
+      ours.push_back(result.back());
+    }
+  }
+  if (!ours.empty() && factor != 1) {
+    at::_foreach_mul_(ours, factor);
   }
   return result;
 }

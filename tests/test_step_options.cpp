@@ -1,0 +1,340 @@
+// What is trained beside the model, losses that count, short micro-batches, sequences, classes that lie last, and what
+// is done about NaN: the options of a step, against formulas by hand.
+#include "helpers.hpp"
+#include "networks.hpp"
+
+#include <microreg/microreg.hpp>
+
+#include <cmath>
+#include <limits>
+
+using namespace helpers;
+using microreg::BatchError;
+using microreg::FunctionModel;
+using microreg::GradientNorm;
+using microreg::ModelError;
+using microreg::NonFinite;
+using microreg::OptionError;
+using microreg::OtherLeaves;
+using microreg::Reduction;
+using microreg::Regularizer;
+using microreg::ShortLast;
+using torch::Tensor;
+
+namespace {
+
+using TensorList = std::vector<Tensor>;
+
+/// The gradient of sum of weights[i] * loss[i] + penalty_weights[i] * strength * || grad loss[i] ||^2, by hand.
+Tensor combined(const TensorList& losses, const std::vector<double>& weights,
+                const std::vector<double>& penalty_weights, double strength, const TensorList& parameters) {
+  Tensor sum = torch::zeros({}, torch::kFloat64);
+  for (std::size_t i = 0; i < losses.size(); ++i) {
+    sum = sum + weights[i] * losses[i];
+    for (const Tensor& g : torch::autograd::grad({losses[i]}, parameters, {}, true, true, true)) {
+      sum = g.defined() ? sum + penalty_weights[i] * strength * g.square().sum() : sum;
+    }
+  }
+  TensorList flat;
+  for (const Tensor& g : torch::autograd::grad({sum}, parameters)) {
+    flat.push_back(g.flatten());
+  }
+  return torch::cat(flat);
+}
+
+Tensor label_loss(const Tensor& o, const Tensor& y) { return torch::cross_entropy_loss(o, y); }
+
+/// A loss with a parameter and a buffer of its own.
+struct ScaledLossImpl : torch::nn::Module {
+  ScaledLossImpl() : scale(register_parameter("scale", torch::full({2}, 0.3, torch::kFloat64))) {
+    calls = register_buffer("calls", torch::zeros({1}));
+  }
+  Tensor forward(const Tensor& o, const Tensor& y) {
+    calls.add_(1);
+    return ((-scale).exp() * (o - y).square().mean(0) + scale).sum();
+  }
+  Tensor scale, calls;
+};
+TORCH_MODULE(ScaledLoss);
+
+struct TaggerImpl : torch::nn::Module {
+  explicit TaggerImpl(bool first) : lstm(torch::nn::LSTMOptions(6, 8).batch_first(first)) {
+    register_module("lstm", lstm);
+    register_module("out", out);
+    to(torch::kFloat64);
+  }
+  Tensor forward(const Tensor& x) { return out(std::get<0>(lstm(x))); }
+  torch::nn::LSTM lstm;
+  torch::nn::Linear out{8, 5};
+};
+TORCH_MODULE(Tagger);
+
+}  // namespace
+
+TEST_CASE("parameters of a loss that is a module are trained", "[step options]") {
+  torch::manual_seed(1);
+  torch::nn::Linear model(6, 2);
+  model->to(torch::kFloat64);
+  ScaledLoss loss;
+  const Tensor x = torch::randn({8, 6}, torch::kFloat64), y = torch::randn({8, 2}, torch::kFloat64);
+  TensorList all = model->parameters();
+  all.push_back(loss->scale);
+  const Tensor expected = combined({loss(model(x), y)}, {1}, {1}, 0.5, all);
+  loss->calls.zero_();
+  Regularizer r(model, loss, GradientNorm{}, {.strength = 0.5});
+  (void)r.backward(x, y);
+  CHECK(relative_error(flat_grad(all), expected) < 1e-13);
+  CHECK(loss->calls.item<float>() == 1);
+  (void)microreg::measure(model, loss, GradientNorm{}, x, y);
+  CHECK(loss->calls.item<float>() == 1);  // a buffer of the loss
+  // Left out of the penalty by its name.
+  clear_grad(all);
+  Regularizer some(model, loss, GradientNorm{}, {.strength = 0.5, .select = [](const std::string& name, const Tensor&) {
+                                                   return name != "loss.scale";
+                                                 }});
+  const auto report = some.backward(x, y);
+  double value = 0;
+  for (const Tensor& g : torch::autograd::grad({loss(model(x), y)}, model->parameters())) {
+    value += g.square().sum().item<double>();
+  }
+  CHECK(report.penalties[0].value.item<double>() == Approx(value));
+}
+
+TEST_CASE("other leaves are trained, refused or ignored", "[step options]") {
+  torch::manual_seed(2);
+  torch::nn::Linear model(6, 5), encoder(4, 6);
+  model->to(torch::kFloat64);
+  encoder->to(torch::kFloat64);
+  const Tensor raw = torch::randn({8, 4}, torch::kFloat64), y = torch::randint(5, {8});
+  TensorList all = model->parameters();
+  for (const Tensor& p : encoder->parameters()) {
+    all.push_back(p);
+  }
+  const auto encoded = [&] { return torch::tanh(encoder(raw)); };
+  TensorList losses;
+  for (int i = 0; i < 4; ++i) {
+    losses.push_back(label_loss(model(encoded().narrow(0, 2 * i, 2)), y.narrow(0, 2 * i, 2)));
+  }
+  const std::vector<double> quarter(4, 0.25);
+  const Tensor expected = combined(losses, quarter, quarter, 0.5, all);
+  for (const double strength : {0.5, 0.0}) {
+    clear_grad(all);
+    Regularizer r(model, label_loss, GradientNorm{},
+                  {.strength = strength, .micro_batch_size = 2, .also_train = encoder->parameters()});
+    (void)r.backward(encoded(), y);
+    if (strength > 0) {
+      CHECK(relative_error(flat_grad(all), expected) < 1e-13);
+    } else {
+      CHECK(encoder->weight.grad().defined());
+    }
+  }
+  clear_grad(all);
+  const auto ignoring = OtherLeaves::ignored;
+  Regularizer r(model, label_loss, GradientNorm{}, {.other_leaves = ignoring});
+  (void)r.backward(encoded(), y);
+  CHECK(model->weight.grad().defined());
+  CHECK_FALSE(encoder->weight.grad().defined());
+  clear_grad(all);
+  microreg::Penalised refusing(model->parameters(), GradientNorm{}, {.other_leaves = OtherLeaves::refused});
+  CHECK(has(message_of<ModelError>([&] { (void)refusing.backward(label_loss(model(encoded()), y)); }),
+            {"no parameter", "other_leaves"}));
+  CHECK_FALSE(model->weight.grad().defined());
+  microreg::Penalised some(model->parameters(), GradientNorm{});
+  CHECK_NOTHROW((void)some.backward(label_loss(model(encoded()), y)));
+  CHECK(has(message_of<OptionError>(
+                [&] { Regularizer bad(model, label_loss, GradientNorm{}, {.also_train = {torch::zeros({2})}}); }),
+            {"also_train[0]", "require a gradient"}));
+}
+
+TEST_CASE("leaves that a pass makes for itself are not refused", "[step options]") {
+  torch::manual_seed(3);
+  networks::Mlp model = networks::seeded_mlp();
+  const auto batch = networks::vectors(8);
+  const auto forward = [&](const Tensor& x) {
+    const Tensor points = x.clone().requires_grad_(true);  // a physics-informed network
+    const Tensor o = model->forward(points);
+    return o + torch::autograd::grad({o.sum()}, {points}, {}, true, true)[0].square().sum(1, true);
+  };
+  for (const bool fused : {true, false}) {
+    Regularizer r(FunctionModel{forward, model->parameters()}, label_loss, GradientNorm{},
+                  {.micro_batch_size = 4, .fused = fused});
+    CHECK_NOTHROW((void)r.backward(batch.input, batch.target));
+  }
+  microreg::Penalised p(model->parameters(), GradientNorm{}, {.other_leaves = OtherLeaves::refused});
+  CHECK_NOTHROW((void)p.backward([&] { return label_loss(forward(batch.input), batch.target); }));
+}
+
+TEST_CASE("a short last micro-batch is kept, merged or dropped", "[step options]") {
+  networks::Mlp model = networks::seeded_mlp();
+  const auto batch = networks::vectors(9);
+  const auto gradient = [&](ShortLast last, std::vector<std::int64_t> sizes) {
+    model->zero_grad();
+    Regularizer r(model, label_loss, GradientNorm{}, {.strength = 0.5, .micro_batch_size = 4, .short_last = last});
+    const auto report = r.backward(batch.input, batch.target);
+    CHECK(report.micro_batches() == static_cast<std::int64_t>(sizes.size()));
+    std::int64_t used = 0;
+    for (const std::int64_t size : sizes) {
+      used += size;
+    }
+    CHECK(report.samples == used);
+    TensorList losses;
+    std::vector<double> weights;
+    std::int64_t begin = 0;
+    for (const std::int64_t size : sizes) {
+      losses.push_back(
+          label_loss(model->forward(batch.input.narrow(0, begin, size)), batch.target.narrow(0, begin, size)));
+      weights.push_back(static_cast<double>(size) / static_cast<double>(used));
+      begin += size;
+    }
+    const Tensor expected = combined(losses, weights, weights, 0.5, model->parameters());
+    CHECK(relative_error(flat_grad(model->parameters()), expected) < 1e-13);
+  };
+  gradient(ShortLast::kept, {4, 4, 1});
+  gradient(ShortLast::merged, {4, 5});
+  gradient(ShortLast::dropped, {4, 4});
+  // Fewer samples than a micro-batch are one in any case.
+  for (const ShortLast last : {ShortLast::kept, ShortLast::merged, ShortLast::dropped}) {
+    CHECK(microreg::MicroBatches(3, 4, microreg::Weighting::samples, last).size(0) == 3);
+    CHECK(microreg::MicroBatches(8, 4, microreg::Weighting::samples, last).count() == 2);
+  }
+}
+
+TEST_CASE("a loss that says what it is a mean over", "[step options]") {
+  networks::Mlp model = networks::seeded_mlp();
+  const auto batch = networks::vectors(10);
+  Tensor labels = batch.target.clone();
+  labels.narrow(0, 0, 2).fill_(-100);
+  labels.narrow(0, 4, 4).fill_(-100);  // a whole micro-batch
+  const auto counted = [](const Tensor& o, const Tensor& y) {
+    return microreg::CountedLoss{torch::cross_entropy_loss(o, y, {}, at::Reduction::Sum, -100), (y != -100).sum()};
+  };
+  const auto sum = [&](std::int64_t begin, std::int64_t size) {
+    return torch::cross_entropy_loss(model->forward(batch.input.narrow(0, begin, size)), labels.narrow(0, begin, size),
+                                     {}, at::Reduction::Sum, -100);
+  };
+  for (const microreg::Estimator& estimator :
+       {microreg::Estimator(microreg::Exact{}), microreg::Estimator(microreg::CentralDifference{}),
+        microreg::Estimator(microreg::ForwardDifference{})}) {
+    model->zero_grad();
+    Regularizer r(model, counted, GradientNorm{}, {.strength = 0.5, .micro_batch_size = 4, .estimator = estimator});
+    const auto report = r.backward(batch.input, labels);
+    const Tensor expected = combined({sum(0, 4) / 2, sum(8, 2) / 2}, {0.5, 0.5}, {0.5, 0.5}, 0.5, model->parameters());
+    CHECK(relative_error(flat_grad(model->parameters()), expected) < 1e-6);
+    CHECK(report.loss.item<double>() == Approx(sum(0, 10).item<double>() / 4).epsilon(1e-12));
+  }
+  labels.fill_(-100);
+  Regularizer r(model, counted, GradientNorm{}, {.micro_batch_size = 4});
+  CHECK(has(message_of<ModelError>([&] { (void)r.backward(batch.input, labels); }), {"counts", "0"}));
+}
+
+TEST_CASE("a sum whose scale is kept", "[step options]") {
+  networks::Mlp model = networks::seeded_mlp();
+  const auto batch = networks::vectors(10);
+  const auto sum = [](const Tensor& o, const Tensor& y) {
+    return torch::cross_entropy_loss(o, y, {}, at::Reduction::Sum);
+  };
+  Regularizer r(model, sum, GradientNorm{}, {.strength = 0.5, .micro_batch_size = 4, .reduction = Reduction::total});
+  const auto report = r.backward(batch.input, batch.target);
+  TensorList means;
+  for (const std::int64_t begin : {0, 4, 8}) {
+    const std::int64_t size = std::min<std::int64_t>(4, 10 - begin);
+    means.push_back(
+        label_loss(model->forward(batch.input.narrow(0, begin, size)), batch.target.narrow(0, begin, size)));
+  }
+  const Tensor expected = combined(means, {4, 4, 2}, {0.4, 0.4, 0.2}, 0.5, model->parameters());
+  CHECK(relative_error(flat_grad(model->parameters()), expected) < 1e-13);
+  CHECK(report.loss.item<double>() ==
+        Approx(sum(model->forward(batch.input), batch.target).item<double>()).epsilon(1e-12));
+}
+
+TEST_CASE("sequences that are cut along time", "[step options]") {
+  torch::manual_seed(4);
+  const auto loss = [](const Tensor& o, const Tensor& y) { return label_loss(o.flatten(0, 1), y.flatten()); };
+  Tagger model(false);
+  const Tensor x = torch::randn({12, 8, 6}, torch::kFloat64), y = torch::randint(5, {12, 8});  // [T, N, F]
+  Regularizer r(model, loss, GradientNorm{}, {.micro_batch_size = 4});
+  CHECK(has(message_of<BatchError>([&] { (void)r.backward(x, y); }), {"lstm", "[4, 8, 6]", "time", "Along<1>"}));
+  CHECK_FALSE(model->out->weight.grad().defined());
+  using Sequences = microreg::Along<1>;
+  Regularizer<Sequences, Sequences> along(model, loss, GradientNorm{}, {.micro_batch_size = 4});
+  CHECK_NOTHROW((void)along.backward(Sequences(x), Sequences(y)));
+  Tagger first(true);
+  Regularizer f(first, loss, GradientNorm{}, {.micro_batch_size = 4});
+  CHECK_NOTHROW((void)f.backward(x, y));  // [N, T, F]
+  FunctionModel transposing{[&](const Tensor& in) { return model->forward(in.transpose(0, 1)).transpose(0, 1); },
+                            model->parameters()};
+  Regularizer t(transposing, loss, GradientNorm{}, {.micro_batch_size = 4});
+  CHECK_NOTHROW((void)t.backward(x, y));
+  FunctionModel unnamed{[&](const Tensor& in) { return model->forward(in); }, model->parameters()};
+  CHECK_THROWS_AS(microreg::measure(unnamed, loss, GradientNorm{}, x, y, {.micro_batch_size = 4}), BatchError);
+}
+
+TEST_CASE("classes that lie last", "[step options]") {
+  torch::manual_seed(5);
+  const Tensor w = torch::randn({5, 10}, torch::kFloat64).requires_grad_(true);
+  FunctionModel last{[&](const Tensor& x) { return x.matmul(w); }, {w}};
+  FunctionModel second{[&](const Tensor& x) { return x.matmul(w).transpose(1, 2); }, {w}};
+  const Tensor x = torch::randn({4, 6, 5}, torch::kFloat64), y = torch::randint(10, {4, 6});
+  const auto transposed = [](const Tensor& o, const Tensor& t) { return label_loss(o.transpose(1, 2), t); };
+  using microreg::Categorical;
+  using microreg::FisherTrace;
+  CHECK(has(message_of<ModelError>([&] { (void)microreg::measure(last, transposed, FisherTrace{}, x, y); }),
+            {"[4, 6, 10]", "[4, 6]", "class_dimension = -1"}));
+  const auto value = [&](const auto& model, const auto& loss, std::int64_t dimension,
+                         microreg::Expectation expectation) {
+    return microreg::measure(model, loss, FisherTrace{Categorical{.class_dimension = dimension}, 1, expectation}, x, y,
+                             {.generator = generator(3)})
+        .penalties[0]
+        .value.template item<double>();
+  };
+  const auto exact = microreg::Expectation::exact;
+  CHECK(value(last, transposed, -1, exact) == Approx(value(second, label_loss, 1, exact)).epsilon(1e-12));
+  CHECK(value(last, transposed, 2, microreg::Expectation::sampled) > 0);
+  CHECK_THROWS_AS(value(last, transposed, 3, exact), ModelError);
+}
+
+TEST_CASE("what is done about NaN", "[step options]") {
+  torch::nn::Sequential model(torch::nn::Linear(6, 8), torch::nn::BatchNorm1d(8), torch::nn::Linear(8, 5));
+  model->to(torch::kFloat64);
+  auto batch = networks::vectors(8);
+  const auto last = [](const Tensor& o, const Tensor& y) { return label_loss(o, y); };
+  SECTION("the step is skipped") {
+    batch.input[5].fill_(std::nan(""));
+    Regularizer r(model, last, GradientNorm{}, {.micro_batch_size = 4, .non_finite = NonFinite::skip_step});
+    const Watch watch(*model);
+    const auto report = r.backward(batch.input, batch.target);
+    CHECK(report.skipped);
+    CHECK(r.skipped() == 1);
+    CHECK(r.step() == 1);
+    CHECK(watch.unchanged());
+    microreg::Penalised p(model, GradientNorm{}, {.non_finite = NonFinite::skip_step});
+    CHECK(p.backward([&] { return last(model->forward(batch.input), batch.target); }).skipped);
+    CHECK(p.skipped() == 1);
+    CHECK(watch.unchanged());
+  }
+  SECTION("the penalty is skipped") {
+    // A probe whose gradient is infinite where the loss's is not.
+    const auto steep =
+        microreg::SquaredGradientNorm{[](const Tensor& o) { return (o - o.detach()).abs().sum().sqrt(); }};
+    const auto gradient = [&](double strength, NonFinite policy) {
+      model->zero_grad();
+      Regularizer r(model, last, steep, {.strength = strength, .micro_batch_size = 4, .non_finite = policy});
+      const auto report = r.backward(batch.input, batch.target);
+      CHECK(report.penalty_skipped == (policy == NonFinite::skip_penalty));
+      CHECK_FALSE(report.skipped);
+      return flat_grad(model->parameters());
+    };
+    CHECK_THROWS_AS(gradient(1, NonFinite::error), microreg::NonFiniteError);
+    model->zero_grad();
+    const Tensor found = gradient(1, NonFinite::skip_penalty);
+    Tensor expected = torch::zeros({}, torch::kFloat64);
+    for (const std::int64_t begin : {0, 4}) {
+      expected = expected + last(model->forward(batch.input.narrow(0, begin, 4)), batch.target.narrow(0, begin, 4)) / 2;
+    }
+    model->zero_grad();
+    expected.backward();
+    CHECK(relative_error(found, flat_grad(model->parameters())) < 1e-12);
+    microreg::Penalised p(model->parameters(), GradientNorm{}, {.non_finite = NonFinite::skip_penalty});
+    CHECK_THROWS_AS(p.backward(last(model->forward(batch.input), batch.target)), OptionError);
+  }
+}
