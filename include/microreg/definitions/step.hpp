@@ -296,7 +296,7 @@ MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& opt
     std::optional<FiniteDifference> difference;
     if (const auto settings = difference_settings(options.estimator)) {
       require_plain_input(batch);
-      difference.emplace(*settings, parameters, next_proof, options.fused, options.check_finite == CheckFinite::always);
+      difference.emplace(*settings, parameters, next_proof, options.fused, options.check_finite);
     }
     const FusedScope fused(options.fused && !difference.has_value());
     Report report =

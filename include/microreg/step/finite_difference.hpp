@@ -11,6 +11,7 @@
 #include <microreg/fused/scope.hpp>
 #include <microreg/gates/scope.hpp>
 #include <microreg/gates/unseen.hpp>
+#include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/comparison.hpp>
 #include <microreg/step/displacement.hpp>
@@ -101,11 +102,11 @@ inline double epsilon_of(at::ScalarType type) {
 /// exactly then. And where a proof is due, all of the penalties' gradient is compared with double backward.
 class FiniteDifference {
  public:
-  /// `proof` is written to. `fused`: double backward, where it is needed, by the faster formulas. `may_read`: whether a
-  /// device may be synchronised once a step.
+  /// `proof` is written to. `fused`: double backward, where it is needed, by the faster formulas. `looks`: when
+  /// values may be read, as the step does for NaN and infinity.
   FiniteDifference(const DifferenceSettings& settings, const Parameters& parameters, Proof& proof, bool fused,
-                   bool may_read)
-      : settings_(settings), parameters_(parameters), proof_(proof), fused_(fused), may_read_(may_read) {}
+                   CheckFinite looks)
+      : settings_(settings), parameters_(parameters), proof_(proof), fused_(fused), looks_(looks) {}
 
   /// Adds the gradient of one penalised micro-batch to `sums`. `keep(evaluation)` is shown the first pass before its
   /// graph goes. Returns the squared gradient norm of each penalty.
@@ -568,6 +569,9 @@ class FiniteDifference {
   /// at both ends say, to half of that change and rounding: the rest goes with the third power of the displacement.
   bool is_near(const Probe& probe, const at::Tensor& value, const std::vector<at::Tensor>& gradient, bool by_input,
                const at::Tensor& distance) {
+    if (looks_ == CheckFinite::never) {
+      return true;
+    }
     const at::NoGradGuard no_grad;
     const auto slope_there = [&] {
       at::Tensor sum = at::zeros_like(probe.squared_norm);
@@ -581,7 +585,7 @@ class FiniteDifference {
     };
     const double epsilon = epsilon_of(value.scalar_type());
     if (!value.is_cpu()) {
-      if (may_read_ && !by_input && value.device() == probe.squared_norm.device()) {
+      if (looks_ == CheckFinite::always && !by_input && value.device() == probe.squared_norm.device()) {
         const at::Tensor ends[] = {distance * probe.squared_norm, distance * slope_there()};
         const at::Tensor off = (value - probe.value - (ends[0] + ends[1]) / 2).abs();
         const at::Tensor largest = at::maximum(value.abs(), probe.value.abs()).clamp_min(1);
@@ -707,7 +711,7 @@ class FiniteDifference {
   const Parameters& parameters_;
   Proof& proof_;
   bool fused_;
-  bool may_read_;
+  CheckFinite looks_;
   bool differs_ = false;                      // some micro-batch was differentiated so
   at::Tensor excess_;                         // on a device: how far a probe was off, over the bound
   std::optional<Displaceable> displaceable_;  // the selected parameters; made when first needed, as is
