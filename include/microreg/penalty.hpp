@@ -26,7 +26,7 @@ namespace microreg {
 /// needs further passes hands it out again there: a label must not flip because the logits have moved.
 class Draws {
  public:
-  /// The next draw. In a further pass `sample` is called too, so that the generators move as they did in the first.
+  /// The next draw. In a further pass `sample` is called too, whose own draws are those of the first.
   template <class Sample>
   [[nodiscard]] at::Tensor next(const Sample& sample) {
     return keep(sample());

@@ -599,7 +599,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
     if (options.estimator.differences() != nullptr) {
       require_plain_input(batch);
       difference = options.estimator.differences()(
-          {options.estimator, parameters, next_proof, options.fused, options.check_finite == CheckFinite::always});
+          {options.estimator, parameters, next_proof, options.fused, options.check_finite});
     }
     const FusedScope fused(options.fused && difference == nullptr);
     Report report =

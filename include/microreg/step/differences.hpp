@@ -12,16 +12,20 @@
 #include <functional>
 #include <vector>
 
+namespace microreg {
+enum class CheckFinite;
+}  // namespace microreg
+
 namespace microreg::detail {
 
 /// What a step asks for. `proof` is written to. `fused`: double backward, where it is needed, by the faster formulas.
-/// `may_read`: whether a device may be synchronised once a step.
+/// `looks`: when values may be read, as the step does for NaN and infinity.
 struct DifferenceRequest {
   const Estimator& estimator;
   const Parameters& parameters;
   Proof& proof;
   bool fused;
-  bool may_read;
+  CheckFinite looks;
 };
 
 /// Estimates the penalty's gradient by displaced passes, for all micro-batches of one step.

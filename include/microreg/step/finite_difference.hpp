@@ -12,6 +12,7 @@
 #include <microreg/fused/scope.hpp>
 #include <microreg/gates/scope.hpp>
 #include <microreg/gates/unseen.hpp>
+#include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/comparison.hpp>
 #include <microreg/step/differences.hpp>
@@ -96,7 +97,7 @@ class FiniteDifference final : public Differences {
         parameters_(request.parameters),
         proof_(request.proof),
         fused_(request.fused),
-        may_read_(request.may_read) {}
+        looks_(request.looks) {}
 
   std::vector<at::Tensor> operator()(MiniBatch& batch, const Part& part, const Weights& weights,
                                      const Snapshot& snapshot, std::vector<at::Tensor>& sums,
@@ -555,6 +556,9 @@ class FiniteDifference final : public Differences {
   /// at both ends say, to half of that change and rounding: the rest goes with the third power of the displacement.
   bool is_near(const Probe& probe, const at::Tensor& value, const std::vector<at::Tensor>& gradient, bool by_input,
                const at::Tensor& distance) {
+    if (looks_ == CheckFinite::never) {
+      return true;
+    }
     const at::NoGradGuard no_grad;
     const auto slope_there = [&] {
       at::Tensor sum = at::zeros_like(probe.squared_norm);
@@ -568,7 +572,7 @@ class FiniteDifference final : public Differences {
     };
     const double epsilon = epsilon_of(value.scalar_type());
     if (!value.is_cpu()) {
-      if (may_read_ && !by_input && value.device() == probe.squared_norm.device()) {
+      if (looks_ == CheckFinite::always && !by_input && value.device() == probe.squared_norm.device()) {
         const at::Tensor ends[] = {distance * probe.squared_norm, distance * slope_there()};
         const at::Tensor off = (value - probe.value - (ends[0] + ends[1]) / 2).abs();
         const at::Tensor largest = at::maximum(value.abs(), probe.value.abs()).clamp_min(1);
@@ -694,7 +698,7 @@ class FiniteDifference final : public Differences {
   const Parameters& parameters_;
   Proof& proof_;
   bool fused_;
-  bool may_read_;
+  CheckFinite looks_;
   bool differs_ = false;                      // some micro-batch was differentiated so
   at::Tensor excess_;                         // on a device: how far a probe was off, over the bound
   std::optional<Displaceable> displaceable_;  // the selected parameters; made when first needed, as is
