@@ -7,13 +7,15 @@
 #include <ATen/core/grad_mode.h>
 #include <microreg/fused/rule.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
 
 namespace microreg::detail {
 
-/// Sums over the m elements that are normalised together; x_c = x - mean, h = weight dy, q = a dy.
+/// Over the elements that are normalised together; x_c = x - mean, h = weight dy, q = a dy. Sums, or, divided by the
+/// number of elements and with xh = x_c r in place of x_c, means.
 template <class Number>
 struct NormSums {
   Number v, vx, h, hx, vh, q, qx;
@@ -29,24 +31,33 @@ struct NormRow {
   Number r, v0, v1, c, d, e;
 };
 
+/// sum + factor x y: in one sweep where they are tensors.
+inline double plus_product(double sum, double x, double y, double factor = 1) { return sum + factor * (x * y); }
+inline at::Tensor plus_product(const at::Tensor& sum, const at::Tensor& x, const at::Tensor& y, double factor = 1) {
+  return at::addcmul(sum, x, y, factor);
+}
+
 /// The formula. Normalisation's backward read dy, x, weight; v, a, b came in for its results d_x, d_weight, d_bias.
-/// With xh = x_c r, r = 1/sqrt(var + eps), p(z) = z - mean(z) - xh mean(z xh):
+/// With r = 1/sqrt(var + eps), p(z) = z - mean(z) - xh mean(z xh):
 ///
 ///     cov  = mean(v h) - mean(v) mean(h) - mean(v xh) mean(h xh)
 ///     d_dy = weight r p(v) + a xh + b            d_weight = sum of dy r p(v)
 ///     d_x  = r [ p(q) - r mean(v xh) p(h) - r mean(h xh) p(v) - r cov xh ]
 template <class Number>
-NormRow<Number> norm_row(const NormSums<Number>& sums, double m, const Number& r) {
-  const Number v = sums.v / m, v_xh = sums.vx * r / m;
-  const Number h = sums.h / m, h_xh = sums.hx * r / m;
-  const Number q = sums.q / m, q_xh = sums.qx * r / m;
-  const Number cov = sums.vh / m - v * h - v_xh * h_xh;
-  return {r,
-          v,
-          r * v_xh,
-          -(r * r * h_xh),
-          r * r * (2.0 * r * v_xh * h_xh - q_xh - r * cov),
-          r * r * (v_xh * h + h_xh * v) - r * q};
+NormRow<Number> norm_row(const NormSums<Number>& mean, const Number& r) {
+  const Number cov = plus_product(plus_product(mean.vh, mean.v, mean.h, -1), mean.vx, mean.hx, -1);
+  const Number v1 = r * mean.vx;
+  const Number minus_r2 = -(r * r);
+  const Number along = plus_product(plus_product(mean.qx, r, cov), v1, mean.hx, -2);
+  const Number crossed = plus_product(mean.vx * mean.h, mean.hx, mean.v);
+  return {r, mean.v, v1, minus_r2 * mean.hx, minus_r2 * along, r * (r * crossed - mean.q)};
+}
+
+/// The same from sums over m elements.
+template <class Number>
+NormRow<Number> norm_row(const NormSums<Number>& sum, double m, const Number& r) {
+  const Number k = r / m;
+  return norm_row<Number>({sum.v / m, sum.vx * k, sum.h / m, sum.hx * k, sum.vh / m, sum.q / m, sum.qx * k}, r);
 }
 
 /// A, B and the constant of d_dy.
@@ -55,7 +66,9 @@ struct NormAffine {
   Number a, b, constant;
 
   NormAffine(const NormRow<Number>& row, const Number& weight, const Number& a_in, const Number& b_in)
-      : a(row.r * weight), b(row.r * (a_in - weight * row.v1)), constant(b_in - a * row.v0) {}
+      : a(row.r * weight),
+        b(row.r * plus_product(a_in, weight, row.v1, -1)),
+        constant(plus_product(b_in, a, row.v0, -1)) {}
 };
 
 /// One call, in a shape that its parts broadcast to. Each of weight, v, a, b may be undefined: 1, 0, 0, 0.
@@ -78,9 +91,48 @@ struct NormProblem {
   }
 };
 
-/// d_dy, d_x, d_weight, in the shapes of x, x, weight, by ATen's operations: on any device, and differentiable. On CUDA
-/// and without a graph, batch normalisation's sums come from the reduction that SyncBatchNorm uses. Sums and what
-/// follows from them are of float64, in which differences of large ones keep their digits.
+/// The five sums over elements of the same weight: of v, v x_c, dy, dy x_c, v dy. On CUDA and without a graph, batch
+/// normalisation's come from the reduction that SyncBatchNorm uses; the others are of float64, in which differences of
+/// large sums keep their digits.
+inline std::array<at::Tensor, 5> norm_moments(const NormProblem& p, const at::Tensor& v, const at::Tensor& x_c) {
+  const auto sum = [&](const at::Tensor& z) {
+    return p.alike.empty() ? z : z.sum(p.alike, /*keepdim=*/true, at::kDouble);
+  };
+  const auto pair = [&](const at::Tensor& z) -> std::array<at::Tensor, 2> {
+    if (p.x.is_cuda() && !at::GradMode::is_enabled() && p.varying.empty()) {
+      const auto sums = at::batch_norm_backward_reduce(z.contiguous(p.x.suggest_memory_format()), p.x, p.mean.flatten(),
+                                                       p.rstd.flatten(), {}, /*input_g=*/true, false, false);
+      return {std::get<0>(sums).view_as(p.mean), std::get<1>(sums).view_as(p.mean)};
+    }
+    return {sum(z), sum(z * x_c)};
+  };
+  const auto [sum_v, sum_vx] = pair(v);
+  const auto [sum_dy, sum_dyx] = pair(p.dy);
+  return {sum_v, sum_vx, sum_dy, sum_dyx, sum(v * p.dy)};
+}
+
+/// The row of few sums, many kinds at a time: a device waits for each small operation longer than it works.
+inline NormRow<at::Tensor> norm_row_together(const NormProblem& p, const std::array<at::Tensor, 5>& moments,
+                                             const at::Tensor& weight, const at::Tensor& a, const at::Tensor& r) {
+  const at::Tensor four = at::stack({moments[0], moments[1], moments[2], moments[3]});
+  const at::Tensor five = at::cat({four.to(at::kDouble), moments[4].to(at::kDouble).unsqueeze(0)});
+  at::Tensor all = at::cat({five.narrow(0, 0, 2), five.narrow(0, 2, 3) * weight, five.narrow(0, 2, 2) * a});
+  if (!p.varying.empty()) {
+    std::vector<std::int64_t> dims;
+    for (const std::int64_t dim : p.varying) {
+      dims.push_back(dim - (dim < 0 ? 0 : p.x.dim()));
+    }
+    all = all.sum(dims, /*keepdim=*/true);
+  }
+  all.div_(p.count());
+  all.slice(0, 1, 4, 2).mul_(r);
+  all.select(0, 6).mul_(r);
+  return norm_row<at::Tensor>({all.select(0, 0), all.select(0, 1), all.select(0, 2), all.select(0, 3), all.select(0, 4),
+                               all.select(0, 5), all.select(0, 6)},
+                              r);
+}
+
+/// d_dy, d_x, d_weight, in the shapes of x, x, weight, by ATen's operations: on any device, and differentiable.
 inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, OutputMask needs) {
   const bool graph = at::GradMode::is_enabled();
   if (graph) {
@@ -92,41 +144,54 @@ inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, Output
   const at::Tensor weight = or_constant(p.weight, 1), a = or_constant(p.a, 0), b = or_constant(p.b, 0);
   const at::Tensor v = p.v.defined() ? p.v : at::zeros_like(p.x);
   const at::Tensor x_c = p.x - p.mean;
-  const auto sum = [](const at::Tensor& z, at::IntArrayRef dims) {
-    return dims.empty() ? z : z.sum(dims, /*keepdim=*/true, at::kDouble);
-  };
-  const auto alike = [&](const at::Tensor& z) { return sum(z, p.alike); };
-  const auto all = [&](const at::Tensor& z) { return sum(z, p.varying).to(at::kDouble); };
-  // {sum z, sum z x_c} over elements of the same weight.
-  const auto moments = [&](const at::Tensor& z) -> std::array<at::Tensor, 2> {
-    if (p.x.is_cuda() && !graph && p.varying.empty()) {
-      const auto sums = at::batch_norm_backward_reduce(z.contiguous(p.x.suggest_memory_format()), p.x, p.mean.flatten(),
-                                                       p.rstd.flatten(), {}, /*input_g=*/true, false, false);
-      return {std::get<0>(sums).view_as(p.mean), std::get<1>(sums).view_as(p.mean)};
+  const at::Tensor r = p.rstd.to(at::kDouble);
+  const auto moments = norm_moments(p, v, x_c);
+  const auto& [sum_v, sum_vx, sum_dy, sum_dyx, sum_vdy] = moments;
+  const auto row = [&]() -> NormRow<at::Tensor> {
+    if (!graph && !p.alike.empty()) {
+      return norm_row_together(p, moments, weight, a, r);
     }
-    return {alike(z), alike(z * x_c)};
-  };
-  const auto [sum_v, sum_vx] = moments(v);
-  const auto [sum_dy, sum_dyx] = moments(p.dy);
-  const at::Tensor sum_vdy = alike(v * p.dy);
-  const NormRow<at::Tensor> row =
-      norm_row<at::Tensor>({all(sum_v), all(sum_vx), all(weight * sum_dy), all(weight * sum_dyx), all(weight * sum_vdy),
-                            all(a * sum_dy), all(a * sum_dyx)},
-                           p.count(), p.rstd.to(at::kDouble));
+    const auto all = [&](const at::Tensor& z) {
+      return p.varying.empty() ? z.to(at::kDouble) : z.sum(p.varying, /*keepdim=*/true, at::kDouble);
+    };
+    return norm_row<at::Tensor>({all(sum_v), all(sum_vx), all(weight * sum_dy), all(weight * sum_dyx),
+                                 all(weight * sum_vdy), all(a * sum_dy), all(a * sum_dyx)},
+                                p.count(), r);
+  }();
   const auto rounded = [&](const at::Tensor& t) { return t.to(p.x.scalar_type()); };
-  const NormRow<at::Tensor> single{rounded(row.r), rounded(row.v0), rounded(row.v1),
-                                   rounded(row.c), rounded(row.d),  rounded(row.e)};
-  const NormAffine<at::Tensor> k(single, weight, a, b);
   std::array<at::Tensor, 3> out;
+  if (p.alike.empty()) {  // whole tensors, not of float64
+    const NormRow<at::Tensor> single{rounded(row.r), rounded(row.v0), rounded(row.v1),
+                                     rounded(row.c), rounded(row.d),  rounded(row.e)};
+    const NormAffine<at::Tensor> k(single, weight, a, b);
+    if (needs[0]) {
+      out[0] = at::addcmul(k.constant, x_c, k.b).addcmul_(v, k.a);
+    }
+    if (needs[1]) {
+      out[1] = at::addcmul(single.e, p.dy, k.b).addcmul_(v, single.c).addcmul_(x_c, single.d);
+    }
+    if (needs[2]) {
+      out[2] = rounded(at::sum_to(single.r * (sum_vdy - single.v0 * sum_dy - single.v1 * sum_dyx), weight.sizes()));
+    }
+    return out;
+  }
+  const NormAffine<at::Tensor> k(row, weight.to(at::kDouble), a.to(at::kDouble), b.to(at::kDouble));
+  std::vector<at::Tensor> single{k.a, k.b, k.constant, row.c, row.d, row.e};
+  if (p.varying.empty()) {  // all of one shape: together
+    single = rounded(at::stack(single)).unbind();
+  } else {
+    std::transform(single.begin(), single.end(), single.begin(), rounded);
+  }
   if (needs[0]) {
-    out[0] = at::addcmul(k.constant, x_c, k.b).addcmul_(v, k.a);
+    out[0] = at::addcmul(single[2], x_c, single[1]).addcmul_(v, single[0]);
   }
   if (needs[1]) {
-    out[1] = at::addcmul(single.e, p.dy, k.b).addcmul_(v, single.c).addcmul_(x_c, single.d);
+    out[1] = at::addcmul(single[5], p.dy, single[1]).addcmul_(v, single[3]).addcmul_(x_c, single[4]);
   }
   if (needs[2]) {
-    const NormRow<at::Tensor>& of = p.alike.empty() ? single : row;  // no whole tensors of float64
-    out[2] = rounded(at::sum_to(of.r * (sum_vdy - of.v0 * sum_dy - of.v1 * sum_dyx), weight.sizes()));
+    const at::Tensor sum =
+        plus_product(plus_product(sum_vdy, row.v0, sum_dy.to(at::kDouble), -1), row.v1, sum_dyx.to(at::kDouble), -1);
+    out[2] = rounded(at::sum_to(row.r * sum, weight.sizes()));
   }
   return out;
 }
