@@ -443,7 +443,7 @@ TEST_CASE("differences: the step adapts to the sensitivity that is there, or is 
          {Model{[&](const Tensor& in) { return torch::tanh(in.matmul(a) + bias).matmul(b); }, {bias}},
           Model{[&](const Tensor& in) { return torch::tanh(in.matmul(a)).matmul(b) + in.narrow(1, 0, 10) * scale; },
                 {scale}},
-          Model{[&](const Tensor& in) { return torch::tanh(in.matmul(a) + bias).matmul(head); }, {head}}}) {
+          Model{[&](const Tensor& in) { return torch::tanh(in.matmul(a) + bias.detach()).matmul(head); }, {head}}}) {
       const Tensor right = by_hand(model, entropy, x, y);
       for (const auto& estimator : both) {
         Tensor found;

@@ -524,3 +524,22 @@ TEST_CASE("options.hpp, docs/concepts.md: a loss that says what it is a mean ove
   const auto report = regularizer.backward(x, y);
   CHECK(number(report.loss) == Approx(number(torch::nll_loss(torch::log_softmax(x.matmul(w), 1), y))).epsilon(1e-5));
 }
+
+TEST_CASE("docs: mixed precision", "[docs]") {
+  auto model = small_network();
+  const auto images = ::images();
+  const auto labels = ::labels();
+
+  const torch::Tensor output = [&] {
+    const microreg::Autocast half(torch::kCPU, torch::kBFloat16);
+    return model->forward(images);
+  }();
+  CHECK(output.scalar_type() == torch::kBFloat16);
+
+  microreg::Regularizer regularizer(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
+                                    {.strength = 0.01, .micro_batch_size = 32, .autocast = torch::kBFloat16});
+  regularizer.backward(images, labels);
+  for (const torch::Tensor& parameter : model->parameters()) {
+    CHECK(parameter.grad().scalar_type() == torch::kFloat32);
+  }
+}

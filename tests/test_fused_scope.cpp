@@ -133,17 +133,17 @@ TEST_CASE("threads that step at once get what one thread gets", "[fused]") {
   }
 }
 
-TEST_CASE("half types and other devices get LibTorch's own result", "[fused]") {
+TEST_CASE("half types are ours too, other devices get LibTorch's own result", "[fused]") {
   const microreg::FusedScope scope;
   CHECK(Convolution(torch::kFloat32).is_fused());
   CHECK(Convolution(torch::kFloat64).is_fused());
-  CHECK_FALSE(Convolution(torch::kBFloat16).is_fused());
+  CHECK(Convolution(torch::kBFloat16).is_fused());
   // LibTorch has no convolution on the meta device outside Python, so ask the gate itself.
   const auto on = [](torch::Device device) {
     return torch::empty({2}, torch::TensorOptions(device).requires_grad(true));
   };
-  CHECK(microreg::detail::should_fuse({on(torch::kCPU)}));
-  CHECK_FALSE(microreg::detail::should_fuse({on(torch::kMeta)}));
+  CHECK(microreg::detail::should_fuse({on(torch::kCPU)}, microreg::detail::HalfTypes::as_they_are));
+  CHECK_FALSE(microreg::detail::should_fuse({on(torch::kMeta)}, microreg::detail::HalfTypes::as_they_are));
 }
 
 TEST_CASE("without create_graph nothing is intercepted", "[fused]") {

@@ -199,3 +199,102 @@ TEST_CASE("gradients of parameters in half types add up in float32", "[half]") {
   CHECK(relative_error(w.grad(), torch::ones({3})) < epsilon_of(type));
   CHECK(report.penalties[0].value.item<double>() == Approx(3.0).epsilon(1e-3));
 }
+
+TEST_CASE("float16 loses no penalty to underflow, at any strength", "[half]") {
+  // The loss 50 ||w||^2 has the gradient 100 w = 0.01 in each element, the penalty 2 strength 100^2 w: a fifth of it at
+  // a strength of 1e-3. Seeds, 2 strength weight g, are 2e-8 in the second case, where float16 has nothing left.
+  const std::int64_t samples = GENERATE(1, 1024);
+  torch::Tensor w = torch::full({1000}, 1e-4, torch::kHalf).requires_grad_();
+  microreg::FunctionModel model{[&](const torch::Tensor& x) { return w.square() * x.sum() * 50; }, {w}};
+  const auto loss = [](const torch::Tensor& output, const torch::Tensor&) { return output.to(torch::kFloat).sum(); };
+  const torch::Tensor x = torch::ones({samples}, torch::kHalf);
+  const auto gradient = [&](double strength, double scale) {
+    clear_grad({w});
+    microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{},
+                                      {.strength = strength, .micro_batch_size = 1, .loss_scale = scale});
+    const microreg::Report report = regularizer.backward(x, torch::zeros({samples}));
+    return std::make_pair(w.grad().to(torch::kFloat64).mean().item<double>(), report.penalties[0].value.item<double>());
+  };
+  const double g = 100 * w.detach()[0].item<double>();
+  const double norm = 1000 * g * g;
+  for (const double scale : {1.0, 1024.0}) {
+    for (const double strength : {1e-2, 1e-3, 1e-4}) {
+      const auto [found, value] = gradient(strength, scale);
+      INFO(samples << " micro-batches, strength " << strength << ", scale " << scale);
+      CHECK(found == Approx(g * (1 + 200 * strength)).epsilon(2e-3));
+      CHECK(value == Approx(norm).epsilon(2e-3));
+    }
+  }
+}
+
+TEST_CASE("a loss scale changes nothing but what underflows", "[half]") {
+  torch::manual_seed(4);
+  networks::Mlp model;
+  model->to(torch::kFloat64);
+  const torch::Tensor x = torch::randn({8, 6}, torch::kFloat64);
+  const torch::Tensor y = torch::randint(networks::classes, {8});
+  const auto penalty = GENERATE(0, 1, 2);
+  const auto expression = [&]() -> microreg::AnyPenalty<> {
+    if (penalty == 0) {
+      return microreg::GradientNorm{};
+    }
+    if (penalty == 1) {
+      return 0.3 * microreg::AverageJacobian{} + microreg::Unsquared{microreg::GradientNorm{}};
+    }
+    return microreg::InputJacobian{} + 0.0 * microreg::AverageJacobian{};
+  };
+  const auto found = [&](double scale, double strength, microreg::ParameterSelection select) {
+    microreg::Report report;
+    torch::manual_seed(9);  // for the direction of InputJacobian
+    const torch::Tensor gradient = exact_step(*model, [&] {
+      microreg::Regularizer<> regularizer(
+          model, cross_entropy, expression(),
+          {.strength = strength, .micro_batch_size = 4, .select = std::move(select), .loss_scale = scale});
+      report = regularizer.backward(x, y);
+    });
+    std::vector<torch::Tensor> parts{gradient, report.loss.reshape(1), report.gradient_norm.reshape(1)};
+    for (const auto& each : report.penalties) {
+      parts.push_back(each.value.reshape(1));
+    }
+    return torch::cat(parts);
+  };
+  const auto weights = [](const std::string&, const torch::Tensor& p) { return p.dim() > 1; };
+  for (const double strength : {0.2, 0.0}) {
+    CAPTURE(penalty, strength);
+    CHECK(relative_error(found(512, strength, {}), found(1, strength, {})) < 1e-14);
+    CHECK(relative_error(found(512, strength, weights), found(1, strength, weights)) < 1e-14);
+  }
+  const auto refused = [&](const microreg::RegularizerOptions& options) {
+    return message_of<microreg::OptionError>(
+        [&] { microreg::Regularizer<>(model, cross_entropy, microreg::GradientNorm{}, options); });
+  };
+  CHECK(has(refused({.loss_scale = 0}), {"loss_scale", "0", "positive"}));
+  CHECK(has(refused({.estimator = microreg::ForwardDifference{}, .loss_scale = 8}), {"loss_scale", "Exact"}));
+}
+
+TEST_CASE("a difference under Autocast proves itself, or is refused", "[half]") {
+  torch::manual_seed(4);
+  networks::Cnn model(networks::Norm::batch, networks::Activation::kinked);
+  const torch::Tensor x = torch::randn({32, 2, 6, 6});
+  const torch::Tensor y = torch::randint(networks::classes, {32});
+  const auto penalty_part = [&](const microreg::Estimator& estimator) {
+    const auto with = [&](double strength) {
+      return exact_step(*model, [&] {
+        microreg::Regularizer regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                          {.strength = strength, .estimator = estimator, .autocast = torch::kBFloat16});
+        (void)regularizer.backward(x, y);
+      });
+    };
+    return (with(1) - with(0)).detach();
+  };
+  const torch::Tensor exact = penalty_part(microreg::Exact{});
+  for (const auto& estimator :
+       {microreg::Estimator(microreg::ForwardDifference{}), microreg::Estimator(microreg::CentralDifference{})}) {
+    try {
+      const torch::Tensor found = penalty_part(estimator);
+      CHECK(relative_error(found, exact) < 0.1);
+    } catch (const microreg::DifferenceError& error) {
+      CHECK(has(error.what(), {"off by", "Exact"}));
+    }
+  }
+}

@@ -6,7 +6,9 @@ import json
 import pathlib
 import re
 
-PRECISIONS = {"": "float32", "--tf32": "TF32"}
+
+def precision_of(file):
+    return "bfloat16" if "bfloat16" in file.name else "TF32" if "tf32" in file.name else "float32"
 
 
 def text_of(folder, name):
@@ -51,7 +53,7 @@ def overhead(folder):
              "| network | precision | layout | estimator | plain ms | ratio | memory | error |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for file in sorted(folder.glob("overhead*.json")):
-        precision = "TF32" if "tf32" in file.name or "vit" in file.name else "float32"
+        precision = precision_of(file)
         for row in json.loads(file.read_text()):
             how = row["estimator"] + ("" if row["estimator"] != "exact" else ", fused" if row["fused"] else ", stock")
             lines.append(f"| {row['model']} | {precision} | {row['layout']} | {how} | {number(row['plain_ms'])} | "
@@ -60,9 +62,24 @@ def overhead(folder):
               "| precision | layout | plain ms | authors ms | ratio |", "| --- | --- | --- | --- | --- |"]
     for file in sorted(folder.glob("authors*.json")):
         for row in json.loads(file.read_text()):
-            lines.append(f"| {'TF32' if row['tf32'] else 'float32'} | {row['layout']} | {number(row['plain_ms'])} | "
+            lines.append(f"| {precision_of(file)} | {row['layout']} | {number(row['plain_ms'])} | "
                          f"{number(row['authors_ms'])} | {number(row['ratio'])} |")
     return lines + [""]
+
+
+def kernels(folder):
+    lines = []
+    for file in sorted(folder.glob("kernels-*.txt")):
+        text = file.read_text().strip()
+        if not text:
+            continue
+        lines += [f"### {precision_of(file)}, channels last", "", "```text"]
+        shown = 0
+        for line in text.splitlines():
+            shown = 0 if line[:1] != " " else shown + 1
+            lines += [line] if shown <= 8 else []
+        lines += ["```", ""]
+    return ["## Where the time goes", "", "The longest kernels of one step of ResNet-18 of width 64, exact.", ""] + lines if lines else []
 
 
 def block(title, text):
@@ -81,6 +98,7 @@ def main():
     lines += block("What the card can do", text_of(folder, "ceilings.txt"))
     lines += tests(folder)
     lines += overhead(folder)
+    lines += kernels(folder)
     lines += block("A short training", text_of(folder, "training.txt"))
     options.out.write_text("\n".join(lines).rstrip() + "\n")
 

@@ -66,17 +66,21 @@ stage_tests() {
 # What the card can do: bytes copied, products multiplied.
 stage_ceilings() { python3 "$root/benchmarks/gpu/ceilings.py"; }
 
-# The overhead of a penalty, and the authors' formula in Python, on one network.
+# The overhead of a penalty, and the authors' formula in Python, on one network; then where the time goes. Differences
+# only in full float32: in coarser types they are refused.
 stage_benchmark() {
+  local -A options=([float32]="--estimator exact --estimator forward-frozen" [tf32]="--estimator exact --tf32"
+    [bfloat16]="--estimator exact --tf32 --autocast bfloat16")
+  local overhead=("$bin/penalty_overhead" --device cuda --micro-batch 128 --penalty gradient_norm --no-sweep --seconds 1)
   local precision
-  for precision in "" --tf32; do
-    timeout 70 "$bin/penalty_overhead" --device cuda --model resnet18_w64 --micro-batch 128 --penalty gradient_norm \
-      --estimator exact --estimator forward-frozen --seconds 2 $precision --no-sweep \
-      --json "$out/overhead$precision.json"
-    timeout 40 python3 "$root/benchmarks/gpu/authors.py" $precision --json "$out/authors$precision.json"
+  for precision in float32 tf32 bfloat16; do
+    timeout 60 "${overhead[@]}" --model resnet18_w64 ${options[$precision]} --json "$out/overhead-$precision.json"
+    timeout 30 "${overhead[@]}" --model resnet18_w64 ${options[$precision]} --layout channels_last --kernels \
+      >"$out/kernels-$precision.txt"
+    [ "$precision" = bfloat16 ] ||
+      timeout 30 python3 "$root/benchmarks/gpu/authors.py" ${options[$precision]##*exact} --json "$out/authors-$precision.json"
   done
-  timeout 40 "$bin/penalty_overhead" --device cuda --model vit --micro-batch 128 --penalty gradient_norm \
-    --estimator exact --seconds 2 --tf32 --no-sweep --json "$out/overhead-vit.json"
+  timeout 30 "${overhead[@]}" --model vit ${options[tf32]} --json "$out/overhead-vit-tf32.json"
 }
 
 # The trainer, at the paper's size of network and batch, for as many steps as there is time.

@@ -8,6 +8,7 @@
 #else
 
 #include <microreg/any_penalty.hpp>
+#include <microreg/autocast.hpp>
 #include <microreg/batch.hpp>
 #include <microreg/distributions.hpp>
 #include <microreg/error.hpp>

@@ -106,6 +106,10 @@ struct RegularizerOptions {
   bool fused = true;
   /// Mixed precision for forward pass, loss and probes: kBFloat16 or kHalf, as an Autocast around them; see there.
   std::optional<at::ScalarType> autocast = std::nullopt;
+  /// S, where backward passes of Exact start instead of 1, divided out again in float32: for float16, whose gradients
+  /// vanish below 6e-8 otherwise, a power of two such as 1024 or 65536. Where it is too large, gradients become
+  /// infinite (see `non_finite`). Seeds of penalties need none: in half types they are taken apart by themselves.
+  double loss_scale = 1;
   /// Keep what the model returned, for Report::output(): accuracy, hidden states, pictures. Takes the memory of the
   /// outputs of all micro-batches.
   bool keep_outputs = false;
@@ -126,6 +130,7 @@ struct MeasureOptions {
   ParameterSelection select = {};
   std::optional<at::Generator> generator = std::nullopt;
   std::optional<at::ScalarType> autocast = std::nullopt;
+  double loss_scale = 1;
   bool keep_outputs = false;
   std::vector<at::Tensor> also_train = {};
   OtherLeaves other_leaves = OtherLeaves::refused;

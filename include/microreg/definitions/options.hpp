@@ -50,6 +50,14 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
     throw OptionError(text({"autocast is ", *options.autocast,
                             "; it must be BFloat16 or Half, or empty for the types of parameters and input"}));
   }
+  if (!(is_finite(options.loss_scale) && options.loss_scale > 0)) {
+    throw OptionError(text({"loss_scale is ", options.loss_scale,
+                            "; it must be a positive finite number: 1, or for float16 a power of two such as 1024"}));
+  }
+  if (options.loss_scale != 1 && !std::holds_alternative<Exact>(options.estimator)) {
+    throw OptionError(text(
+        {"loss_scale is ", options.loss_scale, " with a difference, which half types are too coarse for; use Exact"}));
+  }
   for (std::size_t i = 0; i < options.also_train.size(); ++i) {
     if (!options.also_train[i].defined() || !options.also_train[i].requires_grad()) {
       throw OptionError(text({"also_train[", i, "] ",
@@ -73,6 +81,7 @@ MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
                             .other_leaves = options.other_leaves,
                             .short_last = options.short_last,
                             .autocast = options.autocast,
+                            .loss_scale = options.loss_scale,
                             .keep_outputs = options.keep_outputs};
   validate(result);
   return result;

@@ -550,9 +550,12 @@ inline void require_plain_input(const MiniBatch& batch) {
 }
 
 /// The gradient of weight * loss, added to `sums`.
-inline void add_loss_gradient(const at::Tensor& loss, double weight, const Parameters& parameters, bool retain_graph,
-                              std::vector<at::Tensor>& sums) {
-  accumulate(sums, gradients({loss}, parameters.tensors, {}, retain_graph, /*create_graph=*/false, "the loss"), weight);
+inline void add_loss_gradient(const at::Tensor& loss, double weight, double loss_scale, const Parameters& parameters,
+                              bool retain_graph, std::vector<at::Tensor>& sums) {
+  accumulate(sums,
+             gradients({loss}, parameters.tensors, {at::full_like(loss, loss_scale).detach()}, retain_graph,
+                       /*create_graph=*/false, "the loss"),
+             weight / loss_scale);
 }
 
 /// Throws NonFiniteError, which names a cause that plain training does not meet: all labels of a micro-batch ignored.
@@ -602,13 +605,15 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
           {options.estimator, parameters, next_proof, options.fused, options.check_finite});
     }
     const FusedScope fused(options.fused && difference == nullptr);
+    const HalfRange range(options, parameters);
     Report report =
         loop.run(choose_penalised(options.sampling, step, loop.count()),
                  [&](const Part& part, const Weights& weights, const auto& keep) -> std::vector<at::Tensor> {
                    const auto keep_all = [&](Evaluation& evaluation) {
                      keep(evaluation);
                      if (options.gradient_ratio) {
-                       add_loss_gradient(evaluation.loss, weights.loss, parameters, /*retain_graph=*/true, loss_sums);
+                       add_loss_gradient(evaluation.loss, weights.loss, options.loss_scale, parameters,
+                                         /*retain_graph=*/true, loss_sums);
                      }
                    };
                    if (difference != nullptr && weights.penalty != 0) {
@@ -617,9 +622,10 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
                    const auto evaluation = batch.evaluate(part, {});
                    keep_all(*evaluation);
                    if (weights.penalty != 0) {
-                     return double_backward(batch, *evaluation, weights, parameters, sums);
+                     return double_backward(batch, *evaluation, weights, parameters, range, sums);
                    }
-                   add_loss_gradient(evaluation->loss, weights.loss, parameters, evaluation->shares_graph, sums);
+                   add_loss_gradient(evaluation->loss, weights.loss, options.loss_scale, parameters,
+                                     evaluation->shares_graph, sums);
                    return {};
                  });
     if (loop.scale() != 1) {
@@ -680,7 +686,7 @@ MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& 
         loop.run(all_penalised(loop.count()), [&](const Part& part, const Weights& /*weights*/, const auto& keep) {
           const auto evaluation = batch.evaluate(part, {});
           keep(*evaluation);
-          return squared_norms(batch, *evaluation, loop.parameters());
+          return squared_norms(batch, *evaluation, loop.parameters(), options.loss_scale);
         });
     loop.snapshot().restore();
     return report;

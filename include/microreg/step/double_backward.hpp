@@ -3,10 +3,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/graph_node.hpp>
+#include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
+#include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
@@ -30,6 +33,22 @@ inline at::Tensor seeded_roots(const std::vector<at::Tensor>& roots, std::vector
   return result;
 }
 
+/// What float16 asks for: where backward passes start, and whether numbers may be too small for it at all.
+struct HalfRange {
+  double loss_scale = 1;
+  bool narrow = false;
+
+  HalfRange(const RegularizerOptions& options, const Parameters& parameters)
+      : loss_scale(options.loss_scale), narrow(options.loss_scale != 1 || options.autocast == at::kHalf) {
+    const c10::DeviceType device = parameters.tensors.front().device().type();
+    narrow = narrow ||
+             (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device) &&
+              at::autocast::get_autocast_dtype(device) == at::kHalf) ||
+             std::any_of(parameters.tensors.begin(), parameters.tensors.end(),
+                         [](const at::Tensor& tensor) { return tensor.scalar_type() == at::kHalf; });
+  }
+};
+
 /// The exact gradient of one micro-batch, penalty by penalty, then in one pass through everything.
 ///
 /// The scalar R_M never exists as a graph: the backward pass of the probe's gradients g is seeded with the derivative
@@ -37,10 +56,21 @@ inline at::Tensor seeded_roots(const std::vector<at::Tensor>& roots, std::vector
 /// it is itself a probe: its gradient need not be kept then. Cost: one backward pass with a graph per probe, and one
 /// pass through everything. A penalty with strength 0 is measured but not differentiated; where nothing is, the loss
 /// gradient that it measured is taken as it is.
+///
+/// In half types numbers below 6e-8 vanish (float16) and seeds are small ones: weight, strength and g multiplied. There
+/// the first pass starts at the loss scale S, which gives S g; the penalties are differentiated in a pass of their own,
+/// which starts at g itself, and its result, S times too large again, is multiplied in float32 by what is missing. So
+/// nothing depends on how small the strength is. The loss takes one more backward pass then, unless its gradient was
+/// measured.
 class DoubleBackward {
  public:
-  DoubleBackward(const Evaluation& evaluation, const Parameters& parameters)
-      : evaluation_(evaluation), parameters_(parameters) {}
+  /// `largest`: of the factors that add() will be called with.
+  DoubleBackward(const Evaluation& evaluation, const Parameters& parameters, const HalfRange& range, double largest)
+      : evaluation_(evaluation),
+        parameters_(parameters),
+        scale_(range.loss_scale),
+        largest_(largest),
+        apart_(range.narrow && largest > 0) {}
 
   /// Differentiates penalty `index` with `factor` = strength * weight, and returns its squared gradient norm.
   ///
@@ -52,7 +82,10 @@ class DoubleBackward {
     std::vector<at::Tensor> differentiable;
     for (const at::Tensor& probe : checked_probes(evaluation_, index, term)) {
       auto g = probe_gradient(term, probe, wanted);
-      add_to(squared, squared_norm(g, probe.options()));
+      add_to(squared, squared_norm(g, probe.options()) / (scale_ * scale_));
+      if (apart_ && !term.by_input && probe.is_same(evaluation_.loss) && g.size() == parameters_.tensors.size()) {
+        loss_gradient_ = detached(g);
+      }
       for (at::Tensor& gradient : g) {
         if (wanted && gradient.requires_grad()) {
           differentiable.push_back(std::move(gradient));
@@ -61,8 +94,9 @@ class DoubleBackward {
     }
     if (!differentiable.empty()) {
       const at::NoGradGuard no_grad;
-      auto seed = term.squared ? taken_and_scaled(differentiable, 2 * factor)
-                               : scaled(differentiable, over_norm(squared, factor));
+      const double missing = scale_ * scale_ * unit();
+      auto seed = term.squared ? taken_and_scaled(differentiable, 2 * factor / missing)
+                               : scaled(differentiable, over_norm(squared, factor / missing));
       std::move(seed.begin(), seed.end(), std::back_inserter(seeds_));
       roots_.insert(roots_.end(), differentiable.begin(), differentiable.end());
     }
@@ -71,21 +105,32 @@ class DoubleBackward {
 
   /// Adds the gradient of weight * loss and of all penalties to `sums`. The graph is gone afterwards.
   void finish(double weight, std::vector<at::Tensor>& sums) {
-    if (roots_.empty() && !loss_gradient_.empty()) {
-      accumulate(sums, std::move(loss_gradient_), weight);
-      return;
+    const bool penalised = !roots_.empty();
+    std::vector<at::Tensor> starts;
+    std::vector<at::Tensor> start_seeds;
+    if (!loss_gradient_.empty() && (apart_ || !penalised)) {
+      accumulate(sums, std::move(loss_gradient_), weight / scale_);
+    } else if (apart_) {
+      accumulate(sums,
+                 gradients({evaluation_.loss}, parameters_.tensors, {at::full_like(evaluation_.loss, scale_).detach()},
+                           penalised || evaluation_.shares_graph, /*create_graph=*/false, "the loss"),
+                 weight / scale_);
+    } else {
+      starts.push_back(evaluation_.loss);
+      start_seeds.push_back(at::full_like(evaluation_.loss, weight).detach());
     }
     loss_gradient_.clear();
-    const bool penalised = !roots_.empty();
-    std::vector<at::Tensor> starts{evaluation_.loss};
-    std::vector<at::Tensor> start_seeds{at::full_like(evaluation_.loss, weight).detach()};
-    if (!roots_.empty()) {
+    if (penalised) {
       starts.push_back(seeded_roots(roots_, std::exchange(seeds_, {})));
       start_seeds.push_back(at::ones_like(starts.back()).detach());
       roots_.clear();
     }
-    accumulate(sums, gradients(starts, parameters_.tensors, start_seeds, evaluation_.shares_graph,
-                               /*create_graph=*/false, penalised ? "the exact penalty" : "the loss", penalised));
+    if (!starts.empty()) {
+      accumulate(sums,
+                 gradients(starts, parameters_.tensors, start_seeds, evaluation_.shares_graph, /*create_graph=*/false,
+                           penalised ? "the exact penalty" : "the loss", penalised),
+                 apart_ ? unit() : 1.0);
+    }
   }
 
  private:
@@ -93,7 +138,7 @@ class DoubleBackward {
   /// differentiated by all parameters and kept, since that may be all that is needed.
   std::vector<at::Tensor> probe_gradient(const TermInfo& term, const at::Tensor& probe, bool wanted) {
     const auto differentiate = [&](const std::vector<at::Tensor>& inputs) {
-      return gradients({probe}, inputs, {}, /*retain_graph=*/true, /*create_graph=*/wanted, term.name);
+      return gradients({probe}, inputs, seeds_of(probe), /*retain_graph=*/true, /*create_graph=*/wanted, term.name);
     };
     std::vector<at::Tensor> counted;
     if (!term.by_input && !wanted && probe.is_same(evaluation_.loss)) {
@@ -106,8 +151,18 @@ class DoubleBackward {
     return defined(counted);
   }
 
+  [[nodiscard]] std::vector<at::Tensor> seeds_of(const at::Tensor& probe) const {
+    return scale_ == 1 ? std::vector<at::Tensor>() : std::vector<at::Tensor>{at::full_like(probe, scale_).detach()};
+  }
+
+  /// What the penalties' pass leaves to be multiplied by: seeds are g for the strongest one.
+  [[nodiscard]] double unit() const { return apart_ ? 2 * largest_ / scale_ : 1.0; }
+
   const Evaluation& evaluation_;
   const Parameters& parameters_;
+  double scale_;
+  double largest_;
+  bool apart_;  ///< whether loss and penalties are differentiated one after the other
   std::vector<at::Tensor> roots_;
   std::vector<at::Tensor> seeds_;
   std::vector<at::Tensor> loss_gradient_;
@@ -117,9 +172,11 @@ class DoubleBackward {
 /// norm of each penalty.
 inline std::vector<at::Tensor> double_backward(const MiniBatch& batch, const Evaluation& evaluation,
                                                const Weights& weights, const Parameters& parameters,
-                                               std::vector<at::Tensor>& sums) {
+                                               const HalfRange& range, std::vector<at::Tensor>& sums) {
   std::vector<at::Tensor> squared_norms;
-  DoubleBackward step(evaluation, parameters);
+  const double strongest =
+      weights.strengths.empty() ? 0.0 : *std::max_element(weights.strengths.begin(), weights.strengths.end());
+  DoubleBackward step(evaluation, parameters, range, strongest * weights.penalty);
   try {
     for (std::size_t i = 0; i < batch.terms(); ++i) {
       squared_norms.push_back(step.add(i, batch.term(i), weights.strengths[i] * weights.penalty));

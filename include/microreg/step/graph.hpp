@@ -5,11 +5,12 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/tensor.h>
-#include <torch/csrc/autograd/node.h>
 #include <torch/csrc/autograd/variable.h>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 
@@ -244,7 +245,7 @@ class SecondDerivatives {
 
   std::string what_;
   std::shared_ptr<Found> found_ = std::make_shared<Found>();
-  std::vector<std::pair<c10::intrusive_ptr<torch::autograd::Node>, std::uintptr_t>> hooks_;
+  std::vector<std::pair<NodePointer, std::uintptr_t>> hooks_;
 };
 
 /// While it lives, nothing writes to `.grad` of these leaves but what is ours: a function that runs a backward pass of

@@ -76,15 +76,16 @@ inline void add_to(at::Tensor& sum, const at::Tensor& value) { sum = sum.defined
 
 /// The squared gradient norm of each penalty, without a graph for more.
 inline std::vector<at::Tensor> squared_norms(const MiniBatch& batch, const Evaluation& evaluation,
-                                             const Parameters& parameters) {
+                                             const Parameters& parameters, double loss_scale) {
   std::vector<at::Tensor> result(batch.terms());
   for (std::size_t i = 0; i < result.size(); ++i) {
     const TermInfo& term = batch.term(i);
     const auto counted = counted_tensors(evaluation, term, parameters);
     for (const at::Tensor& probe : checked_probes(evaluation, i, term)) {
-      const auto g = gradients({probe}, counted, {}, /*retain_graph=*/true, /*create_graph=*/false, term.name);
+      const auto g = gradients({probe}, counted, {at::full_like(probe, loss_scale).detach()}, /*retain_graph=*/true,
+                               /*create_graph=*/false, term.name);
       require_dependence(term, g, parameters);
-      add_to(result[i], squared_norm(g, probe.options()));
+      add_to(result[i], squared_norm(g, probe.options()) / (loss_scale * loss_scale));
     }
   }
   return result;

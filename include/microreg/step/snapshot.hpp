@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <iterator>
 #include <mutex>
 #include <optional>
@@ -20,6 +21,14 @@
 #include <vector>
 
 namespace microreg::detail {
+
+/// Whether two tensors on the CPU, of one shape and type, hold the same bits: NaN equals itself, and nothing is
+/// dispatched.
+inline bool same_bytes(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor x = a.contiguous(), y = b.contiguous();
+  return x.nbytes() == y.nbytes() &&
+         (x.nbytes() == 0 || std::memcmp(x.const_data_ptr(), y.const_data_ptr(), x.nbytes()) == 0);
+}
 
 /// The states of every generator that a step may draw from: the default ones of the CPU and of the model's devices, and
 /// the one in the options.
@@ -51,7 +60,7 @@ class GeneratorStates {
     for (const auto& [saved, state] : states_) {
       at::Generator generator = saved;
       const std::scoped_lock lock(generator.mutex());
-      if (!at::equal(generator.get_state(), state)) {
+      if (!same_bytes(generator.get_state(), state)) {
         generator.set_state(state);
       }
     }
@@ -97,7 +106,7 @@ class SavedTensor {
     if (!lies_the_same()) {
       at::Tensor(tensor_).set_data(alias_);
     }
-    if (is_large() ? changed() : !alias_.is_cpu() || !at::equal(bits(values(alias_)), bits(copy_))) {
+    if (is_large() ? changed() : !alias_.is_cpu() || !same_bytes(values(alias_), copy_)) {
       values(alias_).copy_(copy_);
     }
   }
@@ -117,11 +126,6 @@ class SavedTensor {
     return tensor;
   }
 
-  /// For a comparison in which NaN equals itself.
-  static at::Tensor bits(const at::Tensor& tensor) {
-    return (tensor.is_floating_point() || tensor.is_complex()) ? tensor.contiguous().flatten().view(at::kByte) : tensor;
-  }
-
   [[nodiscard]] bool lies_the_same() const {
     if (alias_.layout() != at::kStrided || tensor_.layout() != at::kStrided) {
       return alias_.layout() == tensor_.layout();
@@ -137,8 +141,8 @@ class SavedTensor {
       return true;
     }
     const std::int64_t step = std::max<std::int64_t>(alias_.numel() / 1000, 1);
-    const auto some = [&](const at::Tensor& tensor) { return bits(tensor.view(-1).slice(0, 0, tensor.numel(), step)); };
-    return copy_.is_contiguous() && at::equal(some(alias_), some(copy_));
+    const auto some = [&](const at::Tensor& tensor) { return tensor.view(-1).slice(0, 0, tensor.numel(), step); };
+    return copy_.is_contiguous() && same_bytes(some(alias_), some(copy_));
   }
 
   at::Tensor tensor_;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/csrc/autograd/node.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
 #include <microreg/detail/text.hpp>
 #include <microreg/parameters.hpp>
@@ -47,10 +47,12 @@ inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, s
     if (name.find("CppNode") != std::string::npos || name.ends_with("PyNode")) {
       function = name;
     }
-    if (!node->tensor_pre_hooks().empty() || !node->pre_hooks().empty() || !node->post_hooks().empty()) {
+    // At the parameters themselves the step watches, and hooks of tensors were looked for above.
+    const bool leaf = name.find("AccumulateGrad") != std::string::npos;
+    if (!leaf && (!node->tensor_pre_hooks().empty() || !node->pre_hooks().empty() || !node->post_hooks().empty())) {
       hooked = name;
     }
-    if (node->sequence_nr() < beginning && name.find("AccumulateGrad") == std::string::npos) {
+    if (!leaf && node->sequence_nr() < beginning) {
       old = name;
     }
     for (const torch::autograd::Edge& edge : node->next_edges()) {
