@@ -3,6 +3,7 @@
 /// microreg/microreg.hpp.
 #pragma once
 
+#include <microreg/estimator.hpp>
 #include <microreg/options.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/objective.hpp>
