@@ -19,5 +19,7 @@
 #include <microreg/definitions/step.hpp>
 #include <microreg/definitions/strength.hpp>
 #include <microreg/definitions/text.hpp>
+#include <microreg/definitions/verification.hpp>
+#include <microreg/definitions/verify.hpp>
 #include <microreg/fused/registration.hpp>
 #include <microreg/gates/registration.hpp>

@@ -5,6 +5,7 @@
 
 #include <fmt/format.h>
 #include <microreg/report.hpp>
+#include <microreg/verification.hpp>
 
 #include <string>
 
@@ -24,5 +25,16 @@ struct fmt::formatter<microreg::Report> {
     }
     return fmt::format_to(out, ", {} samples in {} micro-batch{}", report.samples, report.micro_batches(),
                           report.micro_batches() == 1 ? "" : "es");
+  }
+};
+
+/// The lines of Verification::text().
+template <>
+struct fmt::formatter<microreg::Verification> {
+  constexpr auto parse(fmt::format_parse_context& context) { return context.begin(); }
+
+  template <class Context>
+  auto format(const microreg::Verification& verification, Context& context) const {
+    return fmt::format_to(context.out(), "{}", verification.text());
   }
 };

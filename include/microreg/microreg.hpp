@@ -1,5 +1,5 @@
 /// @file
-/// Everything but the fmt formatters (microreg/format.hpp).
+/// Everything but the fmt formatters (microreg/format.hpp) and verify() (microreg/verify.hpp).
 #pragma once
 
 // GCC reports C++17 as 201703, and C++20 as 201709 where it is told -std=c++2a.

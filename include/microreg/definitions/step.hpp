@@ -268,12 +268,7 @@ class Step {
       return report;
     } catch (const SparseGradient& error) {
       put_back();
-      for (std::size_t i = 0; i < parameters_.tensors.size(); ++i) {
-        if (parameters_.tensors[i].is_same(error.parameter())) {
-          throw ModelError(text({"parameter ", parameters_.names[i], ": ", error.what()}));
-        }
-      }
-      throw;
+      rethrow_named(error);
     } catch (...) {
       put_back();
       throw;
@@ -331,6 +326,42 @@ class Step {
   /// What the sums are to be multiplied by in the end.
   [[nodiscard]] double scale() const noexcept { return scale_; }
 
+  /// Rethrows the error that is being handled, with the name of the parameter.
+  [[noreturn]] void rethrow_named(const SparseGradient& error) const {
+    for (std::size_t i = 0; i < parameters_.tensors.size(); ++i) {
+      if (parameters_.tensors[i].is_same(error.parameter())) {
+        throw ModelError(text({"parameter ", parameters_.names[i], ": ", error.what()}));
+      }
+    }
+    throw;
+  }
+
+  /// What `work()` returns. Names the micro-batch for the errors of LibTorch that plain training does not meet.
+  template <class Work>
+  static auto explained(const Part& part, const Work& work) {
+    try {
+      return work();
+    } catch (const std::exception& error) {
+      if (part.size == 1 && part.count > 1 &&
+          std::string_view(error.what()).find("Expected more than 1 value per channel") != std::string_view::npos) {
+        throw BatchError(text({"micro-batch ", part.index, " of ", part.count,
+                               " has one sample, over which batch normalisation has no variance in training mode; set "
+                               ".short_last = ShortLast::merged or ShortLast::dropped, or choose another "
+                               "micro_batch_size"}));
+      }
+      throw;
+    }
+  }
+
+  /// Those of model and loss, and the options' own; frozen and repeated ones too.
+  static std::vector<NamedParameter> all_parameters(const MiniBatch& batch, const RegularizerOptions& options) {
+    std::vector<NamedParameter> result = batch.parameters();
+    for (std::size_t i = 0; i < options.also_train.size(); ++i) {
+      result.push_back({text({"also_train[", i, "]"}), options.also_train[i]});
+    }
+    return result;
+  }
+
  private:
   /// |B| where the loss keeps the scale of a sum, otherwise 1.
   [[nodiscard]] double loss_scale() const {
@@ -370,31 +401,6 @@ class Step {
       part.weight = counts_[static_cast<std::size_t>(part.index - parts_.front().index)] / total;
     }
     scale_ = std::max(counts_.front(), 1.0) / total;
-  }
-
-  /// What `work()` returns. Names the micro-batch for the errors of LibTorch that plain training does not meet.
-  template <class Work>
-  static auto explained(const Part& part, const Work& work) {
-    try {
-      return work();
-    } catch (const std::exception& error) {
-      if (part.size == 1 && part.count > 1 &&
-          std::string_view(error.what()).find("Expected more than 1 value per channel") != std::string_view::npos) {
-        throw BatchError(text({"micro-batch ", part.index, " of ", part.count,
-                               " has one sample, over which batch normalisation has no variance in training mode; set "
-                               ".short_last = ShortLast::merged or ShortLast::dropped, or choose another "
-                               "micro_batch_size"}));
-      }
-      throw;
-    }
-  }
-
-  static std::vector<NamedParameter> all_parameters(const MiniBatch& batch, const RegularizerOptions& options) {
-    std::vector<NamedParameter> result = batch.parameters();
-    for (std::size_t i = 0; i < options.also_train.size(); ++i) {
-      result.push_back({text({"also_train[", i, "]"}), options.also_train[i]});
-    }
-    return result;
   }
 
   /// The checks that need the parameters, and then the snapshot: of buffers, and of parameters that the forward pass

@@ -103,6 +103,9 @@ class DoubleBackward {
     return squared;
   }
 
+  /// The gradients of the probes, with their graph.
+  [[nodiscard]] const std::vector<at::Tensor>& roots() const noexcept { return roots_; }
+
   /// Adds the gradient of weight * loss and of all penalties to `sums`. The graph is gone afterwards.
   void finish(double weight, std::vector<at::Tensor>& sums) {
     const bool penalised = !roots_.empty();

@@ -55,6 +55,15 @@ class GeneratorStates {
     return result;
   }
 
+  /// Whether numbers were drawn since.
+  [[nodiscard]] bool moved() const {
+    return std::any_of(states_.begin(), states_.end(), [](const auto& saved) {
+      at::Generator generator = saved.first;
+      const std::scoped_lock lock(generator.mutex());
+      return !at::equal(generator.get_state(), saved.second);
+    });
+  }
+
   /// Sets those that have moved.
   void restore() const {
     for (const auto& [saved, state] : states_) {

@@ -48,20 +48,9 @@ class SparseGradient : public ModelError {
   at::Tensor parameter_;
 };
 
-/// Rethrows the error that is being handled: as MissingDerivative, with what can be done, if it says that there is no
-/// derivative, and as it is otherwise. `second`: a second derivative was asked for, so that first ones exist.
-[[noreturn]] inline void rethrow_with_remedy(const std::exception& error, std::string_view what, bool second) {
-  const std::string message = error.what();
-  const std::string first_line = message.substr(0, message.find('\n'));
-  const auto has = [&](const char* part) { return first_line.find(part) != std::string::npos; };
-  const bool missing = (has("derivative") && has("not implemented")) || has("not differentiable") ||
-                       has("differentiate twice") || has("once_differentiable") ||
-                       ((has("ouble backward") || has("ouble-backward") || has("econd derivative")) &&
-                        (has("not support") || has("n't support") || has("not implemented") || has("unsupported")));
-  if (!missing || dynamic_cast<const Error*>(&error) != nullptr ||
-      dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
-    throw;  // Not about differentiability: the original error says it best.
-  }
+/// What to do about an operation without a derivative, by LibTorch's sentence about it.
+inline std::string remedy_of_missing(std::string_view sentence, bool second) {
+  const auto has = [&](const char* part) { return sentence.find(part) != std::string_view::npos; };
   std::string remedy = second ? "replace this operation by differentiable ones, or choose an estimator that needs "
                                 "first derivatives only, ForwardDifference"
                               : "replace this operation by differentiable ones";
@@ -79,8 +68,26 @@ class SparseGradient : public ModelError {
              : has("embedding_bag") ? "use an Embedding and a mean or sum over it, or ForwardDifference"
                                     : "write (a - b).square().sum(-1) of unsqueezed operands, or ForwardDifference";
   }
+  return remedy;
+}
+
+/// Rethrows the error that is being handled: as MissingDerivative, with what can be done, if it says that there is no
+/// derivative, and as it is otherwise. `second`: a second derivative was asked for, so that first ones exist.
+[[noreturn]] inline void rethrow_with_remedy(const std::exception& error, std::string_view what, bool second) {
+  const std::string message = error.what();
+  const std::string first_line = message.substr(0, message.find('\n'));
+  const auto has = [&](const char* part) { return first_line.find(part) != std::string::npos; };
+  const bool missing = (has("derivative") && has("not implemented")) || has("not differentiable") ||
+                       has("differentiate twice") || has("once_differentiable") ||
+                       ((has("ouble backward") || has("ouble-backward") || has("econd derivative")) &&
+                        (has("not support") || has("n't support") || has("not implemented") || has("unsupported")));
+  if (!missing || dynamic_cast<const Error*>(&error) != nullptr ||
+      dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr) {
+    throw;  // Not about differentiability: the original error says it best.
+  }
   throw MissingDerivative(text({what, " needs a ", second ? "second " : "", "derivative that ",
-                                second ? "LibTorch does not have: " : "is not there: ", first_line, "; ", remedy}),
+                                second ? "LibTorch does not have: " : "is not there: ", first_line, "; ",
+                                remedy_of_missing(first_line, second)}),
                           first_line);
 }
 
