@@ -47,10 +47,12 @@ inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, s
     if (name.find("CppNode") != std::string::npos || name.ends_with("PyNode")) {
       function = name;
     }
-    if (!node->tensor_pre_hooks().empty() || !node->pre_hooks().empty() || !node->post_hooks().empty()) {
+    // What hangs on a leaf's node sees what is added to .grad, not the gradient (and may be ours).
+    const bool leaf = name.find("AccumulateGrad") != std::string::npos;
+    if (!leaf && (!node->tensor_pre_hooks().empty() || !node->pre_hooks().empty() || !node->post_hooks().empty())) {
       hooked = name;
     }
-    if (node->sequence_nr() < beginning && name.find("AccumulateGrad") == std::string::npos) {
+    if (!leaf && node->sequence_nr() < beginning) {
       old = name;
     }
     for (const torch::autograd::Edge& edge : node->next_edges()) {
