@@ -292,10 +292,36 @@ TEST_CASE("differences: forward passes in other threads are right or refused", "
   check_refused(
       {[&](const Tensor& x) { return elsewhere([&] { return torch::dropout(x.matmul(s.a), 0.5, true); }).matmul(s.b); },
        s.weights()},
-      entropy, s.x, s.y, {"does not repeat", "this thread"});
+      entropy, s.x, s.y, {"MulBackward0", "another thread"});
   check_right(
       {[&](const Tensor& x) { return elsewhere([&] { return torch::tanh(x.matmul(s.a)); }).matmul(s.b); }, s.weights()},
       entropy, s.x, s.y, 1e-5);
+}
+
+TEST_CASE("differences: another thread that reads the weights may see displaced ones", "[difference_checks]") {
+  const Setting s;
+  const Tensor before = s.a.detach().clone();
+  int passes = 0;
+  int displaced = 0;
+  const Model model{[&](const Tensor& x) {
+                      std::thread([&] { displaced += at::equal(s.a.detach(), before) ? 0 : 1; }).join();
+                      ++passes;
+                      return torch::tanh(x.matmul(s.a)).matmul(s.b);
+                    },
+                    s.weights()};
+  const auto step = [&](const microreg::Estimator& estimator) {
+    passes = displaced = 0;
+    clear_grad(s.weights());
+    microreg::Regularizer regularizer(Model(model), entropy, microreg::GradientNorm{}, options_of(estimator));
+    (void)regularizer.backward(s.x, s.y);
+    CHECK(same_bits(s.a.detach(), before));
+  };
+  step(Exact{});
+  CHECK((passes == 1 && displaced == 0));
+  step(ForwardDifference{.check_every = 0});
+  CHECK((passes == 2 && displaced == 1));
+  step(CentralDifference{.check_every = 0});
+  CHECK((passes == 3 && displaced == 2));
 }
 
 TEST_CASE("differences: detach is right, straight-through and bootstrapped targets", "[difference_checks]") {

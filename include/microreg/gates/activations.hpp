@@ -96,14 +96,17 @@ inline constexpr Rule activations[] = {
        const at::Tensor sign = gates[0].to(in.tensor(0).scalar_type());
        return Tensors{in.tensor(0).sub(sign, in.scalar(1)).masked_fill(gates[0].eq(0), 0)};
      }},
-    // Its gradient is LibTorch's, whose sixth is a float32 one on the CPU: a difference of gradients must not see
-    // another.
+    // A difference of gradients must not see another sixth than LibTorch's: a float32 one in the gradient, and on CUDA
+    // in the value too.
     {"hardsigmoid", "Tensor self", values, nullptr,
      [](const Arguments& in, const Gates& gates) {
-       const double sixth = in.tensor(0).is_cuda() ? 1.0 / 6.0 : double{1.0F / 6.0F};
+       const double sixth = double{1.0F / 6.0F};
        const at::Tensor result = at::hardtanh_backward(in.tensor(0) * sixth, gates[0], -3, 3);
-       const at::Tensor middle = in.tensor(0).detach().add(3).div_(6);
-       replace_values(result, at::hardtanh_backward(middle, gates[0], -3, 3).add_(gates[0].ge(3)));
+       const bool rounded = in.tensor(0).is_cuda();
+       const at::Tensor sum = in.tensor(0).detach().add(3);
+       const at::Tensor middle = rounded ? sum * sixth : sum / 6;
+       replace_values(result,
+                      at::hardtanh_backward(middle, gates[0], -3, 3).add_(gates[0].ge(3), rounded ? 6 * sixth : 1.0));
        return Tensors{result};
      }},
     {"hardswish", "Tensor self", values, nullptr,

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/variable.h>
@@ -77,6 +78,20 @@ inline std::set<std::string> kinked_stems() {
   return result;
 }
 
+/// Whether `node` was made by another thread of the CPU and may hold what was decided there: which elements it takes,
+/// or a factor without a graph.
+inline bool decided_elsewhere(const torch::autograd::Node& node, std::string_view stem) {
+  static const std::set<std::string_view> choices = {"Where",  "MaskedFill", "MaskedScatter", "MaskedSelect",
+                                                     "Index",  "IndexPut",   "IndexSelect",   "IndexAdd",
+                                                     "Gather", "Scatter",    "ScatterAdd",    "Take"};
+  const auto constant = [&] {
+    return std::any_of(node.next_edges().begin(), node.next_edges().end(),
+                       [](const torch::autograd::Edge& edge) { return !edge.is_valid(); });
+  };
+  return node.thread_id() != at::RecordFunction::currentThreadId() && node.num_inputs() > 0 &&
+         node.input_metadata(0).device().is_cpu() && (choices.contains(stem) || (stem == "Mul" && constant()));
+}
+
 }  // namespace gating
 
 /// The nodes in the graph of `loss` that have a kink and are not on one of the tapes, by name, each once. A scripted
@@ -111,9 +126,17 @@ inline std::vector<std::string> unseen_kinks(const at::Tensor& loss, const std::
       continue;
     }
     const std::string name = node->name();
+    const bool complex =
+        node->num_outputs() > 0 && node->next_edge(0).is_valid() &&
+        c10::isComplexType(
+            node->next_edge(0).function->input_metadata(node->next_edge(0).input_nr).dtype().toScalarType());
+    if (complex) {
+      continue;  // decisions are made on real numbers
+    }
     const bool opaque = name.find("DifferentiableGraph") != std::string::npos ||
                         (functions && (name.find("CppNode") != std::string::npos || name.ends_with("PyNode")));
-    if (opaque || kinked.contains(name.substr(0, name.rfind("Backward")))) {
+    const std::string stem = name.substr(0, name.rfind("Backward"));
+    if (opaque || kinked.contains(stem) || gating::decided_elsewhere(*node, stem)) {
       result.insert(name);
     }
   }

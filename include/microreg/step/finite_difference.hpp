@@ -204,7 +204,28 @@ class FiniteDifference final : public Differences {
     const bool differs =
         std::any_of(weights.strengths.begin(), weights.strengths.end(), [](double strength) { return strength > 0; });
     return settings_.check_every > 0 && !parameters_.tensors.front().is_meta() && comparable && differs &&
-           (!proof_.given || proof_.since >= settings_.check_every);
+           (!proof_.given || proof_.since >= settings_.check_every || has_seen_too_little(weights));
+  }
+
+  /// A proof of a sum says nothing of a part that was too small to be seen in it, as at the beginning of a warm-up.
+  [[nodiscard]] bool has_seen_too_little(const Weights& weights) const {
+    if (proof_.gap > 0 && proof_.since >= proof_.gap) {
+      return true;
+    }
+    const std::vector<double>& seen = proof_.strengths;
+    return (proof_.gap > 0 || seen.size() > 1) &&
+           !std::equal(weights.strengths.begin(), weights.strengths.end(), seen.begin(), seen.end(),
+                       [](double now, double then) { return now <= 4 * then; });
+  }
+
+  void remember(const Weights& weights, const Comparison& comparison) {
+    proof_.given = true;
+    proof_.since = 0;
+    const bool seen = comparison.norm > 0 && comparison.distance <= tolerance() * comparison.norm;
+    proof_.gap = seen ? 0 : std::max<std::int64_t>(1, 2 * proof_.gap);
+    proof_.strengths.resize(weights.strengths.size());
+    std::transform(weights.strengths.begin(), weights.strengths.end(), proof_.strengths.begin(),
+                   proof_.strengths.begin(), [](double now, double then) { return std::max(now, then); });
   }
 
   void first_pass(Passes& passes, std::vector<at::Tensor>& sums, const std::function<void(Evaluation&)>& keep) const {
@@ -466,8 +487,7 @@ class FiniteDifference final : public Differences {
     }
     accumulate(sums, std::move(best.found));
     if (finite) {
-      proof_.given = true;
-      proof_.since = 0;
+      remember(passes.weights, best.comparison);
     }
   }
 

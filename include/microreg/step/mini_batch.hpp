@@ -75,6 +75,9 @@ struct Proof {
   bool given = false;      ///< once at least
   std::int64_t since = 0;  ///< penalised steps since the last one
   double factor = 1;       ///< of the automatic step, where the first choice was found too coarse or too fine
+  /// Penalised steps until the next, where the penalties were too small beside the loss to be seen wrong; doubles.
+  std::int64_t gap = 0;
+  std::vector<double> strengths = {};  ///< with which it was given, of each penalty the largest
 };
 
 /// Adds the gradient of the objective on the mini-batch to `.grad`; the whole of Regularizer::backward.

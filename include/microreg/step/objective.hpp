@@ -10,7 +10,9 @@
 #include <microreg/options.hpp>
 #include <microreg/step/mini_batch.hpp>
 
+#include <algorithm>
 #include <concepts>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -175,11 +177,34 @@ class PassEvaluation final : public Evaluation {
 
   [[nodiscard]] std::vector<at::Tensor> probes(std::size_t term, Draws* draws) const override {
     const OptionalAutocast half(options_.autocast, loss.device().type());
-    return penalty_.terms()[term].probes({input_, output_, target_, loss, options_.generator, draws});
+    auto result = penalty_.terms()[term].probes({input_, output_, target_, loss, options_.generator, draws});
+    if (output_was_changed_ &&
+        std::any_of(result.begin(), result.end(), [&](const at::Tensor& probe) { return !probe.is_same(loss); })) {
+      throw_changed(penalty_.terms()[term].name);
+    }
+    return result;
   }
 
   Output& output() noexcept { return output_; }
   Target& target() noexcept { return target_; }
+
+  /// How often LibTorch has counted a write in place to what the model returned.
+  [[nodiscard]] std::uint64_t output_version() {
+    std::uint64_t sum = 0;
+    if constexpr (Batch<Output>) {
+      for_each_tensor(output_, "output", [&](const at::Tensor& tensor, const std::string& /*path*/) {
+        sum += !tensor.defined() || tensor.is_inference() ? 0 : static_cast<std::uint64_t>(tensor._version());
+      });
+    }
+    return sum;
+  }
+  /// To be called after the loss. A probe of another output than the model's would be another penalty.
+  void compare_output_version(std::uint64_t before) {
+    output_was_changed_ = output_version() != before;
+    if (output_was_changed_ && options_.keep_outputs) {
+      throw_changed("the option keep_outputs");
+    }
+  }
 
  private:
   const Penalty& penalty_;
@@ -187,6 +212,13 @@ class PassEvaluation final : public Evaluation {
   Input input_;
   Output output_;
   Target target_;
+  bool output_was_changed_ = false;
+
+  [[noreturn]] static void throw_changed(const std::string& who) {
+    throw ModelError(text({who,
+                           " reads the model's output, which the loss has changed in place: use the operation out of "
+                           "place there, or clone() first"}));
+  }
 };
 
 template <class Handle, class Loss, class Input, class Target>
@@ -226,7 +258,9 @@ class TypedObjective final : public Objective<Input, Target> {
     }
     auto result = std::make_unique<PassEvaluation<Input, Output, Target>>(penalty_, options, std::move(input),
                                                                           std::move(output), std::move(target));
+    const std::uint64_t version = result->output_version();
     LossValue loss = call_loss(loss_, result->output(), result->target());
+    result->compare_output_version(version);
     result->loss = checked_loss(loss.value, loss.count.has_value() ? Reduction::mean : options.reduction, size);
     result->count = loss.count;
     result->loss_parts = std::move(loss.parts);

@@ -47,7 +47,7 @@ inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, s
     if (name.find("CppNode") != std::string::npos || name.ends_with("PyNode")) {
       function = name;
     }
-    // At the parameters themselves the step watches, and hooks of tensors were looked for above.
+    // What hangs on a leaf's node sees what is added to .grad, not the gradient (and may be ours).
     const bool leaf = name.find("AccumulateGrad") != std::string::npos;
     if (!leaf && (!node->tensor_pre_hooks().empty() || !node->pre_hooks().empty() || !node->post_hooks().empty())) {
       hooked = name;

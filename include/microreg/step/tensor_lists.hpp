@@ -77,6 +77,12 @@ inline std::string remedy_of_missing(std::string_view sentence, bool second) {
   const std::string message = error.what();
   const std::string first_line = message.substr(0, message.find('\n'));
   const auto has = [&](const char* part) { return first_line.find(part) != std::string::npos; };
+  if (has("backward through the graph a second time")) {
+    throw ModelError(text({what,
+                           " depends on a graph that an earlier backward pass has freed: something with a graph is "
+                           "kept from one pass to the next (a state, an average, weights made once outside of "
+                           "forward()); keep it detached, or make it in each pass"}));
+  }
   const bool missing = (has("derivative") && has("not implemented")) || has("not differentiable") ||
                        has("differentiate twice") || has("once_differentiable") ||
                        ((has("ouble backward") || has("ouble-backward") || has("econd derivative")) &&
