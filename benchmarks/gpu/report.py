@@ -12,8 +12,10 @@ def precision_of(file):
 
 
 def text_of(folder, name):
+    """The file's text without notes, which tell paths."""
     file = folder / name
-    return file.read_text() if file.exists() else ""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return "\n".join(line for line in lines if not line.startswith("note:"))
 
 
 def verdicts(text):
@@ -100,6 +102,7 @@ def main():
     lines += overhead(folder)
     lines += kernels(folder)
     lines += block("A short training", text_of(folder, "training.txt"))
+    lines += [(pathlib.Path(__file__).parent / "notes.md").read_text()]
     options.out.write_text("\n".join(lines).rstrip() + "\n")
 
 

@@ -5,6 +5,7 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
+#include <microreg/check_finite.hpp>
 #include <microreg/estimator.hpp>
 #include <microreg/micro_batches.hpp>
 #include <microreg/parameters.hpp>
@@ -44,13 +45,6 @@ enum class NonFinite {
   error,         ///< NonFiniteError, as CheckFinite says, and nothing has changed
   skip_penalty,  ///< the step is made again without penalties; an error if the loss is not finite either
   skip_step,     ///< buffers are put back, `.grad` is left alone, and Report::skipped and skipped() say so
-};
-
-/// When a step looks for NaN and infinity before it touches `.grad`.
-enum class CheckFinite {
-  on_cpu,  ///< where the values are on the CPU anyway, so that a CUDA device is not synchronised
-  always,  ///< every step; synchronises a CUDA device once a step
-  never,   ///< call Report::throw_if_not_finite() yourself
 };
 
 /// Penalising a part of the micro-batches or steps, with weights that keep the gradient unbiased.

@@ -611,7 +611,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
           {options.estimator, parameters, next_proof, options.fused, options.check_finite});
     }
     const FusedScope fused(options.fused && difference == nullptr);
-    const HalfRange range(options, parameters);
+    const HalfRange range(options.loss_scale, options.autocast, parameters);
     Report report =
         loop.run(choose_penalised(options.sampling, step, loop.count()),
                  [&](const Part& part, const Weights& weights, const auto& keep) -> std::vector<at::Tensor> {

@@ -186,6 +186,7 @@ class Verifier {
   [[nodiscard]] Gradient empty() const { return Gradient(parameters_.tensors.size()); }
   [[nodiscard]] bool wants_difference() const { return options_.estimator.differences() != nullptr; }
   [[nodiscard]] bool fused() const { return options_.fused && FusedScope::enabled(); }
+  [[nodiscard]] HalfRange range() const { return {options_.loss_scale, options_.autocast, parameters_}; }
 
   std::unique_ptr<Evaluation> evaluate() {
     return Step::explained(part_, [&] { return batch_.evaluate(part_, {}); });
@@ -275,7 +276,8 @@ class Verifier {
     };
     std::set<std::string> dead_ends;
     try {
-      DoubleBackward step(*evaluation, parameters_);
+      const double strongest = strengths.empty() ? 0.0 : *std::max_element(strengths.begin(), strengths.end());
+      DoubleBackward step(*evaluation, parameters_, range(), strongest);
       for (std::size_t i = 0; i < strengths.size(); ++i) {
         result.squared_norms.push_back(step.add(i, batch_.term(i), strengths[i]));
       }
@@ -551,7 +553,7 @@ class Verifier {
         const FusedScope scope(fused());
         const auto evaluation = evaluate();
         Gradient sums = empty();
-        (void)double_backward(batch_, *evaluation, weights, parameters_, sums);
+        (void)double_backward(batch_, *evaluation, weights, parameters_, range(), sums);
         return sums;
       });
     }

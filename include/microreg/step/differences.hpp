@@ -2,7 +2,7 @@
 /// What a step knows of an estimator that differentiates by differences.
 #pragma once
 
-#include <microreg/estimator.hpp>
+#include <microreg/check_finite.hpp>
 #include <microreg/micro_batches.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/mini_batch.hpp>
@@ -13,7 +13,7 @@
 #include <vector>
 
 namespace microreg {
-enum class CheckFinite;
+class Estimator;
 }  // namespace microreg
 
 namespace microreg::detail {

@@ -9,7 +9,6 @@
 #include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
-#include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
@@ -17,6 +16,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,8 +38,8 @@ struct HalfRange {
   double loss_scale = 1;
   bool narrow = false;
 
-  HalfRange(const RegularizerOptions& options, const Parameters& parameters)
-      : loss_scale(options.loss_scale), narrow(options.loss_scale != 1 || options.autocast == at::kHalf) {
+  HalfRange(double scale, const std::optional<at::ScalarType>& autocast, const Parameters& parameters)
+      : loss_scale(scale), narrow(scale != 1 || autocast == at::kHalf) {
     const c10::DeviceType device = parameters.tensors.front().device().type();
     narrow = narrow ||
              (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device) &&

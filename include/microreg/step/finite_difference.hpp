@@ -12,7 +12,6 @@
 #include <microreg/fused/scope.hpp>
 #include <microreg/gates/scope.hpp>
 #include <microreg/gates/unseen.hpp>
-#include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/comparison.hpp>
 #include <microreg/step/differences.hpp>
