@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/graph_node.hpp>
+#include <microreg/detail/graph_walk.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/parameters.hpp>
@@ -16,7 +17,6 @@
 #include <memory>
 #include <string>
 #include <string_view>
-#include <unordered_set>
 #include <vector>
 
 namespace microreg::detail {
@@ -24,29 +24,11 @@ namespace microreg::detail {
 /// Whether the graph behind `roots` holds LibTorch's double backward of batch or layer normalisation, whose own
 /// derivative is wrong without a word (pytorch issue 186256).
 inline bool has_normalisation_double_backward(const torch::autograd::variable_list& roots) {
-  std::vector<torch::autograd::Node*> open;
-  std::unordered_set<torch::autograd::Node*> seen;
-  const auto push = [&](torch::autograd::Node* node) {
-    if (node != nullptr && seen.insert(node).second) {
-      open.push_back(node);
-    }
-  };
-  for (const at::Tensor& root : roots) {
-    push(root.defined() ? root.grad_fn().get() : nullptr);
-  }
-  while (!open.empty()) {
-    torch::autograd::Node* node = open.back();
-    open.pop_back();
-    const std::string name = node->name();
-    const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
-    if (has("NormBackwardBackward") && (has("Batch") || has("Layer"))) {
-      return true;
-    }
-    for (const auto& edge : node->next_edges()) {
-      push(edge.function.get());
-    }
-  }
-  return false;
+  bool found = false;
+  for_each_node(nodes_of(roots), [&](const torch::autograd::Node& /*node*/, NodeKind kind) {
+    found = found || kind == NodeKind::norm_backward;
+  });
+  return found;
 }
 
 /// The sum of squares of many tensors as one node: autograd's own composition needs three a tensor.

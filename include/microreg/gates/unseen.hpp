@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/variable.h>
+#include <microreg/detail/graph_walk.hpp>
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/arithmetic.hpp>
 #include <microreg/gates/clamp.hpp>
@@ -108,38 +109,25 @@ inline std::vector<std::string> unseen_kinks(const at::Tensor& loss, const std::
     }
   }
   std::set<std::string> result;
-  std::set<const Node*> visited;
-  std::vector<const Node*> left{loss.grad_fn().get()};
-  while (!left.empty()) {
-    const Node* node = left.back();
-    left.pop_back();
-    if (node == nullptr || !visited.insert(node).second) {
-      continue;
+  for_each_node(nodes_of({loss}), [&](Node& node, NodeKind kind) {
+    if (kind == NodeKind::copy_slices || seen.contains({&node, node.sequence_nr()})) {
+      return;  // of what was written to a view the operation inside is asked
     }
-    for (const torch::autograd::Edge& edge : node->next_edges()) {
-      left.push_back(edge.function.get());
-    }
-    if (const auto* slices = dynamic_cast<const torch::autograd::CopySlices*>(node)) {
-      node = slices->fn.get();  // what was written to a view; its edges are those of the copy
-    }
-    if (node == nullptr || seen.contains({node, node->sequence_nr()})) {
-      continue;
-    }
-    const std::string name = node->name();
     const bool complex =
-        node->num_outputs() > 0 && node->next_edge(0).is_valid() &&
+        node.num_outputs() > 0 && node.next_edge(0).is_valid() &&
         c10::isComplexType(
-            node->next_edge(0).function->input_metadata(node->next_edge(0).input_nr).dtype().toScalarType());
+            node.next_edge(0).function->input_metadata(node.next_edge(0).input_nr).dtype().toScalarType());
     if (complex) {
-      continue;  // decisions are made on real numbers
+      return;  // decisions are made on real numbers
     }
-    const bool opaque = name.find("DifferentiableGraph") != std::string::npos ||
-                        (functions && (name.find("CppNode") != std::string::npos || name.ends_with("PyNode")));
+    const std::string name = node.name();
+    const bool opaque =
+        name.find("DifferentiableGraph") != std::string::npos || (functions && kind == NodeKind::function);
     const std::string stem = name.substr(0, name.rfind("Backward"));
-    if (opaque || kinked.contains(stem) || gating::decided_elsewhere(*node, stem)) {
+    if (opaque || kinked.contains(stem) || gating::decided_elsewhere(node, stem)) {
       result.insert(name);
     }
-  }
+  });
   return {result.begin(), result.end()};
 }
 

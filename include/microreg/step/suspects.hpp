@@ -5,14 +5,12 @@
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
+#include <microreg/detail/graph_walk.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/parameters.hpp>
 
 #include <cstdint>
-#include <limits>
-#include <set>
 #include <string>
-#include <vector>
 
 namespace microreg::detail {
 
@@ -35,30 +33,20 @@ inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, s
   std::string function;
   std::string hooked;
   std::string old;
-  std::set<const Node*> visited;
-  std::vector<Node*> left{loss.grad_fn().get()};
-  while (!left.empty()) {
-    Node* node = left.back();
-    left.pop_back();
-    if (node == nullptr || !visited.insert(node).second) {
-      continue;
+  for_each_node(nodes_of({loss}), [&](Node& node, NodeKind kind) {
+    if (kind == NodeKind::leaf) {
+      return;  // what hangs on its node sees what is added to .grad, not the gradient (and may be ours)
     }
-    const std::string name = node->name();
-    if (name.find("CppNode") != std::string::npos || name.ends_with("PyNode")) {
-      function = name;
+    if (kind == NodeKind::function) {
+      function = node.name();
     }
-    // What hangs on a leaf's node sees what is added to .grad, not the gradient (and may be ours).
-    const bool leaf = name.find("AccumulateGrad") != std::string::npos;
-    if (!leaf && (!node->tensor_pre_hooks().empty() || !node->pre_hooks().empty() || !node->post_hooks().empty())) {
-      hooked = name;
+    if (!node.tensor_pre_hooks().empty() || !node.pre_hooks().empty() || !node.post_hooks().empty()) {
+      hooked = node.name();
     }
-    if (!leaf && node->sequence_nr() < beginning) {
-      old = name;
+    if (node.sequence_nr() < beginning) {
+      old = node.name();
     }
-    for (const torch::autograd::Edge& edge : node->next_edges()) {
-      left.push_back(edge.function.get());
-    }
-  }
+  });
   if (!old.empty()) {
     return {text({"the graph has nodes that are older than the pass (", old,
                   "): weights that were made from parameters once, outside of forward(), do not move with them; make "

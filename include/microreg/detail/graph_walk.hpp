@@ -1,0 +1,85 @@
+/// @file
+/// Every node of an autograd graph, and what kind it is.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/functions/tensor.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <string>
+#include <typeindex>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+namespace microreg::detail {
+
+enum class NodeKind {
+  plain,
+  leaf,           ///< AccumulateGrad
+  function,       ///< torch::autograd::Function, which does what its author likes
+  weight_norm,    ///< its second derivative holds the norms constant
+  norm_backward,  ///< of layer or batch normalisation, whose own second derivative holds the statistics constant
+  copy_slices,    ///< an operation in place on a view; it is a node of its own inside
+};
+
+/// Asked by name once for each type of node, since names are made anew at each call.
+inline NodeKind kind_of(const torch::autograd::Node& node) {
+  thread_local std::unordered_map<std::type_index, NodeKind> known;
+  const auto [entry, fresh] = known.try_emplace(std::type_index(typeid(node)), NodeKind::plain);
+  if (fresh) {
+    const std::string name = node.name();
+    const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
+    if (dynamic_cast<const torch::autograd::AccumulateGrad*>(&node) != nullptr) {
+      entry->second = NodeKind::leaf;
+    } else if (dynamic_cast<const torch::autograd::CopySlices*>(&node) != nullptr) {
+      entry->second = NodeKind::copy_slices;
+    } else if (has("WeightNormInterface")) {
+      entry->second = NodeKind::weight_norm;
+    } else if (has("NormBackwardBackward") && (has("Batch") || has("Layer"))) {
+      entry->second = NodeKind::norm_backward;
+    } else if ((has("CppNode") || name.ends_with("PyNode")) && !has("microreg::")) {
+      entry->second = NodeKind::function;
+    }
+  }
+  return entry->second;
+}
+
+/// Calls `visit(node, kind)` for every node behind `roots`, once, nearest first.
+template <class Visit>
+void for_each_node(const std::vector<torch::autograd::Node*>& roots, const Visit& visit) {
+  std::vector<torch::autograd::Node*> open;
+  std::unordered_set<const torch::autograd::Node*> seen;
+  const auto push = [&](torch::autograd::Node* node) {
+    if (node != nullptr && seen.insert(node).second) {
+      open.push_back(node);
+    }
+  };
+  std::for_each(roots.begin(), roots.end(), push);
+  for (std::size_t next = 0; next < open.size(); ++next) {
+    torch::autograd::Node* const node = open[next];
+    const NodeKind kind = kind_of(*node);
+    visit(*node, kind);
+    if (kind == NodeKind::copy_slices) {
+      if (const auto& inner = static_cast<torch::autograd::CopySlices*>(node)->fn) {
+        visit(*inner, kind_of(*inner));
+      }
+    }
+    for (const torch::autograd::Edge& edge : node->next_edges()) {
+      push(edge.function.get());
+    }
+  }
+}
+
+inline std::vector<torch::autograd::Node*> nodes_of(const std::vector<at::Tensor>& tensors) {
+  std::vector<torch::autograd::Node*> result;
+  for (const at::Tensor& tensor : tensors) {
+    result.push_back(tensor.defined() ? tensor.grad_fn().get() : nullptr);
+  }
+  return result;
+}
+
+}  // namespace microreg::detail
