@@ -267,10 +267,10 @@ class Step {
       remember_written();
       return report;
     } catch (const SparseGradient& error) {
-      put_back();
+      snapshot_.restore_after_error();
       rethrow_named(error);
     } catch (...) {
-      put_back();
+      snapshot_.restore_after_error();
       throw;
     }
   }
@@ -413,13 +413,7 @@ class Step {
     const std::vector<at::Tensor>& written =
         memory != nullptr && !memory->first ? memory->written : parameters_.tensors;
     tensors.insert(tensors.end(), written.begin(), written.end());
-    std::vector<c10::Device> devices;
-    for (const at::Tensor& parameter : parameters_.tensors) {
-      if (std::find(devices.begin(), devices.end(), parameter.device()) == devices.end()) {
-        devices.push_back(parameter.device());
-      }
-    }
-    return {tensors, devices, options_.generator, memory};
+    return {tensors, devices_of(parameters_.tensors), options_.generator, memory};
   }
 
   void remember_written() const {
@@ -431,15 +425,6 @@ class Step {
       if (tensor.requires_grad()) {
         memory->written.push_back(tensor);
       }
-    }
-  }
-
-  /// While an error is on its way, which no other one replaces.
-  void put_back() const noexcept {
-    try {
-      snapshot_.restore();
-    } catch (const std::exception& error) {
-      TORCH_WARN("microreg could not put everything back after an error: ", error.what());
     }
   }
 

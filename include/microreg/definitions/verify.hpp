@@ -80,12 +80,6 @@ class AllocationPeak final : public c10::MemoryReportingInfoBase {
   std::int64_t peak_ = 0;
 };
 
-/// LibTorch's sentence without the backtrace behind it.
-inline std::string first_line(const std::exception& error) {
-  const std::string message = error.what();
-  return message.substr(0, message.find('\n'));
-}
-
 /// "_cdist_backward" of "the derivative for '_cdist_backward' is not implemented.", or all of it.
 inline std::string operation_in(std::string_view sentence) {
   constexpr std::string_view before = "derivative for ";
@@ -133,10 +127,10 @@ class Verifier {
       measure_costs();
       judge();
     } catch (const SparseGradient& error) {
-      put_back();
+      state_.restore_after_error();
       step_.rethrow_named(error);
     } catch (...) {
-      put_back();
+      state_.restore_after_error();
       throw;
     }
     state_.restore();
@@ -161,22 +155,7 @@ class Verifier {
       tensors.push_back(parameter.tensor);
     }
     batch_.for_each_tensor([&](const at::Tensor& tensor, const std::string& /*path*/) { tensors.push_back(tensor); });
-    std::vector<c10::Device> devices;
-    for (const at::Tensor& parameter : parameters_.tensors) {
-      if (std::find(devices.begin(), devices.end(), parameter.device()) == devices.end()) {
-        devices.push_back(parameter.device());
-      }
-    }
-    return {tensors, devices, options_.generator};
-  }
-
-  /// While an error is on its way, which no other one replaces.
-  void put_back() const noexcept {
-    try {
-      state_.restore();
-    } catch (const std::exception& error) {
-      TORCH_WARN("microreg could not put everything back after an error: ", error.what());
-    }
+    return {tensors, devices_of(parameters_.tensors), options_.generator};
   }
 
   [[nodiscard]] at::TensorOptions scalar() const { return at::TensorOptions().dtype(at::kDouble); }
@@ -293,7 +272,7 @@ class Verifier {
     } catch (const Error& error) {
       result.refusal = error.what();
     } catch (const c10::Error& error) {
-      result.refusal = first_line(error);
+      result.refusal = sentence_of(error);
     }
     state_.restore();
     return result;
@@ -416,7 +395,7 @@ class Verifier {
       } catch (const Error& error) {
         found_.difference_refusal = error.what();
       } catch (const c10::Error& error) {
-        found_.difference_refusal = first_line(error);
+        found_.difference_refusal = sentence_of(error);
       }
       state_.restore();
       if (difference_) {

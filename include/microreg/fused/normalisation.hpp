@@ -120,7 +120,7 @@ inline NormRow<at::Tensor> norm_row_together(const NormProblem& p, const std::ar
   if (!p.varying.empty()) {
     std::vector<std::int64_t> dims;
     for (const std::int64_t dim : p.varying) {
-      dims.push_back(dim - (dim < 0 ? 0 : p.x.dim()));
+      dims.push_back(dim + 1);  // behind the stack's own
     }
     all = all.sum(dims, /*keepdim=*/true);
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <microreg/detail/version_of.hpp>
 #include <microreg/error.hpp>
 
 #include <cstddef>
@@ -33,7 +34,7 @@ class GateTape {
     const char* operation;
     std::vector<std::int64_t> sizes;      ///< of the first operand
     std::vector<at::Tensor> gates;        ///< empty once a replay has released them
-    std::vector<std::uint32_t> versions;  ///< of the gates, to notice that one was overwritten
+    std::vector<std::uint64_t> versions;  ///< of the gates, to notice that one was overwritten
     bool may_be_left_out;                 ///< by a second pass: it decided nothing that carries a gradient
     const void* node;                     ///< of the operation in the autograd graph, or null; never dereferenced
     std::uint64_t sequence_number;        ///< of that node, since another may come to lie at its address
@@ -148,10 +149,6 @@ class GateSession {
  private:
   static constexpr const char* advice =
       "; both passes have to call the same operations on the same shapes in the same order";
-
-  static std::uint32_t version_of(const at::Tensor& tensor) {
-    return tensor.is_inference() ? 0 : static_cast<std::uint32_t>(tensor._version());
-  }
 
   [[nodiscard]] std::string describe(std::size_t position) const {
     const GateTape::Entry& entry = tape_->entries_[position];

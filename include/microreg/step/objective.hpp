@@ -6,6 +6,7 @@
 #include <microreg/autocast.hpp>
 #include <microreg/batch.hpp>
 #include <microreg/detail/signature.hpp>
+#include <microreg/detail/version_of.hpp>
 #include <microreg/model.hpp>
 #include <microreg/options.hpp>
 #include <microreg/step/mini_batch.hpp>
@@ -192,9 +193,8 @@ class PassEvaluation final : public Evaluation {
   [[nodiscard]] std::uint64_t output_version() {
     std::uint64_t sum = 0;
     if constexpr (Batch<Output>) {
-      for_each_tensor(output_, "output", [&](const at::Tensor& tensor, const std::string& /*path*/) {
-        sum += !tensor.defined() || tensor.is_inference() ? 0 : static_cast<std::uint64_t>(tensor._version());
-      });
+      for_each_tensor(output_, "output",
+                      [&](const at::Tensor& tensor, const std::string& /*path*/) { sum += version_of(tensor); });
     }
     return sum;
   }

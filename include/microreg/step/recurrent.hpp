@@ -5,10 +5,9 @@
 #include <ATen/record_function.h>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
+#include <microreg/step/call_watch.hpp>
 
 #include <cstdint>
-#include <memory>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -16,24 +15,9 @@
 namespace microreg::detail {
 
 /// While it lives and is `wanted`, notes how LSTM, GRU and RNN are called on this thread.
-class RecurrentCalls {
+class RecurrentCalls final : public CallWatch<RecurrentCalls> {
  public:
-  explicit RecurrentCalls(bool wanted) {
-    if (wanted) {
-      before_ = current();
-      current() = this;
-      handle_ = at::addThreadLocalCallback(
-          at::RecordFunctionCallback(&note).needsInputs(true).scopes({at::RecordScope::FUNCTION}));
-    }
-  }
-  RecurrentCalls(const RecurrentCalls&) = delete;
-  RecurrentCalls& operator=(const RecurrentCalls&) = delete;
-  ~RecurrentCalls() {
-    if (handle_.has_value()) {
-      at::removeCallback(*handle_);
-      current() = before_;
-    }
-  }
+  explicit RecurrentCalls(bool wanted) : CallWatch(wanted) {}
 
   /// Throws BatchError where a network read the micro-batch's `samples` along its dimension of time: only one of the
   /// first two dimensions has their number, and it is the other one that the network takes for the samples.
@@ -52,33 +36,26 @@ class RecurrentCalls {
   }
 
  private:
+  friend class CallWatch<RecurrentCalls>;
+
   struct Call {
     std::string name;
     std::vector<std::int64_t> sizes;
     bool batch_first;
   };
 
-  static RecurrentCalls*& current() {
-    thread_local RecurrentCalls* one = nullptr;
-    return one;
-  }
-
-  static std::unique_ptr<at::ObserverContext> note(const at::RecordFunction& function) {
+  void note(const at::RecordFunction& function) {
     const std::string_view name = function.name();
-    if (current() != nullptr &&
-        (name == "aten::lstm" || name == "aten::gru" || name == "aten::rnn_tanh" || name == "aten::rnn_relu")) {
+    if (name == "aten::lstm" || name == "aten::gru" || name == "aten::rnn_tanh" || name == "aten::rnn_relu") {
       const auto inputs = function.inputs();
       // (input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
       if (inputs.size() == 9 && inputs[0].isTensor() && inputs[8].isBool() && inputs[0].toTensor().dim() == 3) {
-        current()->calls_.push_back({std::string(name), inputs[0].toTensor().sizes().vec(), inputs[8].toBool()});
+        calls_.push_back({std::string(name), inputs[0].toTensor().sizes().vec(), inputs[8].toBool()});
       }
     }
-    return nullptr;
   }
 
   std::vector<Call> calls_;
-  std::optional<at::CallbackHandle> handle_;
-  RecurrentCalls* before_ = nullptr;
 };
 
 }  // namespace microreg::detail

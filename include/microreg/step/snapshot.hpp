@@ -7,11 +7,14 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/Device.h>
+#include <c10/util/Exception.h>
+#include <microreg/detail/version_of.hpp>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <iterator>
 #include <mutex>
 #include <optional>
@@ -121,10 +124,6 @@ class SavedTensor {
   }
 
  private:
-  static std::int64_t version_of(const at::Tensor& tensor) {
-    return tensor.is_inference() ? 0 : static_cast<std::int64_t>(tensor._version());
-  }
-
   /// The tensor without the repetitions of expand(), which cannot be written to.
   static at::Tensor values(at::Tensor tensor) {
     if (tensor.layout() == at::kStrided) {
@@ -155,7 +154,7 @@ class SavedTensor {
   }
 
   at::Tensor tensor_;
-  std::int64_t version_;
+  std::uint64_t version_;
   at::Tensor alias_;  // the same memory, with a version of its own
   at::Tensor copy_;
 };
@@ -167,6 +166,17 @@ struct SnapshotMemory {
   std::vector<at::Tensor> written;
   bool first = true;
 };
+
+/// The devices of `tensors`, each once.
+inline std::vector<c10::Device> devices_of(const std::vector<at::Tensor>& tensors) {
+  std::vector<c10::Device> result;
+  for (const at::Tensor& tensor : tensors) {
+    if (std::find(result.begin(), result.end(), tensor.device()) == result.end()) {
+      result.push_back(tensor.device());
+    }
+  }
+  return result;
+}
 
 /// A copy of tensors and random number generators, bitwise. `restore()` puts back, in place, those that have changed.
 class Snapshot {
@@ -214,6 +224,15 @@ class Snapshot {
     const at::NoGradGuard no_grad;
     for (const SavedTensor& saved : saved_) {
       saved.restore();
+    }
+  }
+
+  /// The same while an error is on its way, which no other one replaces.
+  void restore_after_error() const noexcept {
+    try {
+      restore();
+    } catch (const std::exception& error) {
+      TORCH_WARN("microreg could not put everything back after an error: ", error.what());
     }
   }
 

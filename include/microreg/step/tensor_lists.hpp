@@ -71,12 +71,17 @@ inline std::string remedy_of_missing(std::string_view sentence, bool second) {
   return remedy;
 }
 
+/// LibTorch's sentence without the backtrace behind it.
+inline std::string sentence_of(const std::exception& error) {
+  const std::string message = error.what();
+  return message.substr(0, message.find('\n'));
+}
+
 /// Rethrows the error that is being handled: as MissingDerivative, with what can be done, if it says that there is no
 /// derivative, and as it is otherwise. `second`: a second derivative was asked for, so that first ones exist.
 [[noreturn]] inline void rethrow_with_remedy(const std::exception& error, std::string_view what, bool second) {
-  const std::string message = error.what();
-  const std::string first_line = message.substr(0, message.find('\n'));
-  const auto has = [&](const char* part) { return first_line.find(part) != std::string::npos; };
+  const std::string sentence = sentence_of(error);
+  const auto has = [&](const char* part) { return sentence.find(part) != std::string::npos; };
   if (has("backward through the graph a second time")) {
     throw ModelError(text({what,
                            " depends on a graph that an earlier backward pass has freed: something with a graph is "
@@ -92,9 +97,9 @@ inline std::string remedy_of_missing(std::string_view sentence, bool second) {
     throw;  // Not about differentiability: the original error says it best.
   }
   throw MissingDerivative(text({what, " needs a ", second ? "second " : "", "derivative that ",
-                                second ? "LibTorch does not have: " : "is not there: ", first_line, "; ",
-                                remedy_of_missing(first_line, second)}),
-                          first_line);
+                                second ? "LibTorch does not have: " : "is not there: ", sentence, "; ",
+                                remedy_of_missing(sentence, second)}),
+                          sentence);
 }
 
 /// d(sum of <outputs, seeds>)/d(inputs); undefined where an input does not take part. `second`: the outputs are

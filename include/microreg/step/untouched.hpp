@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <microreg/detail/text.hpp>
+#include <microreg/detail/version_of.hpp>
 #include <microreg/error.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/mini_batch.hpp>
@@ -46,9 +47,6 @@ class Untouched {
   }
 
  private:
-  static std::uint64_t version_of(const at::Tensor& tensor) {
-    return !tensor.defined() || tensor.is_inference() ? 0 : static_cast<std::uint64_t>(tensor._version());
-  }
   static std::vector<std::uint64_t> versions_of(const MiniBatch& batch) {
     std::vector<std::uint64_t> result;
     batch.for_each_tensor(
