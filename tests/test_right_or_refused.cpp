@@ -744,3 +744,39 @@ TEST_CASE("right or refused: a penalty that grows after the proof", "[right_or_r
             {"off by"}));
   clear_grad(n.weights());
 }
+
+TEST_CASE("right or refused: losses without a second derivative", "[right_or_refused]") {
+  for (const auto type : {torch::kFloat64, torch::kFloat32}) {
+    torch::manual_seed(16);
+    const Tensors w = {random_leaf({10, 64}, .4, type), random_leaf({64, 64}, .2, type),
+                       random_leaf({64, 4}, .3, type)};
+    const Tensor x = torch::randn({128, 10}, torch::kFloat64).to(type), y = torch::randint(4, {128});
+    const MakeModel net = [&]() -> Model {
+      return {[&](const Tensor& in) { return torch::relu(torch::relu(in.matmul(w[0])).matmul(w[1])).matmul(w[2]); }, w};
+    };
+    const Tensor own = torch::one_hot(y, 4).to(type);
+    const struct {
+      const char* name;
+      Loss loss, composed;
+    } losses[] = {
+        {"multi_margin_loss", [](const Tensor& o, const Tensor& t) { return torch::multi_margin_loss(o, t); },
+         [&](const Tensor& o, const Tensor&) {
+           return (torch::relu(1 - (o * own).sum(1, true) + o) * (1 - own)).sum(1).mean() / 4;
+         }},
+        {"cdist of order 1", [](const Tensor& o, const Tensor&) { return torch::cdist(o, o.detach() + 1, 1).mean(); },
+         [](const Tensor& o, const Tensor&) { return (o.unsqueeze(1) - (o.detach() + 1)).abs().sum(2).mean(); }},
+        {"cdist of order infinity",
+         [&](const Tensor& o, const Tensor&) { return torch::cdist(o, own, INFINITY).mean(); },
+         [&](const Tensor& o, const Tensor&) { return (o.unsqueeze(1) - own).abs().amax(2).mean(); }}};
+    for (const auto& [name, loss, composed] : losses) {
+      CAPTURE(name, type);
+      const Tensor right = written_by_hand(net, composed, x, y);
+      CHECK_THROWS_AS(part_of(net, loss, x, y, Exact{}, true), microreg::ModelError);
+      for (const microreg::Estimator& estimator :
+           {microreg::Estimator(ForwardDifference{}), microreg::Estimator(CentralDifference{})}) {
+        CHECK(relative_error(part_of(net, loss, x, y, estimator, true), right) <
+              (type == torch::kFloat64 ? 1e-5 : 0.02));
+      }
+    }
+  }
+}
