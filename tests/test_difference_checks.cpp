@@ -2,6 +2,7 @@
 // in silence. Yardstick: double backward written by hand.
 #include "helpers.hpp"
 #include "networks.hpp"
+#include "own_functions.hpp"
 
 #include <microreg/microreg.hpp>
 
@@ -105,24 +106,6 @@ void check_right(const Model& model, const Loss& loss, const Tensor& x, const Te
   }
 }
 
-/// A function with a kink of its own.
-struct Kink : torch::autograd::Function<Kink> {
-  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x) {
-    context->save_for_backward({x});
-    return x.clamp_min(0);
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list upstream) {
-    return {upstream[0] * (context->get_saved_variables()[0] > 0)};
-  }
-};
-struct Reversal : torch::autograd::Function<Reversal> {
-  static Tensor forward(torch::autograd::AutogradContext* /*context*/, const Tensor& x) { return x.clone(); }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* /*context*/,
-                                                 torch::autograd::variable_list upstream) {
-    return {upstream[0] * -0.5};
-  }
-};
 /// No second derivative: the node says so when its backward is differentiated.
 struct Once : torch::autograd::Function<Once> {
   static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x) {
@@ -267,7 +250,7 @@ TEST_CASE("differences: functions of one's own and hooks are refused", "[differe
   const Tensor x = torch::randn({128, 32});
   const Tensor y = torch::randint(10, {128});
   check_refused(
-      {[&](const Tensor& in) { return Kink::apply(Kink::apply(in.matmul(w[0])).matmul(w[1])).matmul(w[2]); }, w},
+      {[&](const Tensor& in) { return OwnKink::apply(OwnKink::apply(in.matmul(w[0])).matmul(w[1])).matmul(w[2]); }, w},
       entropy, x, y, {"off by", "Kink", "%"});
   const Setting s;
   check_refused(

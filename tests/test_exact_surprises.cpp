@@ -1,6 +1,7 @@
 // Exact without surprises: operations whose own second derivative is wrong, hooks, functions of the user's own,
 // checkpointing, and gradients that would get lost. Right against textbook double backward, or refused by name.
 #include "helpers.hpp"
+#include "own_functions.hpp"
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/script.h>
@@ -354,14 +355,6 @@ struct SineWithoutGraph : torch::autograd::Function<SineWithoutGraph> {
   }
   static Tensors backward(torch::autograd::AutogradContext* context, const Tensors& upstream) {
     return {upstream[0].detach() * context->get_saved_variables()[0].cos().detach()};
-  }
-};
-
-/// Gradient reversal: linear.
-struct Reversal : torch::autograd::Function<Reversal> {
-  static Tensor forward(torch::autograd::AutogradContext* /*context*/, const Tensor& x) { return x.clone(); }
-  static Tensors backward(torch::autograd::AutogradContext* /*context*/, const Tensors& upstream) {
-    return {upstream[0] * -0.5};
   }
 };
 

@@ -1,5 +1,6 @@
 // What the scopes did not see: the graph of the loss against the tape. And what they refuse.
 #include "gates_helpers.hpp"
+#include "own_functions.hpp"
 
 #include <microreg/gates/unseen.hpp>
 
@@ -29,18 +30,6 @@ std::vector<std::string> unseen(const std::function<torch::Tensor()>& loss, bool
 }
 
 using Names = std::vector<std::string>;
-
-/// A user's own activation, with a kink that only its backward knows.
-struct OwnRelu : torch::autograd::Function<OwnRelu> {
-  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& x) {
-    context->save_for_backward({x});
-    return x.clamp_min(0);
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list upstream) {
-    return {upstream[0] * (context->get_saved_variables()[0] > 0)};
-  }
-};
 
 }  // namespace
 
@@ -82,11 +71,11 @@ TEST_CASE("what another thread decides is unseen", "[gates]") {
 
 TEST_CASE("functions of one's own may be asked for", "[gates]") {
   const torch::Tensor x = leaf({4, 6});
-  const auto loss = [&] { return OwnRelu::apply(x).sum(); };
+  const auto loss = [&] { return OwnKink::apply(x).sum(); };
   CHECK(unseen(loss).empty());
   const Names names = unseen(loss, true);
   REQUIRE(names.size() == 1);
-  CHECK(has(names[0], {"OwnRelu"}));
+  CHECK(has(names[0], {"OwnKink"}));
 }
 
 TEST_CASE("a kink without a gate is refused by name", "[gates]") {

@@ -1,6 +1,7 @@
 // verify: what it says of networks of every kind, and that it leaves no trace.
 #include "helpers.hpp"
 #include "networks.hpp"
+#include "own_functions.hpp"
 
 #include <microreg/format.hpp>
 #include <microreg/microreg.hpp>
@@ -69,17 +70,6 @@ struct Setting {
   }
 };
 
-/// A kink that only its own backward knows.
-struct OwnKink : torch::autograd::Function<OwnKink> {
-  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x) {
-    context->save_for_backward({x});
-    return x.clamp_min(0);
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
-                                                 torch::autograd::variable_list upstream) {
-    return {upstream[0] * (context->get_saved_variables()[0] > 0)};
-  }
-};
 /// A backward pass without a graph.
 struct NoGraph : torch::autograd::Function<NoGraph> {
   static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x) {

@@ -50,39 +50,35 @@ inline std::optional<c10::OperatorHandle> find_schema(std::string_view schema) {
 
 /// Kernels on the interception key, registered one by one and taken away with the object. An operation that another
 /// shared object has intercepted is left to it. One that this LibTorch does not have, or has with other arguments, runs
-/// as it is: that is said once, by name.
+/// as it is: report() says that, once, by name.
 class Interceptors {
  public:
-  /// A functor that gets its arguments boxed: which ones, the whole schema tells.
-  template <class Functor>
-  void add_boxed(std::string_view schema, std::unique_ptr<Functor> functor) {
-    add_function(std::string(schema.substr(0, schema.find('('))), schema,
-                 torch::CppFunction::makeFromBoxedFunctor(std::move(functor)));
-  }
-
- private:
-  void add_function(const std::string& operation, std::string_view schema, torch::CppFunction&& kernel) {
+  /// A functor that gets its arguments boxed. Null, or what keeps it from this operation: `fits(schema)` tells whether
+  /// the arguments are those that it was written for.
+  template <class Functor, class Fits>
+  [[nodiscard]] const char* add(const std::string& operation, const Fits& fits, std::unique_ptr<Functor> functor) {
     const std::lock_guard lock(registration_mutex());
     register_fallthrough();
     const auto handle = find_operation(operation);
     if (!handle.has_value()) {
-      return report(operation, "is unknown to it");
+      return "is unknown to it";
     }
-    if (handle->hasKernelForDispatchKey(interception_key)) {
-      return;
+    if (!fits(handle->schema())) {
+      return "has other arguments there";
     }
-    try {
-      TORCH_CHECK(schema.empty() || find_schema(schema).has_value());
-      library_.impl(operation.c_str(), std::move(kernel));
-    } catch (const c10::Error&) {
-      report(operation, "has other arguments there");
+    if (!handle->hasKernelForDispatchKey(interception_key)) {
+      library_.impl(operation.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::move(functor)));
     }
+    return nullptr;
   }
 
   static void report(const std::string& operation, const char* why) {
-    TORCH_WARN("microreg leaves ", operation, " to this version of LibTorch, since it ", why);
+    if (why != nullptr) {
+      TORCH_WARN("microreg leaves ", operation, " to this version of LibTorch, since it ", why);
+    }
   }
 
+ private:
   torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
 };
 

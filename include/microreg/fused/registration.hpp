@@ -33,7 +33,10 @@ class FusedRegistration {
           &leaky_relu_backward_rule, &max_pool2d_backward_rule, &max_pool3d_backward_rule, &gelu_backward_rule,
           &softmax_backward_rule, &hardsigmoid_backward_rule, &weight_norm_rule}) {
       if (is_chosen(rule->schema)) {
-        kernels_.add_boxed(rule->schema, std::make_unique<RuleKernel>(*rule));
+        const std::string_view schema = rule->schema;
+        const std::string operation(schema.substr(0, schema.find('(')));
+        const auto fits = [&](const c10::FunctionSchema& found) { return c10::toString(found) == schema; };
+        Interceptors::report(operation, kernels_.add(operation, fits, std::make_unique<RuleKernel>(*rule)));
       }
     }
   }

@@ -4,9 +4,9 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
-#include <torch/library.h>
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/interceptors.hpp>
+#include <microreg/detail/text.hpp>
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/arithmetic.hpp>
 #include <microreg/gates/clamp.hpp>
@@ -17,12 +17,10 @@
 #include <microreg/gates/pooling.hpp>
 #include <microreg/gates/refused.hpp>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
-#include <mutex>
-#include <optional>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -92,11 +90,7 @@ class Registration {
     add_draw("rrelu_with_noise_", rrelu);
   }
   /// What this LibTorch does not have is left out: the devices' own operations come and go.
-  void add_draw(std::string_view operation, const Kernel& kernel) {
-    const std::size_t dot = operation.find('.');
-    (void)add(std::string(operation.substr(0, dot)),
-              std::string(dot == std::string_view::npos ? "" : operation.substr(dot + 1)), nullptr, kernel, true);
-  }
+  void add_draw(const std::string& operation, const Kernel& kernel) { (void)add(operation, nullptr, kernel, true); }
 
   template <std::size_t N>
   void add_rules(const Rule (&rules)[N]) {
@@ -112,34 +106,21 @@ class Registration {
   }
 
   /// Registers an operation, and its form in place if there is one with the same arguments.
-  void add_with_in_place(std::string_view operation, const char* arguments, const Kernel& kernel) {
-    const std::size_t dot = operation.find('.');
-    const std::string name(operation.substr(0, dot));
-    const std::string overload(dot == std::string_view::npos ? "" : operation.substr(dot + 1));
-    add(name + '_', overload, arguments, kernel);
-    if (const char* const why = add(name, overload, arguments, kernel)) {
-      TORCH_WARN("microreg leaves aten::", operation, " to this version of LibTorch, since it ", why);
-    }
+  void add_with_in_place(const std::string& operation, const char* arguments, const Kernel& kernel) {
+    std::string in_place = operation;
+    in_place.insert(std::min(operation.find('.'), operation.size()), 1, '_');
+    (void)add(in_place, arguments, kernel);
+    Interceptors::report(full_name(operation), add(operation, arguments, kernel));
   }
 
-  /// What kept an operation from being registered, or null.
-  const char* add(const std::string& name, const std::string& overload, const char* arguments, const Kernel& kernel,
-                  bool draws = false) {
-    const std::lock_guard lock(registration_mutex());
-    register_fallthrough();
-    const auto handle = c10::Dispatcher::singleton().findSchema({"aten::" + name, overload});
-    if (!handle.has_value()) {
-      return "is unknown to it";
-    }
-    if (arguments != nullptr && arguments_of(handle->schema()) != arguments) {
-      return "has other arguments there";
-    }
-    if (!handle->hasKernelForDispatchKey(interception_key)) {
-      library_.impl((overload.empty() ? name : name + '.' + overload).c_str(),
-                    torch::CppFunction::makeFromBoxedFunctor(std::make_unique<GateKernel>(kernel, draws)));
-    }
-    return nullptr;
+  const char* add(const std::string& operation, const char* arguments, const Kernel& kernel, bool draws = false) {
+    const auto fits = [&](const c10::FunctionSchema& schema) {
+      return arguments == nullptr || arguments_of(schema) == arguments;
+    };
+    return kernels_.add(full_name(operation), fits, std::make_unique<GateKernel>(kernel, draws));
   }
+
+  static std::string full_name(const std::string& operation) { return text({"aten::", operation}); }
 
   static std::string arguments_of(const c10::FunctionSchema& schema) {
     std::string result;
@@ -149,7 +130,7 @@ class Registration {
     return result;
   }
 
-  torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
+  Interceptors kernels_;
 };
 
 }  // namespace microreg::detail::gating

@@ -1,0 +1,33 @@
+/// @file
+/// Functions of a user's own, whose backward LibTorch and the library cannot see into.
+#pragma once
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/torch.h>
+
+namespace helpers {
+
+/// ReLU: a kink that only its own backward knows.
+struct OwnKink : torch::autograd::Function<OwnKink> {
+  static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& x) {
+    context->save_for_backward({x});
+    return x.clamp_min(0);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list upstream) {
+    return {upstream[0] * (context->get_saved_variables()[0] > 0)};
+  }
+};
+
+/// Gradient reversal: linear, and not the derivative of its forward.
+struct Reversal : torch::autograd::Function<Reversal> {
+  static torch::Tensor forward(torch::autograd::AutogradContext* /*context*/, const torch::Tensor& x) {
+    return x.clone();
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* /*context*/,
+                                                 torch::autograd::variable_list upstream) {
+    return {upstream[0] * -0.5};
+  }
+};
+
+}  // namespace helpers
