@@ -23,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 struct SnapshotMemory;
@@ -145,7 +145,7 @@ class Penalised {
   std::int64_t skipped_ = 0;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/penalised.hpp>
