@@ -51,6 +51,13 @@ set_tests_properties(two_objects two_versions two_versions.other_first PROPERTIE
 add_subdirectory(compile_fail)
 add_subdirectory(headers)
 
+add_test(
+  NAME find_package
+  COMMAND
+    "${CMAKE_COMMAND}" "-DBUILD_DIR=${PROJECT_BINARY_DIR}" "-DWORK_DIR=${CMAKE_CURRENT_BINARY_DIR}/find_package"
+    "-DTORCH_PREFIX=${TORCH_INSTALL_PREFIX}" "-DGENERATOR=${CMAKE_GENERATOR}" "-DCXX=${CMAKE_CXX_COMPILER}"
+    "-DVERSION=${PROJECT_VERSION}" -P "${CMAKE_CURRENT_SOURCE_DIR}/find_package/run.cmake")
+
 get_target_property(libtorch_includes microreg::libtorch INTERFACE_INCLUDE_DIRECTORIES)
 if(NOT libtorch_includes)
   set(libtorch_includes "${TORCH_INCLUDE_DIRS}")
