@@ -2,10 +2,12 @@
 /// Where backward passes start in float16, whose gradients vanish below 6e-8 otherwise.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <cstdint>
 #include <optional>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// A loss scale that follows the gradients, as Micikevicius et al. propose (arXiv:1710.03740, section 3.2): a step
 /// whose gradient is infinite or NaN is left out and the scale taken down; after `interval` steps in a row that are
@@ -27,4 +29,4 @@ struct LossScale {
   LossScale(const DynamicLossScale& moving) : number(moving.start), dynamic(moving) {}  // NOLINT
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

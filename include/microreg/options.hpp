@@ -16,7 +16,7 @@
 #include <optional>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// How the user's loss reduces over the samples of a micro-batch.
 enum class Reduction {
@@ -140,7 +140,7 @@ void validate(const RegularizerOptions& options);
 RegularizerOptions options_of(MeasureOptions options);
 }  // namespace detail
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/options.hpp>

@@ -23,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 struct SnapshotMemory;
@@ -144,7 +144,7 @@ class Penalised {
   detail::Progress progress_;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/penalised.hpp>

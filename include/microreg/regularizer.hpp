@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <utility>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// Adds explicit regularizers to a training loop. One call of backward() adds to `.grad` the gradient of
 ///
@@ -136,7 +136,7 @@ template <class M, class Loss, class PenaltyOrSum>
 Regularizer(M&&, Loss, PenaltyOrSum, RegularizerOptions = {})
     -> Regularizer<detail::InputOf<M>, detail::TargetOf<Loss>>;
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/step.hpp>

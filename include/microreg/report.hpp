@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <microreg/version.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// One penalty over the micro-batches of a mini-batch.
 struct PenaltyReport {
@@ -63,7 +64,7 @@ struct Report {
   void throw_if_not_finite() const;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/report.hpp>

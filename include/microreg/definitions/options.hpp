@@ -12,7 +12,7 @@
 #include <utility>
 #include <variant>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Throws OptionError with the field, its value and the remedy.
 MICROREG_INLINE void validate(const RegularizerOptions& options) {
@@ -96,4 +96,4 @@ MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
   return result;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -13,7 +13,7 @@
 #include <memory>
 #include <variant>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 
@@ -148,4 +148,4 @@ MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<Pass
   return report;
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -39,7 +39,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 MICROREG_INLINE void check_output(const at::Tensor& output) {
   if (output.defined() && !output.is_floating_point() && !output.is_complex()) {
@@ -704,4 +704,4 @@ MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& 
   });
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

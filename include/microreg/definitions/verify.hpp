@@ -52,7 +52,7 @@
 #include <variant>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// What LibTorch allocates on one kind of device while it is told of it, on any thread.
 class AllocationPeak final : public c10::MemoryReportingInfoBase {
@@ -683,4 +683,4 @@ MICROREG_INLINE Verification verify_step(MiniBatch& batch, const RegularizerOpti
   return Verifier(batch, options).run();
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

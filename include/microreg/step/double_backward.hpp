@@ -22,7 +22,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// A scalar whose backward pass starts at `roots` with `seeds`, its value without meaning. Handed to the engine
 /// themselves, seeds live until its pass ends; those that a node holds are let go with the node, so that each gradient
@@ -193,4 +193,4 @@ inline std::vector<at::Tensor> double_backward(const MiniBatch& batch, const Eva
   return squared_norms;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

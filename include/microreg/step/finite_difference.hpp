@@ -6,6 +6,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/config.hpp>
+#include <microreg/detail/finite.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/estimator.hpp>
@@ -37,7 +38,7 @@
 #include <variant>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// ForwardDifference or CentralDifference.
 struct DifferenceSettings {
@@ -453,7 +454,7 @@ class FiniteDifference final : public Differences {
     const Comparison first = best.comparison;
     const bool far = passes.far;
     double times = 1;
-    const bool finite = std::isfinite(first.distance) && std::isfinite(first.norm);
+    const bool finite = first.finite();
     if (finite && !agrees(passes, first)) {
       for (const double other : {8., 64., 512., 4096., 32768.}) {
         Trial next = trial(other);
@@ -511,8 +512,9 @@ class FiniteDifference final : public Differences {
   [[nodiscard]] bool agrees(const Passes& passes, const Comparison& comparison) const {
     const double epsilon = epsilon_of(is_fine() ? at::kDouble : at::kFloat);
     const double whole = passes.weights.loss * passes.loss_gradient_norm + comparison.norm;
-    return comparison.distance <= tolerance() * comparison.norm || comparison.distance <= 64 * epsilon * whole ||
-           comparison.distance + comparison.norm <= std::sqrt(epsilon) * whole;
+    return comparison.finite() &&
+           (comparison.distance <= tolerance() * comparison.norm || comparison.distance <= 64 * epsilon * whole ||
+            comparison.distance + comparison.norm <= std::sqrt(epsilon) * whole);
   }
 
   [[noreturn]] void refuse(const Passes& passes, const Comparison& first, const Comparison& best, double times,
@@ -604,12 +606,14 @@ class FiniteDifference final : public Differences {
     const double change = value.item<double>() - before;
     const double rounding = 64 * epsilon * std::max(std::abs(before), std::abs(before + change));
     const double first_order = (distance * probe.squared_norm).item<double>();
-    if (!(std::abs(change - first_order) > std::abs(first_order) / 2 + rounding)) {
+    // What is not finite is not near or far, and has an error of its own.
+    const double off = std::abs(change - first_order);
+    if (!is_finite(off) || off <= std::abs(first_order) / 2 + rounding) {
       return true;
     }
     const double other_end = by_input ? first_order : (distance * slope_there()).item<double>();
-    return !(std::abs(change - (first_order + other_end) / 2) >
-             (std::abs(first_order) + std::abs(other_end)) / 2 + rounding);
+    const double off_mean = std::abs(change - (first_order + other_end) / 2);
+    return !is_finite(off_mean) || off_mean <= (std::abs(first_order) + std::abs(other_end)) / 2 + rounding;
   }
 
   /// The norm of the displacement, a scalar on the device.
@@ -735,4 +739,4 @@ MICROREG_INLINE std::unique_ptr<Differences> make_differences(const DifferenceRe
   return make(std::get<CentralDifference>(request.estimator), true);
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -20,7 +20,7 @@
 #include <string>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 struct RegularizerOptions;  // not its header, which has the estimators, which know this one
 enum class Reduction;
@@ -120,4 +120,4 @@ std::vector<Part> cut(std::int64_t inputs, std::int64_t targets, const Regulariz
 
 }  // namespace detail
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

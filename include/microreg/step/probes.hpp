@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The probes of penalty `index`, checked.
 inline std::vector<at::Tensor> checked_probes(const Evaluation& evaluation, std::size_t index, const TermInfo& term,
@@ -99,4 +99,4 @@ struct Weights {
   const std::vector<double>& strengths;  ///< of the step, one a penalty
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

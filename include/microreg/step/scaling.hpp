@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// S of a step.
 class Scale {
@@ -85,4 +85,4 @@ inline void follow(const DynamicLossScale& option, ScaleState& state, std::vecto
   }
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// An operation has no derivative where one is needed. Known by what LibTorch, and libraries of operations, say then.
 class MissingDerivative : public ModelError {
@@ -300,4 +300,4 @@ inline std::vector<at::Tensor> extrapolated(const std::vector<at::Tensor>& from,
   return to;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail
