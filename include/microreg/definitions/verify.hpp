@@ -165,7 +165,11 @@ class Verifier {
   [[nodiscard]] Gradient empty() const { return Gradient(parameters_.tensors.size()); }
   [[nodiscard]] bool wants_difference() const { return options_.estimator.differences() != nullptr; }
   [[nodiscard]] bool fused() const { return options_.fused && FusedScope::enabled(); }
-  [[nodiscard]] HalfRange range() const { return {options_.loss_scale, options_.autocast, parameters_}; }
+  /// With a scale that would overflow in no network that trains, where the options have one that follows it.
+  [[nodiscard]] HalfRange range() const {
+    return {options_.loss_scale.dynamic.has_value() ? 1024 : options_.loss_scale.number, options_.autocast,
+            parameters_};
+  }
 
   std::unique_ptr<Evaluation> evaluate() {
     return Step::explained(part_, [&] { return batch_.evaluate(part_, {}); });

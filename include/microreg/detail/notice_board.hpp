@@ -21,9 +21,6 @@
 #include <utility>
 #include <vector>
 
-// The shared object that the code which names it is in: the linker gives each its own.
-extern "C" __attribute__((visibility("hidden"))) void* __dso_handle;
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// One holder in the process at a time: the dispatcher lets nobody else take the name. It is taken a few times in the
@@ -61,11 +58,14 @@ inline void pin_notice(const char* name, const c10::TypePtr& type, c10::IValue v
   (void)new c10::RegistrationHandleRAII(c10::Dispatcher::singleton().registerDef(std::move(schema), "microreg"));
 }
 
+/// Each shared object has one of its own, since no other sees it.
+__attribute__((visibility("hidden"))) inline char in_this_object = 0;
+
 /// Keeps the shared object that this code is in loaded, whoever closes it, since LibTorch holds addresses of its
 /// functions from now on.
 inline void stay_loaded() {
   Dl_info here{};
-  if (dladdr(static_cast<const void*>(&__dso_handle), &here) != 0 && here.dli_fname != nullptr) {
+  if (dladdr(&in_this_object, &here) != 0 && here.dli_fname != nullptr) {
     (void)dlopen(here.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
   }
 }

@@ -271,7 +271,7 @@ class FiniteDifference final : public Differences {
       }
     }
     if (!brought) {
-      accumulate(sums, std::move(loss_gradient), passes.weights.loss);
+      add_scaled(sums, std::move(loss_gradient), passes.weights.loss);
     }
   }
 
@@ -342,20 +342,20 @@ class FiniteDifference final : public Differences {
       std::vector<at::Tensor> back = settings_.central ? displaced(-0.5) : std::vector<at::Tensor>();
       if (passes.far) {
         if (auto exact = double_backward_again(passes, std::pair(index, k))) {
-          accumulate(sums, std::move(*exact));
+          add_scaled(sums, std::move(*exact));
           if (probe.brings_loss) {
-            accumulate(sums, probe.gradient, passes.weights.loss);
+            add_scaled(sums, probe.gradient, passes.weights.loss);
           }
           continue;
         }
       }
       if (probe.brings_loss) {  // one sweep instead of three
         const double weight = passes.weights.loss;
-        accumulate(sums, extrapolated(probe.gradient, std::move(there), scale / weight), weight);
+        add_scaled(sums, extrapolated(probe.gradient, std::move(there), scale / weight), weight);
         continue;
       }
       subtract(there, settings_.central ? back : probe.gradient);
-      accumulate(sums, std::move(there), scale);
+      add_scaled(sums, std::move(there), scale);
     }
   }
 
@@ -369,7 +369,7 @@ class FiniteDifference final : public Differences {
         std::vector<at::Tensor> difference =
             displaced_gradient(passes, i, k, settings_.central ? per_norm * 0.5 : per_norm);
         subtract(difference, settings_.central ? displaced_gradient(passes, i, k, per_norm * -0.5) : probe.gradient);
-        accumulate(result, std::move(difference), scale);
+        add_scaled(result, std::move(difference), scale);
       }
     }
     return result;
@@ -468,7 +468,7 @@ class FiniteDifference final : public Differences {
       // A shorter one may be right by chance here, and is an explanation only.
       const bool agreed = agrees(passes, best.comparison) && settings_.step == 0 && passes.suspects.sentence.empty();
       if (!agreed && exact && far && proof_.given) {
-        return accumulate(sums, *exact);  // lost in rounding here; another micro-batch has to prove it
+        return add_scaled(sums, *exact);  // lost in rounding here; another micro-batch has to prove it
       }
       if (!agreed) {
         if (Trial shorter = trial(0.125); shorter.comparison.error() < 0.5 * best.comparison.error()) {
@@ -485,7 +485,7 @@ class FiniteDifference final : public Differences {
         refuse(passes, far_away, far_away, 1, exact.has_value());
       }
     }
-    accumulate(sums, std::move(best.found));
+    add_scaled(sums, std::move(best.found));
     if (finite) {
       remember(passes.weights, best.comparison);
     }
@@ -715,7 +715,7 @@ class FiniteDifference final : public Differences {
   }
 
   /// a -= b, where undefined is zero.
-  static void subtract(std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) { accumulate(a, b, -1.0); }
+  static void subtract(std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) { add_scaled(a, b, -1.0); }
 
   DifferenceSettings settings_;
   const Parameters& parameters_;
