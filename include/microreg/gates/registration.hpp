@@ -10,6 +10,7 @@
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/arithmetic.hpp>
 #include <microreg/gates/clamp.hpp>
+#include <microreg/gates/constants.hpp>
 #include <microreg/gates/decisions.hpp>
 #include <microreg/gates/draws.hpp>
 #include <microreg/gates/extrema.hpp>
@@ -68,6 +69,7 @@ class Registration {
     add_all(steps, step);
     add_all(selections, select);
     add_all({"detach"}, hold);
+    add_all(with_constants, hold_constants);
     add_with_in_place("_to_copy", nullptr, convert);
     add_with_in_place("max_pool1d", nullptr, max_pool1d);
   }
@@ -86,6 +88,7 @@ class Registration {
       add_draw(operation, draw_inside);
     }
     add_draw("native_dropout", native_dropout);
+    add_draw("embedding_renorm_", project_once);
     add_draw("rrelu_with_noise", rrelu);
     add_draw("rrelu_with_noise_", rrelu);
   }
