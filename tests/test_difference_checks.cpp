@@ -407,7 +407,7 @@ TEST_CASE("differences: a data loader that draws meanwhile is neither disturbed 
   loader.join();
   std::sort(drawn.begin(), drawn.end());
   const auto repeated = drawn.end() - std::unique(drawn.begin(), drawn.end());
-  CHECK(repeated == 0);  // 2^53 values: chance alone repeats none
+  CHECK(repeated == 0);  // of 2^53 values, on however slow a machine
 }
 
 TEST_CASE("differences: two regularizers with dropout in two threads", "[difference_checks]") {

@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// Their operands without a graph are kept: factors and summands (a mask, a teacher's output, whatever was computed
 /// under NoGradGuard or through data_ptr), targets, choices and indices. Not those of products of a matrix with a
@@ -140,9 +140,9 @@ inline void project_once(Call& call) {
                        /*drawn=*/true});
 }
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// How far such projections have moved the version of `parameter` in the pass that `tape` is of.
 inline std::uint64_t projections_of(const at::Tensor& parameter, const GateTape& tape) {
@@ -155,4 +155,4 @@ inline std::uint64_t projections_of(const at::Tensor& parameter, const GateTape&
   return result;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

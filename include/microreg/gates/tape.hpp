@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 class GateSession;
@@ -214,12 +214,9 @@ class GateSession {
   std::unordered_map<const c10::StorageImpl*, c10::weak_intrusive_ptr<c10::StorageImpl>> reproduced_;
 };
 
-// Visible also where all else is hidden: the kernels are those of the first shared object that registered them.
-#if defined(__GNUC__)
-__attribute__((visibility("default")))
-#endif
+/// What the kernels of this shared object look at; they may not be the registered ones: gate_session_of_kernels().
 inline thread_local GateSession* active_gate_session = nullptr;
 
 }  // namespace detail
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

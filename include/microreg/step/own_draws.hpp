@@ -10,7 +10,7 @@
 
 #include <unordered_map>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// While it lives and is `wanted`, follows the state of generators from one operation of this thread that draws to the
 /// next. Where it was moved in between, somebody else has drawn from them, who would get the same numbers again if they
@@ -58,4 +58,4 @@ class OwnDraws final : public CallWatch<OwnDraws> {
   std::unordered_map<const char*, bool> known_;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

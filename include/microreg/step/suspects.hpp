@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <string>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Code of the user's own that sees gradients: the nearest function, and a hook, by name; empty if there is none.
 struct OwnCode {
@@ -76,4 +76,4 @@ inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, s
   return {};
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail
