@@ -30,7 +30,8 @@
 ///
 /// Not seen: other threads, scripted graphs, a custom function's own backward, forward passes that run within a
 /// backward pass (checkpointing): see gates/unseen.hpp. Nor what runs without a graph on moved parameters, but for its
-/// decisions.
+/// decisions; an estimator's own sessions hold what comes of that into the graph again (gates/constants.hpp), and the
+/// projection of an Embedding's max_norm.
 #pragma once
 
 #include <microreg/detail/interception.hpp>
