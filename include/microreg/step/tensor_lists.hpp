@@ -165,7 +165,15 @@ inline at::Tensor squared_norm(const std::vector<at::Tensor>& tensors, const at:
       norm = norm.to(norms.front().device(), type);
     }
   }
-  return at::stack(norms).square_().sum();
+  const at::Tensor all = at::stack(norms);
+  return all.dot(all);
+}
+
+/// The same of gradients that are `scale` times too large.
+inline at::Tensor unscaled_squared_norm(const std::vector<at::Tensor>& tensors, const at::TensorOptions& scalar_options,
+                                        double scale) {
+  const at::Tensor squared = squared_norm(tensors, scalar_options);
+  return scale == 1 ? squared : squared / (scale * scale);
 }
 
 /// A tensor that may be written to without changing another: `gradient` itself if nothing else refers to it.
@@ -197,6 +205,19 @@ inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> te
   }
   if (!into.empty()) {
     at::_foreach_add_(into, from, factor);
+  }
+}
+
+/// Gradients by all parameters, and what they count in a sum.
+struct WeightedGradients {
+  std::vector<at::Tensor> tensors;
+  double weight = 1;
+};
+
+/// Adds all of them to `sums`, one after the other.
+inline void accumulate(std::vector<at::Tensor>& sums, std::vector<WeightedGradients> terms) {
+  for (WeightedGradients& term : terms) {
+    accumulate(sums, std::move(term.tensors), term.weight);
   }
 }
 
