@@ -25,6 +25,7 @@
 #include <microreg/step/probes.hpp>
 #include <microreg/step/recurrent.hpp>
 #include <microreg/step/sampling.hpp>
+#include <microreg/step/scaling.hpp>
 #include <microreg/step/side_by_side.hpp>
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/tensor_lists.hpp>
@@ -41,7 +42,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 MICROREG_INLINE void check_output(const at::Tensor& output) {
   if (output.defined() && !output.is_floating_point() && !output.is_complex()) {
@@ -394,8 +395,8 @@ class Step {
     recurrent.require_samples_in_batch(part.size);
     untrained.require_none();
     turns.await(Turns::Stage::sum, i);
-    accumulate(sums_.objective, std::move(estimated.gradients));
-    accumulate(sums_.loss, std::move(estimated.loss_gradient));
+    add_scaled(sums_.objective, std::move(estimated.gradients));
+    add_scaled(sums_.loss, std::move(estimated.loss_gradient));
     if (penalised) {
       chosen_.push_back(part);
       squared_norms_.push_back(std::move(estimated.squared_norms));
@@ -591,11 +592,10 @@ inline void require_plain_input(const MiniBatch& batch) {
 }
 
 /// The gradient of weight * loss.
-inline WeightedGradients loss_gradient(const at::Tensor& loss, double weight, double loss_scale,
+inline WeightedGradients loss_gradient(const at::Tensor& loss, double weight, const Scale& scale,
                                        const Parameters& parameters, bool retain_graph) {
-  return {gradients({loss}, parameters.tensors, {at::full_like(loss, loss_scale)}, retain_graph,
-                    /*create_graph=*/false, "the loss"),
-          weight / loss_scale};
+  return {gradients({loss}, parameters.tensors, {scale.seed(loss)}, retain_graph, /*create_graph=*/false, "the loss"),
+          scale.over(weight)};
 }
 
 /// Throws NonFiniteError, which names a cause that plain training does not meet: all labels of a micro-batch ignored.
@@ -630,26 +630,28 @@ inline bool all_finite(const Report& report) {
   return true;
 }
 
-inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof,
+inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Progress& progress,
                         bool without_penalties) {
-  Step loop(batch, options, step, without_penalties);
-  Proof next_proof = proof;
+  Step loop(batch, options, progress.step, without_penalties);
+  Progress next = progress;
   return loop.guarded([&] {
     const Parameters& parameters = loop.parameters();
-    auto& [sums, loss_sums] = loop.sums();
+    const Scale scale = scale_of(options.loss_scale, next.scale, parameters.tensors.front().device());
+    std::vector<at::Tensor>& sums = loop.sums().objective;
+    std::vector<at::Tensor>& loss_sums = loop.sums().loss;
     std::unique_ptr<Differences> difference;
     if (options.estimator.differences() != nullptr) {
       require_plain_input(batch);
       difference = options.estimator.differences()(
-          {options.estimator, parameters, next_proof, options.fused, options.check_finite});
+          {options.estimator, parameters, next.proof, options.fused, options.check_finite});
     }
     const FusedScope fused(options.fused && difference == nullptr);
-    const HalfRange range(options.loss_scale, options.autocast, parameters);
+    const HalfRange range(scale, options.autocast, parameters);
     Report report = loop.run(
-        choose_penalised(options.sampling, step, loop.count()),
+        choose_penalised(options.sampling, progress.step, loop.count()),
         [&](const Part& part, const Weights& weights, const auto& keep, const auto& go_on) -> Estimated {
           const auto of_loss = [&](const Evaluation& evaluation, bool retain_graph) {
-            return loss_gradient(evaluation.loss, weights.loss, options.loss_scale, parameters, retain_graph);
+            return loss_gradient(evaluation.loss, weights.loss, scale, parameters, retain_graph);
           };
           const auto ratio = [&](const Evaluation& evaluation) {
             return options.gradient_ratio ? std::vector{of_loss(evaluation, /*retain_graph=*/true)}
@@ -697,33 +699,53 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
         penalty.micro_batch_norms = at::zeros_like(penalty.micro_batch_norms);
       }
     }
+    const bool looks = options.check_finite == CheckFinite::always || options.non_finite != NonFinite::error ||
+                       (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu());
+    if (options.loss_scale.dynamic.has_value()) {
+      follow(*options.loss_scale.dynamic, next.scale, sums, report);
+      // Where the loss itself is infinite, no scale helps.
+      if (looks && report.loss.isfinite().item<bool>() && report.overflow.item<bool>()) {
+        report.skipped = true;
+        progress.scale = next.scale;
+        return report;
+      }
+    }
     if (options.non_finite == NonFinite::skip_step && !all_finite(report)) {
       loop.snapshot().restore();
       report.skipped = true;
+      ++progress.skipped;
       return report;
     }
-    if (options.check_finite == CheckFinite::always || options.non_finite != NonFinite::error ||
-        (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu())) {
+    if (looks) {
       require_finite(report, batch, loop.parts());
     }
     if (difference != nullptr) {
       difference->finish();
     }
     add_to_grad(parameters.tensors, sums);
-    proof = next_proof;
+    progress = next;
     return report;
   });
 }
 
-MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof) {
+MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, Progress& progress) {
   if (options.non_finite == NonFinite::skip_penalty) {
     try {
-      return step_once(batch, options, step, proof, /*without_penalties=*/false);
+      return step_once(batch, options, progress, /*without_penalties=*/false);
     } catch (const NonFiniteError&) {
-      return step_once(batch, options, step, proof, /*without_penalties=*/true);
+      return step_once(batch, options, progress, /*without_penalties=*/true);
     }
   }
-  return step_once(batch, options, step, proof, /*without_penalties=*/false);
+  return step_once(batch, options, progress, /*without_penalties=*/false);
+}
+
+MICROREG_INLINE std::int64_t Progress::all_skipped() const {
+  return skipped + (scale.skipped.defined() ? scale.skipped.item<std::int64_t>() : 0);
+}
+
+MICROREG_INLINE void Progress::set_scale(double number) {
+  scale.scale = at::full({}, number, at::kFloat);
+  scale.good_steps.reset();
 }
 
 MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& options) {
@@ -736,11 +758,11 @@ MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& 
                    keep(*evaluation);
                    const auto probes = all_probes(batch, *evaluation);
                    go_on(*evaluation, probes);
-                   return {squared_norms(batch, *evaluation, probes, loop.parameters(), options.loss_scale)};
+                   return {squared_norms(batch, *evaluation, probes, loop.parameters(), options.loss_scale.number)};
                  });
     loop.snapshot().restore();
     return report;
   });
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

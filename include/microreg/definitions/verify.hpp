@@ -52,7 +52,7 @@
 #include <variant>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// What LibTorch allocates on one kind of device while it is told of it, on any thread.
 class AllocationPeak final : public c10::MemoryReportingInfoBase {
@@ -165,7 +165,11 @@ class Verifier {
   [[nodiscard]] Gradient empty() const { return Gradient(parameters_.tensors.size()); }
   [[nodiscard]] bool wants_difference() const { return options_.estimator.differences() != nullptr; }
   [[nodiscard]] bool fused() const { return options_.fused && FusedScope::enabled(); }
-  [[nodiscard]] HalfRange range() const { return {options_.loss_scale, options_.autocast, parameters_}; }
+  /// With a scale that would overflow in no network that trains, where the options have one that follows it.
+  [[nodiscard]] HalfRange range() const {
+    return {options_.loss_scale.dynamic.has_value() ? 1024 : options_.loss_scale.number, options_.autocast,
+            parameters_};
+  }
 
   std::unique_ptr<Evaluation> evaluate() {
     return Step::explained(part_, [&] { return batch_.evaluate(part_, {}); });
@@ -263,7 +267,7 @@ class Verifier {
       }
       dead_ends = count(step.roots(), evaluation->loss, result);
       Gradient sums = empty();
-      accumulate(sums, step.finish(0));
+      add_scaled(sums, step.finish(0));
       result.gradient = std::move(sums);
     } catch (const MissingDerivative& error) {
       dead_ends.insert(error.operation());
@@ -533,7 +537,7 @@ class Verifier {
         const FusedScope scope(fused());
         const auto evaluation = evaluate();
         Gradient sums = empty();
-        accumulate(sums,
+        add_scaled(sums,
                    double_backward(batch_, *evaluation, all_probes(batch_, *evaluation), weights, parameters_, range())
                        .gradients);
         return sums;
@@ -682,4 +686,4 @@ MICROREG_INLINE Verification verify_step(MiniBatch& batch, const RegularizerOpti
   return Verifier(batch, options).run();
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -7,11 +7,12 @@
 #include <torch/csrc/autograd/variable.h>
 #include <microreg/detail/graph_walk.hpp>
 #include <microreg/parameters.hpp>
+#include <microreg/version.hpp>
 
 #include <string>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// One of each kind by name, or empty.
 struct OwnCode {
@@ -44,4 +45,4 @@ inline OwnCode own_code(const std::vector<at::Tensor>& roots, const Parameters& 
   return result;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -11,6 +11,7 @@
 #include <microreg/step/call_watch.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/own_code.hpp>
+#include <microreg/version.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -19,7 +20,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// While it lives, counts the calls of batch normalisation in training mode on this thread, by the running statistics:
 /// it writes to them without counting a version, and its derivative keeps but does not read them.
@@ -138,4 +139,4 @@ class SideBySide {
   bool apart_ = true;  ///< derivatives do not read what forward passes write to
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

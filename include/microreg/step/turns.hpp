@@ -6,6 +6,7 @@
 #include <ATen/ThreadLocalState.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/DeviceType.h>
+#include <microreg/version.hpp>
 
 #include <algorithm>
 #include <array>
@@ -20,7 +21,7 @@
 #include <thread>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Who may do what by now. Every piece goes through two stages, which are entered one at a time and in the order of the
 /// pieces: the forward pass, and the sums. What lies between the two runs beside the stages of other pieces.
@@ -145,4 +146,4 @@ inline void in_turns(std::int64_t workers, std::int64_t count, const std::functi
   turns.rethrow();
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail
