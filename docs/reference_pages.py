@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes README.md, docs/*.md and the other pages into a folder, for Doxygen: docs/reference_pages.py FOLDER.
 
-Doxygen gives headings other anchors than Markdown sites do, so each gets the one that links use, unique to its page, and
-links between pages are written as references to these. Links to files of the sources become their names.
+Doxygen gives headings other anchors than Markdown sites do, so each gets the one that links use, unique to its page,
+and links between pages are written as references to these. Links to files of the sources become their names.
 """
 
 import pathlib
@@ -11,6 +11,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)]*)\)")
 
 
 def label(page):
@@ -45,8 +46,8 @@ def converted(page):
     lines, paragraph, code, first = [], [], False, True
 
     def end_paragraph():
-        replaced = outside_of_code("\n".join(paragraph), lambda part: re.sub(r"(!?)\[([^\]]*)\]\(([^)]*)\)", link, part))
-        lines.extend(replaced.split("\n") if paragraph else [])
+        text = outside_of_code("\n".join(paragraph), lambda part: LINK.sub(link, part))
+        lines.extend(text.split("\n") if paragraph else [])
         paragraph.clear()
 
     for line in page.read_text().splitlines():
