@@ -74,7 +74,8 @@ class GateScope {
 }  // namespace detail
 
 /// While it lives, forward passes on this thread write their gates to the tape, which is emptied first. The results
-/// are LibTorch's, bit by bit. Scopes nest: the innermost one holds.
+/// are LibTorch's, bit by bit. Scopes nest: the innermost one holds. Throws Error, as ReplayGates does, where another
+/// version of microreg has intercepted LibTorch's operations in this process.
 class RecordGates {
  public:
   explicit RecordGates(GateTape& tape) : scope_(tape, detail::GateSession::Pass::record, Keep::yes) {}

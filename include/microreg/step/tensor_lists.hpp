@@ -165,7 +165,8 @@ inline at::Tensor squared_norm(const std::vector<at::Tensor>& tensors, const at:
       norm = norm.to(norms.front().device(), type);
     }
   }
-  return at::stack(norms).square_().sum();
+  const at::Tensor all = at::stack(norms);
+  return all.dot(all);
 }
 
 /// A tensor that may be written to without changing another: `gradient` itself if nothing else refers to it.
@@ -221,6 +222,19 @@ inline void add_scaled(std::vector<at::Tensor>& sums, std::vector<at::Tensor> te
   }
   if (!into.empty()) {
     at::_foreach_add_(into, from, factor.number());
+  }
+}
+
+/// Gradients by all parameters, and what they count in a sum.
+struct WeightedGradients {
+  std::vector<at::Tensor> tensors;
+  Factor weight = 1.0;
+};
+
+/// Adds all of them to `sums`, one after the other.
+inline void add_scaled(std::vector<at::Tensor>& sums, std::vector<WeightedGradients> terms) {
+  for (WeightedGradients& term : terms) {
+    add_scaled(sums, std::move(term.tensors), term.weight);
   }
 }
 
