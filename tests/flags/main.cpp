@@ -30,8 +30,8 @@ void check(bool holds, const char* what) {
 }
 
 // LibTorch makes them: what a compiler with -ffast-math makes of such a constant is anybody's guess.
-torch::Tensor infinity() { return at::full({}, 1.0, at::kDouble).div(0); }
-double nan() { return infinity().sub(infinity()).item<double>(); }
+torch::Tensor endless() { return at::full({}, 1.0, at::kDouble).div(0); }
+double nan() { return endless().sub(endless()).item<double>(); }
 
 template <class Wanted, class Function>
 bool throws(const Function& function) {
@@ -124,7 +124,7 @@ void check_not_finite() {
   check(!network.layers->parameters()[0].grad().defined(), "nothing has reached .grad");
   const auto take = [](double strength) { Network().step({.strength = strength, .micro_batch_size = 2}); };
   check(throws<microreg::OptionError>([&] { take(nan()); }), "a strength of NaN is refused");
-  check(throws<microreg::OptionError>([&] { take(infinity().item<double>()); }), "an infinite strength is refused");
+  check(throws<microreg::OptionError>([&] { take(endless().item<double>()); }), "an infinite strength is refused");
   check(throws<microreg::OptionError>(
             [] { Network().step({.strength = 0.3, .micro_batch_size = 2, .sampling = {.share = nan()}}); }),
         "a share of NaN is refused");
@@ -145,7 +145,7 @@ std::size_t gates_of(const torch::Tensor& x, const at::Scalar& order) {
 
 void check_gates() {
   const torch::Tensor x = numbers({5}).requires_grad_();
-  check(gates_of(x, infinity().item()) > 0, "a maximum norm has gates");
+  check(gates_of(x, endless().item()) > 0, "a maximum norm has gates");
   check(gates_of(x, 1) > 0, "a norm of order 1 has gates");
 
   microreg::GateTape tape;

@@ -89,8 +89,8 @@ inline constexpr Rule clamps[] = {
     {"logit", "Tensor self, float? eps", [](const Arguments& in) { return Gates{in.tensor(0).detach().clone()}; },
      nullptr,
      [](const Arguments& in, const Gates& gates) {
-       const at::Scalar low = in.number(1);
-       return Tensors{at::logit(replay_clamp(in.tensor(0), gates[0], low, 1 - in.number(1)).front())};
+       const double low = in.number(1);
+       return Tensors{at::logit(replay_clamp(in.tensor(0), gates[0], low, 1 - low).front())};
      },
      [](const Arguments& in) { return in.given(1); }},
 };
