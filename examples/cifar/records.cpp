@@ -5,14 +5,12 @@
 #include <cerrno>
 #include <cstring>
 #include <microreg/version.hpp>
-#include <nlohmann/json.hpp>
 #include <system_error>
 
 #include "atomic_file.hpp"
+#include "json.hpp"
 
 namespace cifar {
-
-using Json = nlohmann::ordered_json;
 
 namespace {
 
@@ -161,7 +159,15 @@ void Records::replace(const std::string& name, const std::string& text) const {
 }
 
 void check_same_run(const std::string& saved, const std::string& now, const Options& options) {
-  const Json before = Json::parse(saved);
+  const Json before = [&] {
+    try {
+      return parsed(saved);
+    } catch (const std::exception& error) {
+      throw UsageError(fmt::format(
+          "--resume: the options in the checkpoint cannot be read ({}); start anew with --overwrite instead",
+          error.what()));
+    }
+  }();
   const Json after = Json::parse(now);
   for (const auto& [name, value] : after.items()) {
     const Json old = before.contains(name) ? before.at(name) : Json();

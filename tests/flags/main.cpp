@@ -127,6 +127,11 @@ void check_not_finite() {
   check(throws<microreg::OptionError>([&] { take(nan()); }), "a strength of NaN is refused");
   check(throws<microreg::OptionError>([&] { take(std::bit_cast<double>(std::uint64_t{0x7FF0000000000000})); }),
         "an infinite strength is refused");
+  check(throws<microreg::OptionError>(
+            [] { Network().step({.strength = 0.3, .micro_batch_size = 2, .sampling = {.share = nan()}}); }),
+        "a share of NaN is refused");
+  check(throws<microreg::OptionError>([] { (void)microreg::Gaussian{nan()}.sample({}, {}); }),
+        "a standard deviation of NaN is refused");
   Network other;
   other.step({.strength = 0.3, .micro_batch_size = 2});
   check(throws<microreg::Error>([&] { microreg::graft(other.layers->parameters(), nan()); }),

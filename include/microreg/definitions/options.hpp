@@ -20,7 +20,7 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
     throw OptionError(
         text({"micro_batch_size is ", options.micro_batch_size, "; it must be at least 1 (the paper uses 128)"}));
   }
-  if (!(options.sampling.share > 0 && options.sampling.share <= 1)) {
+  if (!(is_finite(options.sampling.share) && options.sampling.share > 0 && options.sampling.share <= 1)) {
     throw OptionError(text({"sampling.share is ", options.sampling.share,
                             "; it must be greater than 0 and at most 1 (for no penalty, set the strength to 0)"}));
   }
@@ -56,8 +56,8 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
   }
   if (options.loss_scale.dynamic.has_value()) {
     const DynamicLossScale& scale = *options.loss_scale.dynamic;
-    if (!(is_finite(scale.growth) && scale.growth >= 1 && scale.backoff > 0 && scale.backoff < 1 &&
-          scale.interval >= 1)) {
+    if (!(is_finite(scale.growth) && scale.growth >= 1 && is_finite(scale.backoff) && scale.backoff > 0 &&
+          scale.backoff < 1 && scale.interval >= 1)) {
       throw OptionError(text({"loss_scale has growth ", scale.growth, ", backoff ", scale.backoff, " and interval ",
                               scale.interval, "; growth must be at least 1, backoff in (0, 1), interval at least 1"}));
     }

@@ -22,6 +22,7 @@
 #include <microreg/step/graph.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/objective.hpp>
+#include <microreg/step/own_draws.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/recurrent.hpp>
 #include <microreg/step/sampling.hpp>
@@ -266,20 +267,28 @@ class Step {
   /// What `steps()` returns. If it throws, buffers and generators are put back, and parameters that the model writes
   /// to.
   template <class Steps>
-  Report guarded(const Steps& steps) const {
+  Report guarded(const Steps& steps) {
+    SnapshotMemory* const memory = batch_.memory();
+    draws_.emplace(memory == nullptr || memory->draws, snapshot_.generators());
     try {
       const GuardedGradients guard(parameters_.tensors, parameters_.names);
       Report report = steps();
       remember_written();
+      if (memory != nullptr) {
+        memory->draws = snapshot_.generators().moved();
+      }
       return report;
     } catch (const SparseGradient& error) {
-      snapshot_.restore_after_error();
+      snapshot_.restore_after_error(draws_->alone());
       rethrow_named(error);
     } catch (...) {
-      snapshot_.restore_after_error();
+      snapshot_.restore_after_error(draws_->alone());
       throw;
     }
   }
+
+  /// Undoes what the steps did.
+  void restore() const { snapshot_.restore(draws_->alone()); }
 
   [[nodiscard]] const Parameters& parameters() const noexcept { return parameters_; }
   [[nodiscard]] const Snapshot& snapshot() const noexcept { return snapshot_; }
@@ -361,6 +370,7 @@ class Step {
     Weights weights{part.weight * loss_scale(), penalised ? part.weight * choice.factor : 0.0, strengths_};
     UntrainedLeaves untrained;
     turns.await(Turns::Stage::forward, i);
+    const OwnDraws::Here draws(*draws_);
     const RecurrentCalls recurrent(parts_.size() > 1 && watches_recurrent(part));
     const NormCalls norms(side_by_side_.has_value() && i == 0);
     if (side_by_side_.has_value()) {
@@ -570,6 +580,7 @@ class Step {
   Snapshot snapshot_;
   Sums sums_;
 
+  std::optional<OwnDraws> draws_;
   std::optional<SideBySide> side_by_side_;  // where there are workers
   std::vector<double> counts_;              // where the loss gives them
   double scale_ = 1;
@@ -711,7 +722,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
       }
     }
     if (options.non_finite == NonFinite::skip_step && !all_finite(report)) {
-      loop.snapshot().restore();
+      loop.restore();
       report.skipped = true;
       ++progress.skipped;
       return report;
@@ -760,7 +771,7 @@ MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& 
                    go_on(*evaluation, probes);
                    return {squared_norms(batch, *evaluation, probes, loop.parameters(), options.loss_scale.number)};
                  });
-    loop.snapshot().restore();
+    loop.restore();
     return report;
   });
 }

@@ -148,6 +148,10 @@ class Call {
     torch::jit::drop(stack_, in.values().size());
     stack_.insert(stack_.end(), std::make_move_iterator(results.begin()), std::make_move_iterator(results.end()));
   }
+  /// Hands it another argument.
+  void replace(std::size_t position, c10::IValue value) {
+    stack_[stack_.size() - in.values().size() + position] = std::move(value);
+  }
   void record(Gates gates, bool may_be_left_out, bool drawn = false) {
     const auto [node, number] = node_of(results().front());
     session.record({in.operation(), in.sizes(), std::move(gates), {}, may_be_left_out, node, number, drawn});

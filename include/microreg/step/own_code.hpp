@@ -9,37 +9,37 @@
 #include <microreg/parameters.hpp>
 #include <microreg/version.hpp>
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
 namespace microreg::inline MICROREG_ABI::detail {
 
-/// One of each kind by name, or empty.
+/// The nearest of each kind by name, or empty.
 struct OwnCode {
-  std::string hooked_parameter;
-  std::string function;     ///< a torch::autograd::Function
-  std::string hooked_node;  ///< with a hook on it, or on the tensor that comes in
+  std::string function;  ///< a torch::autograd::Function
+  std::string hook;      ///< the parameter or the operation that a hook hangs on
 
-  [[nodiscard]] bool any() const { return !(hooked_parameter.empty() && function.empty() && hooked_node.empty()); }
+  [[nodiscard]] bool any() const { return !(function.empty() && hook.empty()); }
 };
 
 inline OwnCode own_code(const std::vector<at::Tensor>& roots, const Parameters& parameters) {
   OwnCode result;
-  for (std::size_t i = 0; i < parameters.tensors.size(); ++i) {
+  for (std::size_t i = 0; i < parameters.tensors.size() && result.hook.empty(); ++i) {
     if (!torch::autograd::impl::hooks(parameters.tensors[i]).empty()) {
-      result.hooked_parameter = parameters.names[i];
-      break;
+      result.hook = parameters.names[i];
     }
   }
   for_each_node(nodes_of(roots), [&](torch::autograd::Node& node, NodeKind kind) {
     if (kind == NodeKind::leaf) {
       return;  // what hangs on its node sees what is added to .grad, not the gradient (and may be ours)
     }
-    if (kind == NodeKind::function) {
+    if (kind == NodeKind::function && result.function.empty()) {
       result.function = node.name();
     }
-    if (!node.tensor_pre_hooks().empty() || !node.pre_hooks().empty() || !node.post_hooks().empty()) {
-      result.hooked_node = node.name();
+    if (result.hook.empty() &&
+        (!node.tensor_pre_hooks().empty() || !node.pre_hooks().empty() || !node.post_hooks().empty())) {
+      result.hook = node.name();
     }
   });
   return result;

@@ -23,11 +23,6 @@ struct Suspects {
 /// `beginning`.
 inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, std::uint64_t beginning) {
   const OwnCode own = own_code({loss}, parameters);
-  if (!own.hooked_parameter.empty()) {
-    return {text({"there is a hook on ", own.hooked_parameter,
-                  ", which a difference applies to each of its gradients: apply it to .grad after the step"}),
-            false};
-  }
   std::string old;
   for_each_node(nodes_of({loss}), [&](torch::autograd::Node& node, NodeKind kind) {
     if (kind != NodeKind::leaf && node.sequence_nr() < beginning) {
@@ -45,8 +40,11 @@ inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, s
                   ", whose backward decides for itself, or is not the derivative of its forward"}),
             true};
   }
-  if (!own.hooked_node.empty()) {
-    return {text({"there is a hook at ", own.hooked_node, ", which changes gradients"}), false};
+  if (!own.hook.empty()) {
+    return {text({"there is a hook at ", own.hook,
+                  ", which changes gradients, and which a difference applies to each of them: apply it to .grad after "
+                  "the step"}),
+            true};
   }
   return {};
 }
