@@ -3,11 +3,13 @@
 /// value that was found, and what to do about it.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// Base of all errors of this library. When `Regularizer::backward` or `measure` throws one, the model, its buffers,
 /// the `.grad` fields and the random number generators are as they were before the call.
@@ -60,4 +62,4 @@ class NonFiniteError : public Error {
   std::int64_t micro_batch_;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

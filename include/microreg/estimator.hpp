@@ -2,11 +2,13 @@
 /// The ways to differentiate a penalty, as options: one of them is the `estimator` of RegularizerOptions.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <cstdint>
 #include <memory>
 #include <variant>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// Double backward: exact for every network. Cost: 3.0 plain steps for one penalty, in exact arithmetic.
 struct Exact {};
@@ -16,6 +18,15 @@ struct Exact {};
 enum class Gates {
   frozen,  ///< they are those of the first pass: the difference converges to the exact gradient on ReLU networks too
   free,    ///< they are made anew: on ReLU networks another regularizer, whose distance grows as the step shrinks
+};
+
+/// What a difference does where a torch::autograd::Function of the user's own, or a hook on a tensor, is in the graph.
+/// Nobody but its author knows what that decides: a kink between the points of a difference would make another
+/// regularizer, and so would a change to the gradient, on some micro-batches and not on others, so that no proof finds
+/// it in time.
+enum class OwnFunctions {
+  refused,  ///< GateError, by name
+  smooth,   ///< their author says that they have no kink and that hooks only look; proofs try, at longer distances too
 };
 
 /// The Hessian-vector product from two gradients,
@@ -33,6 +44,7 @@ struct ForwardDifference {
   /// How far they may be apart, relative to the penalty's gradient; 0: chosen from the type of the parameters. With
   /// Gates::free, another regularizer on networks with kinks, nothing is compared at 0.
   double tolerance = 0;
+  OwnFunctions own_functions = OwnFunctions::refused;  ///< with Gates::free they are not asked for
 };
 
 /// The Hessian-vector product from two displaced gradients,
@@ -50,6 +62,7 @@ struct CentralDifference {
   /// How far they may be apart, relative to the penalty's gradient; 0: chosen from the type of the parameters. With
   /// Gates::free, another regularizer on networks with kinks, nothing is compared at 0.
   double tolerance = 0;
+  OwnFunctions own_functions = OwnFunctions::refused;  ///< with Gates::free they are not asked for
 };
 
 namespace detail {
@@ -74,7 +87,7 @@ class Estimator : public std::variant<Exact, ForwardDifference, CentralDifferenc
   detail::MakeDifferences* differences_ = nullptr;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/estimator.hpp>

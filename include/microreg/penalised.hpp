@@ -23,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 struct SnapshotMemory;
@@ -37,9 +37,10 @@ struct PenalisedOptions {
   ParameterSelection select = {};
   std::optional<at::Generator> generator = std::nullopt;
   OtherLeaves other_leaves = OtherLeaves::ignored;  ///< the parameters are named here; `refused` finds forgotten ones
-  NonFinite non_finite = NonFinite::error;          ///< skip_penalty needs the form of backward() that takes a closure
+  NonFinite non_finite = NonFinite::error;  ///< skip_penalty keeps the graph of a given loss until the loss goes
   CheckFinite check_finite = CheckFinite::on_cpu;
   bool fused = true;
+  LossScale loss_scale = 1;  ///< a number where a step of the optimizer has several parts
   bool gradient_ratio = false;
   bool advance = true;
 };
@@ -107,15 +108,15 @@ class Penalised {
   template <class Closure>
     requires std::invocable<Closure&>
   Report backward(const Part& part, Closure closure) {
-    return run(part, [&closure] { return tensors(closure()); });
+    return run(part, [&closure] { return tensors(closure()); }, /*keeps_graph=*/false);
   }
 
   /// How many steps were taken. A mini-batch of several parts is one step, counted with its last part.
-  [[nodiscard]] std::int64_t step() const noexcept { return step_; }
-  void set_step(std::int64_t step) noexcept { step_ = step; }
-  void advance() noexcept { ++step_; }
+  [[nodiscard]] std::int64_t step() const noexcept { return progress_.step; }
+  void set_step(std::int64_t step) noexcept { progress_.step = step; }
+  void advance() noexcept { ++progress_.step; }
   /// How many calls NonFinite::skip_step left out so far.
-  [[nodiscard]] std::int64_t skipped() const noexcept { return skipped_; }
+  [[nodiscard]] std::int64_t skipped() const { return progress_.all_skipped(); }
 
  private:
   template <class Result>
@@ -133,19 +134,17 @@ class Penalised {
     }
   }
 
-  Report run(const Part& part, const std::function<PassTensors()>& pass);
+  Report run(const Part& part, const std::function<PassTensors()>& pass, bool keeps_graph);
 
   std::function<std::vector<NamedParameter>()> named_parameters_;
   std::function<std::vector<at::Tensor>()> buffers_;  // empty: not known
   AnyPenalty<> penalty_;
   RegularizerOptions options_;
   std::shared_ptr<detail::SnapshotMemory> memory_;
-  std::int64_t step_ = 0;
-  detail::Proof proof_;
-  std::int64_t skipped_ = 0;
+  detail::Progress progress_;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/penalised.hpp>

@@ -14,7 +14,7 @@
 #include <unordered_set>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 
@@ -68,4 +68,4 @@ MICROREG_INLINE at::Tensor graft(const std::vector<at::Tensor>& parameters, doub
                                  [&](const at::Tensor& before) { return at::full({}, norm, before.options()); });
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -11,7 +11,7 @@
 #include <string_view>
 #include <utility>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE Modules::Modules(std::vector<std::shared_ptr<torch::nn::Module>> modules)
     : modules_(std::move(modules)) {
@@ -98,4 +98,4 @@ MICROREG_INLINE std::vector<at::Tensor> buffers_of(const torch::jit::Module& mod
 
 }  // namespace detail
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -21,9 +21,11 @@
 #include <microreg/step/graph.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/objective.hpp>
+#include <microreg/step/own_draws.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/recurrent.hpp>
 #include <microreg/step/sampling.hpp>
+#include <microreg/step/scaling.hpp>
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/tensor_lists.hpp>
 
@@ -39,7 +41,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 MICROREG_INLINE void check_output(const at::Tensor& output) {
   if (output.defined() && !output.is_floating_point() && !output.is_complex()) {
@@ -253,21 +255,29 @@ class Step {
   /// What `steps()` returns. If it throws, buffers and generators are put back, and parameters that the model writes
   /// to.
   template <class Steps>
-  Report guarded(const Steps& steps) const {
+  Report guarded(const Steps& steps) {
     const ActiveStep active(parameters_, options_.estimator.differences() != nullptr);
+    SnapshotMemory* const memory = batch_.memory();
+    draws_.emplace(memory == nullptr || memory->draws, snapshot_.generators());
     try {
       const GuardedGradients guard(parameters_.tensors, parameters_.names);
       Report report = steps();
       remember_written();
+      if (memory != nullptr) {
+        memory->draws = snapshot_.generators().moved();
+      }
       return report;
     } catch (const SparseGradient& error) {
-      snapshot_.restore_after_error();
+      snapshot_.restore_after_error(draws_->alone());
       rethrow_named(error);
     } catch (...) {
-      snapshot_.restore_after_error();
+      snapshot_.restore_after_error(draws_->alone());
       throw;
     }
   }
+
+  /// Undoes what the steps did.
+  void restore() const { snapshot_.restore(draws_->alone()); }
 
   [[nodiscard]] const Parameters& parameters() const noexcept { return parameters_; }
   [[nodiscard]] const Snapshot& snapshot() const noexcept { return snapshot_; }
@@ -514,6 +524,7 @@ class Step {
   std::vector<Part> parts_;
   Snapshot snapshot_;
 
+  std::optional<OwnDraws> draws_;
   UntrainedLeaves untrained_;
   std::vector<double> counts_;  // where the loss gives them
   double scale_ = 1;
@@ -535,12 +546,11 @@ inline void require_plain_input(const MiniBatch& batch) {
 }
 
 /// The gradient of weight * loss, added to `sums`.
-inline void add_loss_gradient(const at::Tensor& loss, double weight, double loss_scale, const Parameters& parameters,
+inline void add_loss_gradient(const at::Tensor& loss, double weight, const Scale& scale, const Parameters& parameters,
                               bool retain_graph, std::vector<at::Tensor>& sums) {
-  accumulate(sums,
-             gradients({loss}, parameters.tensors, {at::full_like(loss, loss_scale).detach()}, retain_graph,
-                       /*create_graph=*/false, "the loss"),
-             weight / loss_scale);
+  add_scaled(
+      sums, gradients({loss}, parameters.tensors, {scale.seed(loss)}, retain_graph, /*create_graph=*/false, "the loss"),
+      scale.over(weight));
 }
 
 /// Throws NonFiniteError, which names a cause that plain training does not meet: all labels of a micro-batch ignored.
@@ -575,29 +585,30 @@ inline bool all_finite(const Report& report) {
   return true;
 }
 
-inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof,
+inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Progress& progress,
                         bool without_penalties) {
-  Step loop(batch, options, step, without_penalties);
-  Proof next_proof = proof;
+  Step loop(batch, options, progress.step, without_penalties);
+  Progress next = progress;
   return loop.guarded([&] {
     const Parameters& parameters = loop.parameters();
+    const Scale scale = scale_of(options.loss_scale, next.scale, parameters.tensors.front().device());
     std::vector<at::Tensor> sums(parameters.tensors.size());
     std::vector<at::Tensor> loss_sums(options.gradient_ratio ? sums.size() : 0);
     std::unique_ptr<Differences> difference;
     if (options.estimator.differences() != nullptr) {
       require_plain_input(batch);
       difference = options.estimator.differences()(
-          {options.estimator, parameters, next_proof, options.fused, options.check_finite});
+          {options.estimator, parameters, next.proof, options.fused, options.check_finite});
     }
     const FusedScope fused(options.fused && difference == nullptr);
-    const HalfRange range(options.loss_scale, options.autocast, parameters);
+    const HalfRange range(scale, options.autocast, parameters);
     Report report =
-        loop.run(choose_penalised(options.sampling, step, loop.count()),
+        loop.run(choose_penalised(options.sampling, progress.step, loop.count()),
                  [&](const Part& part, const Weights& weights, const auto& keep) -> std::vector<at::Tensor> {
                    const auto keep_all = [&](Evaluation& evaluation) {
                      keep(evaluation);
                      if (options.gradient_ratio) {
-                       add_loss_gradient(evaluation.loss, weights.loss, options.loss_scale, parameters,
+                       add_loss_gradient(evaluation.loss, weights.loss, scale, parameters,
                                          /*retain_graph=*/true, loss_sums);
                      }
                    };
@@ -609,8 +620,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
                    if (weights.penalty != 0) {
                      return double_backward(batch, *evaluation, weights, parameters, range, sums);
                    }
-                   add_loss_gradient(evaluation->loss, weights.loss, options.loss_scale, parameters,
-                                     evaluation->shares_graph, sums);
+                   add_loss_gradient(evaluation->loss, weights.loss, scale, parameters, evaluation->shares_graph, sums);
                    return {};
                  });
     if (loop.scale() != 1) {
@@ -635,33 +645,53 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
         penalty.micro_batch_norms = at::zeros_like(penalty.micro_batch_norms);
       }
     }
+    const bool looks = options.check_finite == CheckFinite::always || options.non_finite != NonFinite::error ||
+                       (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu());
+    if (options.loss_scale.dynamic.has_value()) {
+      follow(*options.loss_scale.dynamic, next.scale, sums, report);
+      // Where the loss itself is infinite, no scale helps.
+      if (looks && report.loss.isfinite().item<bool>() && report.overflow.item<bool>()) {
+        report.skipped = true;
+        progress.scale = next.scale;
+        return report;
+      }
+    }
     if (options.non_finite == NonFinite::skip_step && !all_finite(report)) {
-      loop.snapshot().restore();
+      loop.restore();
       report.skipped = true;
+      ++progress.skipped;
       return report;
     }
-    if (options.check_finite == CheckFinite::always || options.non_finite != NonFinite::error ||
-        (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu())) {
+    if (looks) {
       require_finite(report, batch, loop.parts());
     }
     if (difference != nullptr) {
       difference->finish();
     }
     add_to_grad(parameters.tensors, sums);
-    proof = next_proof;
+    progress = next;
     return report;
   });
 }
 
-MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof) {
+MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, Progress& progress) {
   if (options.non_finite == NonFinite::skip_penalty) {
     try {
-      return step_once(batch, options, step, proof, /*without_penalties=*/false);
+      return step_once(batch, options, progress, /*without_penalties=*/false);
     } catch (const NonFiniteError&) {
-      return step_once(batch, options, step, proof, /*without_penalties=*/true);
+      return step_once(batch, options, progress, /*without_penalties=*/true);
     }
   }
-  return step_once(batch, options, step, proof, /*without_penalties=*/false);
+  return step_once(batch, options, progress, /*without_penalties=*/false);
+}
+
+MICROREG_INLINE std::int64_t Progress::all_skipped() const {
+  return skipped + (scale.skipped.defined() ? scale.skipped.item<std::int64_t>() : 0);
+}
+
+MICROREG_INLINE void Progress::set_scale(double number) {
+  scale.scale = at::full({}, number, at::kFloat);
+  scale.good_steps.reset();
 }
 
 MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& options) {
@@ -671,11 +701,11 @@ MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& 
         loop.run(all_penalised(loop.count()), [&](const Part& part, const Weights& /*weights*/, const auto& keep) {
           const auto evaluation = batch.evaluate(part, {});
           keep(*evaluation);
-          return squared_norms(batch, *evaluation, loop.parameters(), options.loss_scale);
+          return squared_norms(batch, *evaluation, loop.parameters(), options.loss_scale.number);
         });
-    loop.snapshot().restore();
+    loop.restore();
     return report;
   });
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -19,7 +19,7 @@
 #include <vector>
 
 /// What the intercepted operations are made of.
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// The arguments of an intercepted call.
 class Arguments {
@@ -148,6 +148,10 @@ class Call {
     torch::jit::drop(stack_, in.values().size());
     stack_.insert(stack_.end(), std::make_move_iterator(results.begin()), std::make_move_iterator(results.end()));
   }
+  /// Hands it another argument.
+  void replace(std::size_t position, c10::IValue value) {
+    stack_[stack_.size() - in.values().size() + position] = std::move(value);
+  }
   void record(Gates gates, bool may_be_left_out, bool drawn = false) {
     const auto [node, number] = node_of(results().front());
     session.record({in.operation(), in.sizes(), std::move(gates), {}, may_be_left_out, node, number, drawn});
@@ -201,4 +205,4 @@ inline at::Tensor value_gate(const Arguments& in) {
   return in.in_place() ? in.tensor(0).detach().clone() : value_gate(in.tensor(0));
 }
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

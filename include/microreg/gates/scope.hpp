@@ -30,7 +30,8 @@
 ///
 /// Not seen: other threads, scripted graphs, a custom function's own backward, forward passes that run within a
 /// backward pass (checkpointing): see gates/unseen.hpp. Nor what runs without a graph on moved parameters, but for its
-/// decisions.
+/// decisions; an estimator's own sessions hold what comes of that into the graph again (gates/constants.hpp), and the
+/// projection of an Embedding's max_norm.
 #pragma once
 
 #include <microreg/detail/interception.hpp>
@@ -39,14 +40,14 @@
 #include <utility>
 
 #if defined(MICROREG_COMPILED)
-namespace microreg::detail {
-void register_gate_kernels();
-}  // namespace microreg::detail
+namespace microreg::inline MICROREG_ABI::detail {
+GateSession*& gate_session_of_kernels();
+}  // namespace microreg::inline MICROREG_ABI::detail
 #else
 #include <microreg/gates/registration.hpp>
 #endif
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 
@@ -54,22 +55,17 @@ namespace detail {
 class GateScope {
  public:
   GateScope(GateTape& tape, GateSession::Pass pass, Keep keep, Frozen frozen = Frozen::decisions)
-      : registered_(register_once()), session_(tape, pass, keep, frozen), previous_(active_gate_session) {
-    active_gate_session = &session_;
+      : active_(gate_session_of_kernels()), session_(tape, pass, keep, frozen), previous_(active_) {
+    active_ = &session_;
   }
   GateScope(const GateScope&) = delete;
   GateScope& operator=(const GateScope&) = delete;
-  ~GateScope() { active_gate_session = previous_; }
+  ~GateScope() { active_ = previous_; }
 
   [[nodiscard]] const GateSession& session() const noexcept { return session_; }
 
  private:
-  static bool register_once() {
-    register_gate_kernels();
-    return true;
-  }
-
-  bool registered_;  // before the guard
+  GateSession*& active_;  // first: the kernels are registered before the key is included
   GateSession session_;
   GateSession* previous_;
   Interception interception_;
@@ -78,7 +74,8 @@ class GateScope {
 }  // namespace detail
 
 /// While it lives, forward passes on this thread write their gates to the tape, which is emptied first. The results
-/// are LibTorch's, bit by bit. Scopes nest: the innermost one holds.
+/// are LibTorch's, bit by bit. Scopes nest: the innermost one holds. Throws Error, as ReplayGates does, where another
+/// version of microreg has intercepted LibTorch's operations in this process.
 class RecordGates {
  public:
   explicit RecordGates(GateTape& tape) : scope_(tape, detail::GateSession::Pass::record, Keep::yes) {}
@@ -100,4 +97,4 @@ class ReplayGates {
   detail::GateScope scope_;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/StorageImpl.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/parameters.hpp>
@@ -15,7 +16,7 @@
 #include <unordered_set>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// One step, while it lives. Steps of one thread are nested, and know what they do.
 class ActiveStep {
@@ -72,4 +73,4 @@ class ActiveStep {
   std::thread::id thread_ = std::this_thread::get_id();
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

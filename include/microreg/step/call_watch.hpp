@@ -3,14 +3,15 @@
 #pragma once
 
 #include <ATen/record_function.h>
+#include <microreg/version.hpp>
 
 #include <memory>
 #include <optional>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
-/// While it lives and is `wanted`, Watch::note(const at::RecordFunction&) is called for each operation on this thread.
-/// Of two of a kind the inner one is told.
+/// While it lives and is `wanted`, Watch::note(const at::RecordFunction&) is called for each operation on this thread,
+/// and note_end() after it. Of two of a kind the inner one is told.
 template <class Watch>
 class CallWatch {
  public:
@@ -22,10 +23,14 @@ class CallWatch {
     if (wanted) {
       before_ = current();
       current() = static_cast<Watch*>(this);
-      handle_ = at::addThreadLocalCallback(
-          at::RecordFunctionCallback(&tell).needsInputs(true).scopes({at::RecordScope::FUNCTION}));
+      handle_ = at::addThreadLocalCallback(at::RecordFunctionCallback(&tell, &tell_end)
+                                               .needsInputs(Watch::needs_inputs)
+                                               .scopes({at::RecordScope::FUNCTION}));
     }
   }
+  static constexpr bool needs_inputs = true;
+  void note_end(const at::RecordFunction& /*function*/) {}
+
   ~CallWatch() {
     if (handle_.has_value()) {
       at::removeCallback(*handle_);
@@ -44,9 +49,14 @@ class CallWatch {
     }
     return nullptr;
   }
+  static void tell_end(const at::RecordFunction& function, at::ObserverContext* /*context*/) {
+    if (current() != nullptr) {
+      current()->note_end(function);
+    }
+  }
 
   std::optional<at::CallbackHandle> handle_;
   Watch* before_ = nullptr;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -6,6 +6,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/config.hpp>
+#include <microreg/detail/finite.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/estimator.hpp>
@@ -37,7 +38,7 @@
 #include <variant>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// ForwardDifference or CentralDifference.
 struct DifferenceSettings {
@@ -46,6 +47,7 @@ struct DifferenceSettings {
   bool central;
   std::int64_t check_every;
   double tolerance;
+  OwnFunctions own_functions;
 };
 
 /// The automatic step, as a multiple of the norm of what is displaced: where the error of the difference (which grows
@@ -102,7 +104,8 @@ class FiniteDifference final : public Differences {
                                      const Snapshot& snapshot, std::vector<at::Tensor>& sums,
                                      const std::function<void(Evaluation&)>& keep) override {
     const Untouched untouched(batch, parameters_);
-    Passes passes{batch, part, weights, snapshot.now(), {}, std::vector<Term>(batch.terms()), {}, 0, is_due(weights)};
+    Passes passes{batch, part, weights,        snapshot.buffers_now(), {}, std::vector<Term>(batch.terms()),
+                  {},    0,    is_due(weights)};
     first_pass(passes, sums, keep);
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       const std::size_t probes = passes.terms[i].probes.size();
@@ -110,8 +113,8 @@ class FiniteDifference final : public Differences {
       passes.left += passes.terms[i].left;
     }
     if (passes.left > 0) {
-      untouched.require();
-      const Snapshot after = snapshot.now();
+      untouched.require(passes.gates);
+      const Snapshot after = snapshot.buffers_now();
       if (passes.due) {
         add_proven(passes, sums);
       } else {
@@ -200,9 +203,7 @@ class FiniteDifference final : public Differences {
 
   [[nodiscard]] bool is_due(const Weights& weights) {
     const bool comparable = settings_.gates == microreg::Gates::frozen || settings_.tolerance > 0;
-    const bool differs =
-        std::any_of(weights.strengths.begin(), weights.strengths.end(), [](double strength) { return strength > 0; });
-    return settings_.check_every > 0 && !parameters_.tensors.front().is_meta() && comparable && differs &&
+    return settings_.check_every > 0 && !parameters_.tensors.front().is_meta() && comparable && differs(weights) &&
            (!proof_.given || proof_.since >= settings_.check_every || has_seen_too_little(weights) ||
             has_another_scale());
   }
@@ -225,6 +226,12 @@ class FiniteDifference final : public Differences {
 
   double moved_norm() {
     return squared_parameter_norm().is_cpu() ? std::sqrt(squared_parameter_norm().item<double>()) : 0.0;
+  }
+
+  /// Whether there will be further passes.
+  static bool differs(const Weights& weights) {
+    return std::any_of(weights.strengths.begin(), weights.strengths.end(),
+                       [](double strength) { return strength > 0; });
   }
 
   /// A proof of a sum says nothing of a part that was too small to be seen in it, as at the beginning of a warm-up.
@@ -251,7 +258,7 @@ class FiniteDifference final : public Differences {
 
   void first_pass(Passes& passes, std::vector<at::Tensor>& sums, const std::function<void(Evaluation&)>& keep) const {
     const auto evaluation = recorded(passes.gates, [&] { return passes.batch.evaluate(passes.part, {}); });
-    require_seen(evaluation->loss, "the loss", {&passes.gates});
+    require_seen(evaluation->loss, "the loss", {&passes.gates}, differs(passes.weights));
     passes.inputs = evaluation->inputs;
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       const TermInfo& info = passes.batch.term(i);
@@ -262,7 +269,7 @@ class FiniteDifference final : public Differences {
         result.value = probe.detach();
         result.is_loss = !info.by_input && probe.is_same(evaluation->loss);
         if (!result.is_loss) {
-          require_seen(probe, info.name, {&passes.gates, term.gates.get()});
+          require_seen(probe, info.name, {&passes.gates, term.gates.get()}, passes.weights.strengths[i] > 0);
           split(info, passes.weights.strengths[i] > 0, probe, counted_tensors(*evaluation, info, parameters_), result);
         }
       }
@@ -292,13 +299,13 @@ class FiniteDifference final : public Differences {
       }
     }
     if (!brought) {
-      accumulate(sums, std::move(loss_gradient), passes.weights.loss);
+      add_scaled(sums, std::move(loss_gradient), passes.weights.loss);
     }
   }
 
   /// Throws where a scalar has kinks that the scopes did not see, and a further pass would make anew.
-  void require_seen(const at::Tensor& scalar, const std::string& what,
-                    const std::vector<const GateTape*>& tapes) const {
+  void require_seen(const at::Tensor& scalar, const std::string& what, const std::vector<const GateTape*>& tapes,
+                    bool displaced) const {
     if (settings_.gates == microreg::Gates::free) {
       return;
     }
@@ -309,6 +316,17 @@ class FiniteDifference final : public Differences {
                 unseen.size() > 1 ? text({" and ", unseen.size() - 1, " more"}) : std::string(),
                 ": it ran in another thread, a scripted model or a recomputation; use Exact, or Gates::free "
                 "where the difference may be another regularizer"}));
+    }
+    if (!displaced || settings_.own_functions == OwnFunctions::smooth) {
+      return;
+    }
+    if (const auto [function, hook] = own_code(scalar, parameters_); !function.empty() || !hook.empty()) {
+      throw GateError(
+          text({what, function.empty() ? " has a hook at " : " has a function of one's own, ",
+                function.empty() ? hook : function,
+                ", of which nobody but its author knows whether it has a kink, which a difference would have to "
+                "freeze, or changes gradients; set .own_functions = OwnFunctions::smooth in the estimator if it does "
+                "neither, else use Exact"}));
     }
   }
 
@@ -363,20 +381,20 @@ class FiniteDifference final : public Differences {
       std::vector<at::Tensor> back = settings_.central ? displaced(-0.5) : std::vector<at::Tensor>();
       if (passes.far) {
         if (auto exact = double_backward_again(passes, std::pair(index, k))) {
-          accumulate(sums, std::move(*exact));
+          add_scaled(sums, std::move(*exact));
           if (probe.brings_loss) {
-            accumulate(sums, probe.gradient, passes.weights.loss);
+            add_scaled(sums, probe.gradient, passes.weights.loss);
           }
           continue;
         }
       }
       if (probe.brings_loss) {  // one sweep instead of three
         const double weight = passes.weights.loss;
-        accumulate(sums, extrapolated(probe.gradient, std::move(there), scale / weight), weight);
+        add_scaled(sums, extrapolated(probe.gradient, std::move(there), scale / weight), weight);
         continue;
       }
       subtract(there, settings_.central ? back : probe.gradient);
-      accumulate(sums, std::move(there), scale);
+      add_scaled(sums, std::move(there), scale);
     }
   }
 
@@ -390,7 +408,7 @@ class FiniteDifference final : public Differences {
         std::vector<at::Tensor> difference =
             displaced_gradient(passes, i, k, settings_.central ? per_norm * 0.5 : per_norm);
         subtract(difference, settings_.central ? displaced_gradient(passes, i, k, per_norm * -0.5) : probe.gradient);
-        accumulate(result, std::move(difference), scale);
+        add_scaled(result, std::move(difference), scale);
       }
     }
     return result;
@@ -480,7 +498,7 @@ class FiniteDifference final : public Differences {
     const Comparison first = best.comparison;
     const bool far = passes.far;
     double times = 1;
-    const bool finite = std::isfinite(first.distance) && std::isfinite(first.norm);
+    const bool finite = first.finite();
     if (finite && !agrees(passes, first)) {
       for (const double other : {8., 64., 512., 4096., 32768.}) {
         Trial next = trial(other);
@@ -494,7 +512,7 @@ class FiniteDifference final : public Differences {
       // A shorter one may be right by chance here, and is an explanation only.
       const bool agreed = agrees(passes, best.comparison) && settings_.step == 0 && passes.suspects.sentence.empty();
       if (!agreed && exact && far && proof_.given) {
-        return accumulate(sums, *exact);  // lost in rounding here; another micro-batch has to prove it
+        return add_scaled(sums, *exact);  // lost in rounding here; another micro-batch has to prove it
       }
       if (!agreed) {
         if (Trial shorter = trial(0.125); shorter.comparison.error() < 0.5 * best.comparison.error()) {
@@ -511,7 +529,7 @@ class FiniteDifference final : public Differences {
         refuse(passes, far_away, far_away, 1, exact.has_value());
       }
     }
-    accumulate(sums, std::move(best.found));
+    add_scaled(sums, std::move(best.found));
     if (finite) {
       remember(passes.weights, best.comparison);
     }
@@ -538,8 +556,9 @@ class FiniteDifference final : public Differences {
   [[nodiscard]] bool agrees(const Passes& passes, const Comparison& comparison) const {
     const double epsilon = epsilon_of(is_fine() ? at::kDouble : at::kFloat);
     const double whole = passes.weights.loss * passes.loss_gradient_norm + comparison.norm;
-    return comparison.distance <= tolerance() * comparison.norm || comparison.distance <= 64 * epsilon * whole ||
-           comparison.distance + comparison.norm <= std::sqrt(epsilon) * whole;
+    return comparison.finite() &&
+           (comparison.distance <= tolerance() * comparison.norm || comparison.distance <= 64 * epsilon * whole ||
+            comparison.distance + comparison.norm <= std::sqrt(epsilon) * whole);
   }
 
   [[noreturn]] void refuse(const Passes& passes, const Comparison& first, const Comparison& best, double times,
@@ -631,12 +650,14 @@ class FiniteDifference final : public Differences {
     const double change = value.item<double>() - before;
     const double rounding = 64 * epsilon * std::max(std::abs(before), std::abs(before + change));
     const double first_order = (distance * probe.squared_norm).item<double>();
-    if (!(std::abs(change - first_order) > std::abs(first_order) / 2 + rounding)) {
+    // What is not finite is not near or far, and has an error of its own.
+    const double off = std::abs(change - first_order);
+    if (!is_finite(off) || off <= std::abs(first_order) / 2 + rounding) {
       return true;
     }
     const double other_end = by_input ? first_order : (distance * slope_there()).item<double>();
-    return !(std::abs(change - (first_order + other_end) / 2) >
-             (std::abs(first_order) + std::abs(other_end)) / 2 + rounding);
+    const double off_mean = std::abs(change - (first_order + other_end) / 2);
+    return !is_finite(off_mean) || off_mean <= (std::abs(first_order) + std::abs(other_end)) / 2 + rounding;
   }
 
   /// The norm of the displacement, a scalar on the device.
@@ -697,9 +718,14 @@ class FiniteDifference final : public Differences {
     return result;
   }
 
-  /// Two parameters on the same memory cannot be moved each by its own gradient.
+  /// Two parameters on the same memory cannot be moved each by its own gradient, nor two elements of one.
   void require_separate_memory() const {
     for (const std::size_t i : parameters_.selected) {
+      if (at::has_internal_overlap(parameters_.tensors[i]) == at::MemOverlap::Yes) {
+        throw ModelError(text({"parameter ", parameters_.names[i], " of shape ", parameters_.tensors[i].sizes(),
+                               " is expanded, several elements in one place, which a difference cannot move each by "
+                               "its own gradient; clone() it before requires_grad_(), or use Exact"}));
+      }
       for (std::size_t j = 0; j < parameters_.tensors.size(); ++j) {
         const auto overlap =
             i == j ? at::MemOverlapStatus::No : at::get_overlap_status(parameters_.tensors[i], parameters_.tensors[j]);
@@ -737,7 +763,7 @@ class FiniteDifference final : public Differences {
   }
 
   /// a -= b, where undefined is zero.
-  static void subtract(std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) { accumulate(a, b, -1.0); }
+  static void subtract(std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) { add_scaled(a, b, -1.0); }
 
   DifferenceSettings settings_;
   const Parameters& parameters_;
@@ -753,8 +779,9 @@ class FiniteDifference final : public Differences {
 
 MICROREG_INLINE std::unique_ptr<Differences> make_differences(const DifferenceRequest& request) {
   const auto make = [&](const auto& chosen, bool central) {
-    return std::make_unique<FiniteDifference>(
-        DifferenceSettings{chosen.step, chosen.gates, central, chosen.check_every, chosen.tolerance}, request);
+    return std::make_unique<FiniteDifference>(DifferenceSettings{chosen.step, chosen.gates, central, chosen.check_every,
+                                                                 chosen.tolerance, chosen.own_functions},
+                                              request);
   };
   if (const auto* forward = std::get_if<ForwardDifference>(&request.estimator)) {
     return make(*forward, false);
@@ -762,4 +789,4 @@ MICROREG_INLINE std::unique_ptr<Differences> make_differences(const DifferenceRe
   return make(std::get<CentralDifference>(request.estimator), true);
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -23,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Whether two tensors on the CPU, of one shape and type, hold the same bits: NaN equals itself, and nothing is
 /// dispatched.
@@ -63,7 +63,7 @@ class GeneratorStates {
     return std::any_of(states_.begin(), states_.end(), [](const auto& saved) {
       at::Generator generator = saved.first;
       const std::scoped_lock lock(generator.mutex());
-      return !at::equal(generator.get_state(), saved.second);
+      return !same_bytes(generator.get_state(), saved.second);
     });
   }
 
@@ -160,11 +160,12 @@ class SavedTensor {
 };
 
 /// What stays between the steps of one object: copies of large tensors, which are taken again only where these have
-/// changed, and which parameters the model writes to in its forward pass.
+/// changed, which parameters the model writes to in its forward pass, and whether random numbers are drawn.
 struct SnapshotMemory {
   std::vector<SavedTensor> large;
   std::vector<at::Tensor> written;
   bool first = true;
+  bool draws = true;  ///< whether generators moved during the last step
 };
 
 /// The devices of `tensors`, each once.
@@ -205,12 +206,15 @@ class Snapshot {
     }
   }
 
-  /// A copy of the same things as they are now.
-  [[nodiscard]] Snapshot now() const {
+  /// A copy of the same buffers and generators as they are now. Not of parameters: those that a first pass has
+  /// projected are to stay so in further ones.
+  [[nodiscard]] Snapshot buffers_now() const {
     const at::NoGradGuard no_grad;
     Snapshot result(generators_.now());
     for (const SavedTensor& saved : saved_) {
-      result.saved_.emplace_back(saved.tensor(), &saved);
+      if (!saved.tensor().requires_grad()) {
+        result.saved_.emplace_back(saved.tensor(), &saved);
+      }
     }
     return result;
   }
@@ -218,6 +222,18 @@ class Snapshot {
   void restore() const {
     restore_buffers();
     generators_.restore();
+  }
+
+  /// The same; but generators from which others have drawn stay as they are, so that nobody gets numbers twice.
+  void restore(bool alone) const {
+    restore_buffers();
+    if (alone) {
+      generators_.restore();
+    } else {
+      TORCH_WARN_ONCE(
+          "microreg does not put random number generators back, since another thread has drawn from them meanwhile and "
+          "would get the same numbers again");
+    }
   }
 
   void restore_buffers() const {
@@ -228,9 +244,9 @@ class Snapshot {
   }
 
   /// The same while an error is on its way, which no other one replaces.
-  void restore_after_error() const noexcept {
+  void restore_after_error(bool alone = true) const noexcept {
     try {
-      restore();
+      restore(alone);
     } catch (const std::exception& error) {
       TORCH_WARN("microreg could not put everything back after an error: ", error.what());
     }
@@ -261,4 +277,4 @@ class Snapshot {
   GeneratorStates generators_;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -12,7 +12,34 @@
 #include <cstdint>
 #include <string>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
+
+/// Code of the user's own that sees gradients: the nearest function, and a hook, by name; empty if there is none.
+struct OwnCode {
+  std::string function, hook;
+};
+
+inline OwnCode own_code(const at::Tensor& root, const Parameters& parameters) {
+  OwnCode result;
+  for (std::size_t i = 0; i < parameters.tensors.size() && result.hook.empty(); ++i) {
+    if (!torch::autograd::impl::hooks(parameters.tensors[i]).empty()) {
+      result.hook = parameters.names[i];
+    }
+  }
+  for_each_node(nodes_of({root}), [&](torch::autograd::Node& node, NodeKind kind) {
+    if (kind == NodeKind::leaf) {
+      return;  // what hangs on its node sees what is added to .grad, not the gradient (and may be ours)
+    }
+    if (kind == NodeKind::function && result.function.empty()) {
+      result.function = node.name();
+    }
+    if (result.hook.empty() &&
+        (!node.tensor_pre_hooks().empty() || !node.pre_hooks().empty() || !node.post_hooks().empty())) {
+      result.hook = node.name();
+    }
+  });
+  return result;
+}
 
 struct Suspects {
   std::string sentence;    ///< empty if there are none
@@ -22,28 +49,10 @@ struct Suspects {
 /// Functions of the user's own, hooks, and nodes that are older than the pass, which began at sequence number
 /// `beginning`.
 inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, std::uint64_t beginning) {
-  using torch::autograd::Node;
-  for (std::size_t i = 0; i < parameters.tensors.size(); ++i) {
-    if (!torch::autograd::impl::hooks(parameters.tensors[i]).empty()) {
-      return {text({"there is a hook on ", parameters.names[i],
-                    ", which a difference applies to each of its gradients: apply it to .grad after the step"}),
-              false};
-    }
-  }
-  std::string function;
-  std::string hooked;
+  const OwnCode own = own_code(loss, parameters);
   std::string old;
-  for_each_node(nodes_of({loss}), [&](Node& node, NodeKind kind) {
-    if (kind == NodeKind::leaf) {
-      return;  // what hangs on its node sees what is added to .grad, not the gradient (and may be ours)
-    }
-    if (kind == NodeKind::function) {
-      function = node.name();
-    }
-    if (!node.tensor_pre_hooks().empty() || !node.pre_hooks().empty() || !node.post_hooks().empty()) {
-      hooked = node.name();
-    }
-    if (node.sequence_nr() < beginning) {
+  for_each_node(nodes_of({loss}), [&](torch::autograd::Node& node, NodeKind kind) {
+    if (kind != NodeKind::leaf && node.sequence_nr() < beginning) {
       old = node.name();
     }
   });
@@ -51,17 +60,20 @@ inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, s
     return {text({"the graph has nodes that are older than the pass (", old,
                   "): weights that were made from parameters once, outside of forward(), do not move with them; make "
                   "them in each pass"}),
-            !function.empty()};
+            !own.function.empty()};
   }
-  if (!function.empty()) {
-    return {text({"there is a function of one's own, ", function,
+  if (!own.function.empty()) {
+    return {text({"there is a function of one's own, ", own.function,
                   ", whose backward decides for itself, or is not the derivative of its forward"}),
             true};
   }
-  if (!hooked.empty()) {
-    return {text({"there is a hook at ", hooked, ", which changes gradients"}), false};
+  if (!own.hook.empty()) {
+    return {text({"there is a hook at ", own.hook,
+                  ", which changes gradients, and which a difference applies to each of them: apply it to .grad after "
+                  "the step"}),
+            true};
   }
   return {};
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail
