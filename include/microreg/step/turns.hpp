@@ -98,6 +98,9 @@ inline void in_turns(std::int64_t workers, std::int64_t count, const std::functi
   std::int64_t next = 0;
   std::size_t ready = 0;
   const auto work_off = [&] {
+    // LibTorch sets a thread's number when it first asks for it, to what all threads begin with: before, not later.
+    at::internal::lazy_init_num_threads();
+    (void)at::get_num_threads();
     at::set_num_threads(1);
     {
       const std::lock_guard lock(mutex);
