@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/UndefinedTensorImpl.h>
 #include <c10/util/intrusive_ptr.h>
@@ -17,6 +16,7 @@
 #include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/report.hpp>
+#include <microreg/step/active_steps.hpp>
 #include <microreg/step/differences.hpp>
 #include <microreg/step/double_backward.hpp>
 #include <microreg/step/graph.hpp>
@@ -36,6 +36,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -131,18 +132,7 @@ inline void check_parameters(const Parameters& parameters) {
                              " is no leaf but computed from other tensors, so it would get no .grad; compute it "
                              "inside the model, and pass what it is computed from"}));
     }
-    const at::Tensor grad = parameter.grad();
-    if (!grad.defined()) {
-      continue;
-    }
-    const char* problem = grad.layout() != at::kStrided                   ? "sparse"
-                          : grad.is_inference()                           ? "an inference tensor"
-                          : grad.sizes() != parameter.sizes()             ? "of another shape than the parameter"
-                          : grad.scalar_type() != parameter.scalar_type() ? "of another type than the parameter"
-                          : grad.device() != parameter.device()           ? "on another device than the parameter"
-                          : !grad.is_non_overlapping_and_dense() && at::has_internal_overlap(grad) != at::MemOverlap::No
-                              ? "expanded, several elements in one place"
-                              : nullptr;
+    const char* const problem = problem_of_grad(parameter);
     if (problem != nullptr) {
       throw ModelError(text({".grad of parameter ", parameters.names[i], " is ", problem,
                              ", so nothing can be added to it; clear it with zero_grad(), or clone() it"}));
@@ -165,6 +155,9 @@ inline at::Tensor laid_out_as(const at::Tensor& parameter, const at::Tensor& gra
 
 /// Adds `sums` to the `.grad` fields of `parameters`, outside of any graph.
 inline void add_to_grad(const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& sums) {
+  // Two threads may step on one model, and plain accumulation is safe there.
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> into;
   std::vector<at::Tensor> from;
@@ -268,6 +261,7 @@ class Step {
   /// to.
   template <class Steps>
   Report guarded(const Steps& steps) {
+    const ActiveStep active(parameters_, options_.estimator.differences() != nullptr);
     SnapshotMemory* const memory = batch_.memory();
     draws_.emplace(memory == nullptr || memory->draws, snapshot_.generators());
     try {

@@ -20,6 +20,7 @@
 #include <microreg/gates/scope.hpp>
 #include <microreg/gates/unseen.hpp>
 #include <microreg/options.hpp>
+#include <microreg/step/active_steps.hpp>
 #include <microreg/step/comparison.hpp>
 #include <microreg/step/differences.hpp>
 #include <microreg/step/double_backward.hpp>
@@ -116,6 +117,7 @@ class Verifier {
   Verification run() {
     try {
       const at::AutoGradMode enable_grad(true);
+      const ActiveStep active(parameters_, /*moves=*/true);
       const GuardedGradients guard(parameters_.tensors, parameters_.names);
       describe();
       try_loss();
