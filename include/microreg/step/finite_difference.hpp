@@ -19,6 +19,7 @@
 #include <microreg/step/displacement.hpp>
 #include <microreg/step/double_backward.hpp>
 #include <microreg/step/mini_batch.hpp>
+#include <microreg/step/own_code.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/suspects.hpp>
@@ -320,7 +321,7 @@ class FiniteDifference final : public Differences {
     if (!displaced || settings_.own_functions == OwnFunctions::smooth) {
       return;
     }
-    if (const auto [function, hook] = own_code(scalar, parameters_); !function.empty() || !hook.empty()) {
+    if (const auto [function, hook] = own_code({scalar}, parameters_); !function.empty() || !hook.empty()) {
       throw GateError(
           text({what, function.empty() ? " has a hook at " : " has a function of one's own, ",
                 function.empty() ? hook : function,

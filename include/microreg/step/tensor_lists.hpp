@@ -169,7 +169,8 @@ inline at::Tensor squared_norm(const std::vector<at::Tensor>& tensors, const at:
       norm = norm.to(norms.front().device(), type);
     }
   }
-  return at::stack(norms).square_().sum();
+  const at::Tensor all = at::stack(norms);
+  return all.dot(all);
 }
 
 /// Why nothing can be added to the `.grad` of a parameter, or scaled in it; null where it can, or there is none.
@@ -241,6 +242,19 @@ inline void add_scaled(std::vector<at::Tensor>& sums, std::vector<at::Tensor> te
   }
   if (!into.empty()) {
     at::_foreach_add_(into, from, factor.number());
+  }
+}
+
+/// Gradients by all parameters, and what they count in a sum.
+struct WeightedGradients {
+  std::vector<at::Tensor> tensors;
+  Factor weight = 1.0;
+};
+
+/// Adds all of them to `sums`, one after the other.
+inline void add_scaled(std::vector<at::Tensor>& sums, std::vector<WeightedGradients> terms) {
+  for (WeightedGradients& term : terms) {
+    add_scaled(sums, std::move(term.tensors), term.weight);
   }
 }
 
