@@ -7,6 +7,8 @@
 #include <microreg/error.hpp>
 #include <microreg/model.hpp>
 
+MICROREG_LIGHTLY_OPTIMIZED
+
 namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE Modules::Modules(std::vector<std::shared_ptr<torch::nn::Module>> modules)
@@ -74,3 +76,5 @@ MICROREG_INLINE std::vector<at::Tensor> buffers_of(const torch::jit::Module& mod
 }  // namespace detail
 
 }  // namespace microreg::inline MICROREG_ABI
+
+MICROREG_FULLY_OPTIMIZED
