@@ -143,7 +143,7 @@ check() {
     flags+=(-DMICROREG_COMPILED -include "$out/all.hpp")
   fi
   while read -r group; do
-    source="$out/$group.cpp"
+    source="$out/all_of_$group.cpp" # no name of a file that it includes
     groups_of "${tests[@]}" | awk -F '\t' -v group="$group" '$1 == group { print "#include \"" $2 ".cpp\"" }' >"$source"
     compile "$out/$group.o" "$source" "${flags[@]}"
     objects+=("$out/$group.o")

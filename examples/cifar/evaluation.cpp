@@ -24,11 +24,11 @@ double accuracy(ImageClassifier& model, const Images& images, const Normalizatio
 
 std::vector<double> measured_penalties(const std::shared_ptr<ImageClassifier>& model, const Images& images,
                                        const Normalization& normalization, std::int64_t micro_batch_size,
-                                       const std::vector<Monitor>& monitors, Layout layout) {
+                                       std::int64_t workers, const std::vector<Monitor>& monitors, Layout layout) {
   const torch::Tensor input = network_input(images.pixels, normalization, layout);
   const auto measured = [&](microreg::AnyPenalty<> penalty) {
     return microreg::measure(model, torch::nn::CrossEntropyLoss(), std::move(penalty), input, images.labels,
-                             {.micro_batch_size = micro_batch_size})
+                             {.micro_batch_size = micro_batch_size, .workers = workers})
         .penalties.front()
         .value.item<double>();
   };

@@ -34,7 +34,8 @@ microreg::RegularizerOptions regularizer_options(const Options& options) {
                        .seed = stream_seed(options.seed, Stream::penalty)},
           .weighting = options.weighting == WeightingName::samples ? microreg::Weighting::samples
                                                                    : microreg::Weighting::reference,
-          .check_finite = microreg::CheckFinite::always};
+          .check_finite = microreg::CheckFinite::always,
+          .workers = options.workers};
 }
 
 void set_learning_rate(torch::optim::Optimizer& optimizer, double learning_rate) {

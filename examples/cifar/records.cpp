@@ -83,6 +83,7 @@ std::string Records::config(const Options& options, const std::string& device, i
   Json config = json_of(options);
   config["device"] = device;
   config["threads"] = threads;
+  config["workers"] = options.workers;
   config["microreg_version"] = microreg::version;
   return config.dump(2);
 }
@@ -171,7 +172,8 @@ void check_same_run(const std::string& saved, const std::string& now, const Opti
   for (const auto& [name, value] : after.items()) {
     const Json old = before.contains(name) ? before.at(name) : Json();
     const bool longer = name == "steps" && options.schedule == Schedule::constant && value > old;
-    if (value != old && name != "output" && !longer) {
+    const bool same_bits = name == "workers" && old.is_number() && value > 0 && old > 0;
+    if (value != old && name != "output" && !longer && !same_bits) {
       throw UsageError(
           fmt::format("--resume: {} is {}, but {} in the run to go on with; give the same options, or start "
                       "anew with --overwrite",

@@ -12,6 +12,8 @@
 #include <utility>
 #include <variant>
 
+MICROREG_LIGHTLY_OPTIMIZED
+
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// Throws OptionError with the field, its value and the remedy.
@@ -67,6 +69,11 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
     throw OptionError(text({"loss_scale is ", options.loss_scale.number,
                             " with a difference, which half types are too coarse for; use Exact"}));
   }
+  if (options.workers < 0) {
+    throw OptionError(text({"workers is ", options.workers,
+                            "; it must be a number of threads, such as the processor has cores, or 0 for micro-batches "
+                            "one after the other"}));
+  }
   for (std::size_t i = 0; i < options.also_train.size(); ++i) {
     if (!options.also_train[i].defined() || !options.also_train[i].requires_grad()) {
       throw OptionError(text({"also_train[", i, "] ",
@@ -91,9 +98,12 @@ MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
                             .short_last = options.short_last,
                             .autocast = options.autocast,
                             .loss_scale = options.loss_scale,
-                            .keep_outputs = options.keep_outputs};
+                            .keep_outputs = options.keep_outputs,
+                            .workers = options.workers};
   validate(result);
   return result;
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

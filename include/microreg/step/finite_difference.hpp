@@ -19,6 +19,7 @@
 #include <microreg/step/displacement.hpp>
 #include <microreg/step/double_backward.hpp>
 #include <microreg/step/mini_batch.hpp>
+#include <microreg/step/own_code.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/suspects.hpp>
@@ -201,10 +202,31 @@ class FiniteDifference final : public Differences {
     return evaluate();
   }
 
-  [[nodiscard]] bool is_due(const Weights& weights) const {
+  [[nodiscard]] bool is_due(const Weights& weights) {
     const bool comparable = settings_.gates == microreg::Gates::frozen || settings_.tolerance > 0;
     return settings_.check_every > 0 && !parameters_.tensors.front().is_meta() && comparable && differs(weights) &&
-           (!proof_.given || proof_.since >= settings_.check_every || has_seen_too_little(weights));
+           (!proof_.given || proof_.since >= settings_.check_every || has_seen_too_little(weights) ||
+            has_another_scale());
+  }
+
+  /// A displacement is proven at one scale of what it moves: biases that were zero, or a layer scale that has grown,
+  /// ask for another one. On a device, where reading would wait, the gap has to do.
+  [[nodiscard]] bool has_another_scale() {
+    const double now = moved_norm();
+    return settings_.step == 0 && (now > 2 * proof_.moved_norm || 2 * now < proof_.moved_norm);
+  }
+
+  /// Of the parameters that are displaced.
+  const at::Tensor& squared_parameter_norm() {
+    if (!squared_parameter_norm_.defined()) {
+      const std::vector<at::Tensor> moved = selected(parameters_.tensors, parameters_);
+      squared_parameter_norm_ = squared_norm(moved, moved.front().options());
+    }
+    return squared_parameter_norm_;
+  }
+
+  double moved_norm() {
+    return squared_parameter_norm().is_cpu() ? std::sqrt(squared_parameter_norm().item<double>()) : 0.0;
   }
 
   /// Whether there will be further passes.
@@ -228,7 +250,8 @@ class FiniteDifference final : public Differences {
     proof_.given = true;
     proof_.since = 0;
     const bool seen = comparison.norm > 0 && comparison.distance <= tolerance() * comparison.norm;
-    proof_.gap = seen ? 0 : std::max<std::int64_t>(1, 2 * proof_.gap);
+    proof_.gap = seen && proof_.factor == 1 ? 0 : std::max<std::int64_t>(1, 2 * proof_.gap);
+    proof_.moved_norm = moved_norm();
     proof_.strengths.resize(weights.strengths.size());
     std::transform(weights.strengths.begin(), weights.strengths.end(), proof_.strengths.begin(),
                    proof_.strengths.begin(), [](double now, double then) { return std::max(now, then); });
@@ -298,7 +321,7 @@ class FiniteDifference final : public Differences {
     if (!displaced || settings_.own_functions == OwnFunctions::smooth) {
       return;
     }
-    if (const auto [function, hook] = own_code(scalar, parameters_); !function.empty() || !hook.empty()) {
+    if (const auto [function, hook] = own_code({scalar}, parameters_); !function.empty() || !hook.empty()) {
       throw GateError(
           text({what, function.empty() ? " has a hook at " : " has a function of one's own, ",
                 function.empty() ? hook : function,
@@ -468,6 +491,11 @@ class FiniteDifference final : public Differences {
       return result;
     };
     Trial best = trial(1);
+    if (proof_.factor != 1 && !agrees(passes, best.comparison)) {  // it was right once: all lengths anew
+      proof_.factor = 1;
+      passes.far = false;
+      best = trial(1);
+    }
     const Comparison first = best.comparison;
     const bool far = passes.far;
     double times = 1;
@@ -641,18 +669,17 @@ class FiniteDifference final : public Differences {
     const at::TensorOptions scalar = probe.squared_norm.options();
     if (term.by_input) {
       check_precision("input", inputs);
-      return automatic_length(inputs, scalar) * proof_.factor;
+      return automatic_length(inputs, squared_norm(inputs, scalar)) * proof_.factor;
     }
     if (!parameter_length_.defined()) {
       const std::vector<at::Tensor> moved = selected(parameters_.tensors, parameters_);
       check_precision("parameters", moved);
-      parameter_length_ = automatic_length(moved, scalar).clamp_max(largest_step(settings_.central));
+      parameter_length_ = automatic_length(moved, squared_parameter_norm()).clamp_max(largest_step(settings_.central));
     }
     return parameter_length_.to(scalar) * proof_.factor;
   }
 
-  at::Tensor automatic_length(const std::vector<at::Tensor>& moved, const at::TensorOptions& scalar) const {
-    const at::Tensor squared = squared_norm(moved, scalar);
+  at::Tensor automatic_length(const std::vector<at::Tensor>& moved, const at::Tensor& squared) const {
     // What is all zero has no scale: displace by the step itself then.
     return at::where(squared == 0, at::ones_like(squared), squared.sqrt()) * relative_step(moved, settings_.central);
   }
@@ -747,6 +774,7 @@ class FiniteDifference final : public Differences {
   bool differs_ = false;                      // some micro-batch was differentiated so
   at::Tensor excess_;                         // on a device: how far a probe was off, over the bound
   std::optional<Displaceable> displaceable_;  // the selected parameters; made when first needed, as is
+  at::Tensor squared_parameter_norm_;         // likewise
   at::Tensor parameter_length_;               // their automatic displacement
 };
 

@@ -1,5 +1,5 @@
 /// @file
-/// Whether the random numbers of a step were drawn by this thread alone.
+/// Whether the random numbers of a step were drawn by its own threads alone.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -8,6 +8,7 @@
 #include <microreg/step/call_watch.hpp>
 #include <microreg/step/snapshot.hpp>
 
+#include <mutex>
 #include <unordered_map>
 
 namespace microreg::inline MICROREG_ABI::detail {
@@ -28,11 +29,13 @@ class OwnDraws final : public CallWatch<OwnDraws> {
   friend class CallWatch<OwnDraws>;
 
   void note(const at::RecordFunction& function) {
+    const std::lock_guard lock(mutex_);
     if (alone_ && draws(function)) {
       alone_ = !last_.moved();
     }
   }
   void note_end(const at::RecordFunction& function) {
+    const std::lock_guard lock(mutex_);
     if (alone_ && draws(function)) {
       last_ = last_.now();
     }
@@ -52,6 +55,7 @@ class OwnDraws final : public CallWatch<OwnDraws> {
     return known_[name] = handle.has_value() && handle->hasTag(at::Tag::nondeterministic_seeded);
   }
 
+  std::mutex mutex_;
   bool wanted_;
   bool alone_ = true;
   GeneratorStates last_;

@@ -4,42 +4,15 @@
 
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/variable.h>
 #include <microreg/detail/graph_walk.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/parameters.hpp>
+#include <microreg/step/own_code.hpp>
 
 #include <cstdint>
 #include <string>
 
 namespace microreg::inline MICROREG_ABI::detail {
-
-/// Code of the user's own that sees gradients: the nearest function, and a hook, by name; empty if there is none.
-struct OwnCode {
-  std::string function, hook;
-};
-
-inline OwnCode own_code(const at::Tensor& root, const Parameters& parameters) {
-  OwnCode result;
-  for (std::size_t i = 0; i < parameters.tensors.size() && result.hook.empty(); ++i) {
-    if (!torch::autograd::impl::hooks(parameters.tensors[i]).empty()) {
-      result.hook = parameters.names[i];
-    }
-  }
-  for_each_node(nodes_of({root}), [&](torch::autograd::Node& node, NodeKind kind) {
-    if (kind == NodeKind::leaf) {
-      return;  // what hangs on its node sees what is added to .grad, not the gradient (and may be ours)
-    }
-    if (kind == NodeKind::function && result.function.empty()) {
-      result.function = node.name();
-    }
-    if (result.hook.empty() &&
-        (!node.tensor_pre_hooks().empty() || !node.pre_hooks().empty() || !node.post_hooks().empty())) {
-      result.hook = node.name();
-    }
-  });
-  return result;
-}
 
 struct Suspects {
   std::string sentence;    ///< empty if there are none
@@ -49,7 +22,7 @@ struct Suspects {
 /// Functions of the user's own, hooks, and nodes that are older than the pass, which began at sequence number
 /// `beginning`.
 inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, std::uint64_t beginning) {
-  const OwnCode own = own_code(loss, parameters);
+  const OwnCode own = own_code({loss}, parameters);
   std::string old;
   for_each_node(nodes_of({loss}), [&](torch::autograd::Node& node, NodeKind kind) {
     if (kind != NodeKind::leaf && node.sequence_nr() < beginning) {
