@@ -212,7 +212,7 @@ TEST_CASE("situations: layers, routing and noise", "[situations]") {
                  {w, codes, o},
                  normal({10, 6}),
                  torch::randint(5, {10}),
-                 [](const Tensor& o, const Tensor& y) { return entropy_loss(o.tanh(), y) + o.square().mean(); }};
+                 [](const Tensor& out, const Tensor& y) { return entropy_loss(out.tanh(), y) + out.square().mean(); }};
        }},
       {"a network that differentiates itself",
        []() -> Situation {
