@@ -12,6 +12,8 @@
 #include <utility>
 #include <variant>
 
+MICROREG_LIGHTLY_OPTIMIZED
+
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// Throws OptionError with the field, its value and the remedy.
@@ -103,3 +105,5 @@ MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

@@ -9,6 +9,8 @@
 
 #include <unordered_set>
 
+MICROREG_LIGHTLY_OPTIMIZED
+
 namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE Parameters trainable(const std::vector<NamedParameter>& all, const ParameterSelection& selection) {
@@ -48,3 +50,5 @@ MICROREG_INLINE Parameters trainable(const std::vector<NamedParameter>& all, con
 }
 
 }  // namespace microreg::inline MICROREG_ABI
+
+MICROREG_FULLY_OPTIMIZED

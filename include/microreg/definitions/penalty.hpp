@@ -7,6 +7,8 @@
 #include <microreg/error.hpp>
 #include <microreg/penalty.hpp>
 
+MICROREG_LIGHTLY_OPTIMIZED
+
 namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE at::Tensor Draws::keep(const at::Tensor& fresh) {
@@ -36,3 +38,5 @@ MICROREG_INLINE const at::Tensor& differentiable_output(const at::Tensor& output
 }
 
 }  // namespace microreg::inline MICROREG_ABI
+
+MICROREG_FULLY_OPTIMIZED

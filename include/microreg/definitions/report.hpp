@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+MICROREG_LIGHTLY_OPTIMIZED
+
 namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
@@ -98,3 +100,5 @@ MICROREG_INLINE void Report::throw_if_not_finite() const {
 }
 
 }  // namespace microreg::inline MICROREG_ABI
+
+MICROREG_FULLY_OPTIMIZED

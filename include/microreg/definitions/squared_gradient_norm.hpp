@@ -19,6 +19,8 @@
 #include <string_view>
 #include <vector>
 
+MICROREG_LIGHTLY_OPTIMIZED
+
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// Whether the graph behind `roots` holds LibTorch's double backward of batch or layer normalisation, whose own
@@ -101,3 +103,5 @@ MICROREG_INLINE at::Tensor summed_squared_gradient_norms(const std::vector<at::T
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

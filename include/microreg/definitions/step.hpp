@@ -44,6 +44,8 @@
 #include <utility>
 #include <vector>
 
+MICROREG_LIGHTLY_OPTIMIZED
+
 namespace microreg::inline MICROREG_ABI::detail {
 
 MICROREG_INLINE void check_output(const at::Tensor& output) {
@@ -67,6 +69,36 @@ MICROREG_INLINE at::Tensor checked_loss(const at::Tensor& value, Reduction reduc
   }
   const at::Tensor scalar = value.dim() == 0 ? value : value.reshape({});
   return reduction == Reduction::mean ? scalar : scalar / size;
+}
+
+MICROREG_INLINE void take_loss(Evaluation& evaluation, LossValue loss, Reduction reduction, std::int64_t size) {
+  evaluation.loss = checked_loss(loss.value, loss.count.has_value() ? Reduction::mean : reduction, size);
+  evaluation.count = loss.count;
+  evaluation.loss_parts = std::move(loss.parts);
+}
+
+MICROREG_INLINE void throw_changed_output(const std::string& who) {
+  throw ModelError(text({who,
+                         " reads the model's output, which the loss has changed in place: use the operation out of "
+                         "place there, or clone() first"}));
+}
+
+MICROREG_INLINE void require_loss_alone(const std::vector<at::Tensor>& probes, const at::Tensor& loss,
+                                        const std::string& who) {
+  if (std::any_of(probes.begin(), probes.end(), [&](const at::Tensor& probe) { return !probe.is_same(loss); })) {
+    throw_changed_output(who);
+  }
+}
+
+MICROREG_INLINE void add_parameters_of_loss(const torch::nn::Module& loss, std::vector<NamedParameter>& parameters) {
+  for (auto& [name, tensor] : named_parameters_of(loss)) {
+    parameters.push_back({"loss." + name, tensor});
+  }
+}
+
+MICROREG_INLINE void add_buffers_of_loss(const torch::nn::Module& loss, std::vector<at::Tensor>& buffers) {
+  const std::vector<at::Tensor> own = loss.buffers();
+  buffers.insert(buffers.end(), own.begin(), own.end());
 }
 
 MICROREG_INLINE LossValue mean_of(const CountedLoss& loss) {
@@ -771,3 +803,5 @@ MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& 
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

@@ -5,12 +5,15 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/libtorch.hpp>
 
 #include <functional>
 #include <string>
 #include <utility>
 #include <vector>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -51,3 +54,5 @@ inline void set_derivative(const at::Tensor& result, at::TensorList operands, co
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/interception.hpp>
 #include <microreg/detail/notice_board.hpp>
 #include <microreg/detail/text.hpp>
@@ -16,6 +17,8 @@
 #include <string>
 #include <string_view>
 #include <utility>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -93,3 +96,5 @@ class Interceptors {
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/fused/norm_kernels.hpp>
 #include <microreg/fused/normalisation.hpp>
 #include <microreg/fused/rule.hpp>
@@ -10,6 +11,8 @@
 #include <array>
 #include <cstdint>
 #include <vector>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -95,3 +98,5 @@ inline constexpr Rule cudnn_batch_norm_backward_rule{
     .halves = HalfTypes::widened};
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

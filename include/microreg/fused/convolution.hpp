@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/fused/rule.hpp>
 #include <microreg/fused/weight_gradient.hpp>
 
@@ -13,6 +14,8 @@
 #include <optional>
 #include <utility>
 #include <vector>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -140,3 +143,5 @@ inline constexpr Rule convolution_backward_rule{
     .forward = convolution_backward};
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

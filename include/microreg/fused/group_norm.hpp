@@ -6,6 +6,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/interceptors.hpp>
 #include <microreg/fused/norm_kernels.hpp>
 #include <microreg/fused/normalisation.hpp>
@@ -14,6 +15,8 @@
 #include <array>
 #include <cstdint>
 #include <utility>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -122,3 +125,5 @@ inline constexpr Rule native_group_norm_rule{
     .halves = HalfTypes::widened};
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

@@ -3,12 +3,15 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/fused/norm_kernels.hpp>
 #include <microreg/fused/normalisation.hpp>
 #include <microreg/fused/rule.hpp>
 
 #include <array>
 #include <cstdint>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -57,3 +60,5 @@ inline constexpr Rule native_layer_norm_backward_rule{
     .halves = HalfTypes::widened};
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/fused/rule.hpp>
 
 #include <algorithm>
@@ -70,6 +71,8 @@ struct NormAffine {
         b(row.r * plus_product(a_in, weight, row.v1, -1)),
         constant(plus_product(b_in, a, row.v0, -1)) {}
 };
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 /// One call, in a shape that its parts broadcast to. Each of weight, v, a, b may be undefined: 1, 0, 0, 0.
 struct NormProblem {
@@ -195,5 +198,7 @@ inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, Output
   }
   return out;
 }
+
+MICROREG_FULLY_OPTIMIZED
 
 }  // namespace microreg::inline MICROREG_ABI::detail

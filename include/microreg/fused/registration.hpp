@@ -21,6 +21,8 @@
 #include <string>
 #include <string_view>
 
+MICROREG_LIGHTLY_OPTIMIZED
+
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// Registers the rules, once per process: another shared object that includes this header finds them there.
@@ -55,3 +57,5 @@ class FusedRegistration {
 MICROREG_INLINE void register_fused_kernels() { static const FusedRegistration registration; }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

@@ -13,6 +13,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/interception.hpp>
 #include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/plain_tensors.hpp>
@@ -25,6 +26,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -194,3 +197,5 @@ class RuleKernel final : public c10::OperatorKernel {
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

@@ -3,9 +3,12 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/fused/rule.hpp>
 
 #include <cstdint>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -30,3 +33,5 @@ inline constexpr Rule weight_norm_rule{
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

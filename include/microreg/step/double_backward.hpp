@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/graph_node.hpp>
 #include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
@@ -21,6 +22,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -194,3 +197,5 @@ inline Estimated double_backward(const MiniBatch& batch, const Evaluation& evalu
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/parameters.hpp>
@@ -16,6 +17,8 @@
 #include <algorithm>
 #include <string>
 #include <vector>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -117,3 +120,5 @@ struct Weights {
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

@@ -2,6 +2,7 @@
 /// Which micro-batches of a step are penalised, and how much they count then.
 #pragma once
 
+#include <microreg/detail/config.hpp>
 #include <microreg/options.hpp>
 
 #include <cmath>
@@ -10,6 +11,8 @@
 #include <random>
 #include <utility>
 #include <vector>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -63,3 +66,5 @@ inline Choice choose_penalised(const Sampling& sampling, std::int64_t step, std:
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED

@@ -8,6 +8,7 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/core/Device.h>
 #include <c10/util/Exception.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/version_of.hpp>
 
 #include <algorithm>
@@ -22,6 +23,8 @@
 #include <unordered_set>
 #include <utility>
 #include <vector>
+
+MICROREG_LIGHTLY_OPTIMIZED
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -278,3 +281,5 @@ class Snapshot {
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
+
+MICROREG_FULLY_OPTIMIZED
