@@ -281,6 +281,7 @@ class Step {
         strengths_(strengths_at(batch, options, step)),
         parameters_(trainable(all_parameters(batch, options), options.select)),
         parts_(batch.parts()),
+        active_(parameters_, options.estimator.differences() != nullptr),
         snapshot_(checked_snapshot()),
         sums_{std::vector<at::Tensor>(parameters_.tensors.size()),
               std::vector<at::Tensor>(options.gradient_ratio ? parameters_.tensors.size() : 0)} {
@@ -293,7 +294,6 @@ class Step {
   /// to.
   template <class Steps>
   Report guarded(const Steps& steps) {
-    const ActiveStep active(parameters_, options_.estimator.differences() != nullptr);
     SnapshotMemory* const memory = batch_.memory();
     draws_.emplace(memory == nullptr || memory->draws, snapshot_.generators());
     try {
@@ -603,6 +603,7 @@ class Step {
   std::vector<double> strengths_;
   Parameters parameters_;
   std::vector<Part> parts_;
+  ActiveStep active_;  // before anything is copied that another thread may be moving
   Snapshot snapshot_;
   Sums sums_;
 
