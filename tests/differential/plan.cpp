@@ -181,9 +181,9 @@ Plan make_plan(std::uint64_t seed) {
   plan.options.gradient_ratio = random.once_in(6);
   plan.options.keep_outputs = random.once_in(6);
   plan.options.loss_scale = random.once_in(6) ? 1024 : 1;
-  plan.description +=
-      c10::str(", weighting ", int(plan.options.weighting), plan.options.gradient_ratio ? ", gradient ratio" : "",
-               plan.options.keep_outputs ? ", keep outputs" : "", plan.options.loss_scale != 1 ? ", loss scale" : "");
+  plan.description += c10::str(
+      ", weighting ", int(plan.options.weighting), plan.options.gradient_ratio ? ", gradient ratio" : "",
+      plan.options.keep_outputs ? ", keep outputs" : "", plan.options.loss_scale.number != 1 ? ", loss scale" : "");
   return plan;
 }
 
