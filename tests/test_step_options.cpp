@@ -222,6 +222,10 @@ TEST_CASE("a loss that says what it is a mean over", "[step options]") {
     CHECK(relative_error(flat_grad(model->parameters()), expected) < 1e-6);
     CHECK(report.loss.item<double>() == Approx(sum(0, 10).item<double>() / 4).epsilon(1e-12));
   }
+  Regularizer alike(model, counted, GradientNorm{},
+                    {.micro_batch_size = 4, .weighting = microreg::Weighting::reference});
+  CHECK(has(message_of<OptionError>([&] { (void)alike.backward(batch.input, labels); }),
+            {"Weighting::reference", "CountedLoss"}));
   labels.fill_(-100);
   Regularizer r(model, counted, GradientNorm{}, {.micro_batch_size = 4});
   CHECK(has(message_of<ModelError>([&] { (void)r.backward(batch.input, labels); }), {"counts", "0"}));

@@ -8,8 +8,6 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE Autocast::Autocast(c10::DeviceType device, at::ScalarType type)
@@ -34,5 +32,3 @@ MICROREG_INLINE Autocast::~Autocast() {
 }
 
 }  // namespace microreg::inline MICROREG_ABI
-
-MICROREG_FULLY_OPTIMIZED

@@ -6,8 +6,6 @@
 #include <microreg/batch.hpp>
 #include <microreg/detail/config.hpp>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 MICROREG_INLINE void SampleCounter::add(const at::Tensor& tensor, const std::string& path, std::int64_t dimension) {
@@ -86,5 +84,3 @@ MICROREG_INLINE void throw_shared_fields(const std::string& path) {
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

@@ -11,8 +11,6 @@
 #include <string_view>
 #include <utility>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE Modules::Modules(std::vector<std::shared_ptr<torch::nn::Module>> modules)
@@ -101,5 +99,3 @@ MICROREG_INLINE std::vector<at::Tensor> buffers_of(const torch::jit::Module& mod
 }  // namespace detail
 
 }  // namespace microreg::inline MICROREG_ABI
-
-MICROREG_FULLY_OPTIMIZED

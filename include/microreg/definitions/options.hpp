@@ -12,8 +12,6 @@
 #include <utility>
 #include <variant>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// Throws OptionError with the field, its value and the remedy.
@@ -105,5 +103,3 @@ MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

@@ -9,8 +9,6 @@
 
 #include <unordered_set>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE Parameters trainable(const std::vector<NamedParameter>& all, const ParameterSelection& selection) {
@@ -50,5 +48,3 @@ MICROREG_INLINE Parameters trainable(const std::vector<NamedParameter>& all, con
 }
 
 }  // namespace microreg::inline MICROREG_ABI
-
-MICROREG_FULLY_OPTIMIZED

@@ -7,8 +7,6 @@
 #include <microreg/error.hpp>
 #include <microreg/penalty.hpp>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE at::Tensor Draws::keep(const at::Tensor& fresh) {
@@ -38,5 +36,3 @@ MICROREG_INLINE const at::Tensor& differentiable_output(const at::Tensor& output
 }
 
 }  // namespace microreg::inline MICROREG_ABI
-
-MICROREG_FULLY_OPTIMIZED

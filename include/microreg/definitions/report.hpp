@@ -15,8 +15,6 @@
 #include <utility>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
@@ -100,5 +98,3 @@ MICROREG_INLINE void Report::throw_if_not_finite() const {
 }
 
 }  // namespace microreg::inline MICROREG_ABI
-
-MICROREG_FULLY_OPTIMIZED

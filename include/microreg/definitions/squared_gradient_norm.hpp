@@ -19,8 +19,6 @@
 #include <string_view>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// Whether the graph behind `roots` holds LibTorch's double backward of batch or layer normalisation, whose own
@@ -103,5 +101,3 @@ MICROREG_INLINE at::Tensor summed_squared_gradient_norms(const std::vector<at::T
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

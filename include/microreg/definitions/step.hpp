@@ -44,8 +44,6 @@
 #include <utility>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 MICROREG_INLINE void check_output(const at::Tensor& output) {
@@ -404,6 +402,12 @@ class Step {
     }
     const auto keep = [&](Evaluation& evaluation) {
       if (evaluation.count.has_value()) {
+        if (options_.weighting == Weighting::reference) {
+          throw OptionError(
+              "weighting is Weighting::reference, which counts micro-batches alike, and the loss returns a "
+              "CountedLoss, "
+              "by whose counts they weigh; return the mean from the loss, or leave weighting at Weighting::samples");
+        }
         counts_.push_back(*evaluation.count);
         // Relative to the first, and not 0, by which a difference would divide; all of them are scaled at the end.
         const double relative = std::max(*evaluation.count / std::max(counts_.front(), 1.0), 1e-30);
@@ -804,5 +808,3 @@ MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& 
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

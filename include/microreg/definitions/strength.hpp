@@ -8,8 +8,6 @@
 #include <microreg/error.hpp>
 #include <microreg/strength.hpp>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE void Strength::require_schedule() const {
@@ -27,5 +25,3 @@ MICROREG_INLINE double Strength::checked(double value, std::int64_t step) {
 }
 
 }  // namespace microreg::inline MICROREG_ABI
-
-MICROREG_FULLY_OPTIMIZED

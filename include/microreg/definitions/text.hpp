@@ -7,8 +7,6 @@
 
 #include <sstream>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 MICROREG_INLINE std::string Piece::of(double number) {
@@ -32,5 +30,3 @@ MICROREG_INLINE std::string text(std::initializer_list<Piece> pieces) {
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

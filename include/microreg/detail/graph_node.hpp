@@ -13,8 +13,6 @@
 #include <utility>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// A node with one result, whose derivative is a function. torch::autograd::Function would do, at ten seconds of every
@@ -54,5 +52,3 @@ inline void set_derivative(const at::Tensor& result, at::TensorList operands, co
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

@@ -17,8 +17,6 @@
 #include <unordered_set>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 enum class NodeKind {
@@ -89,5 +87,3 @@ inline std::vector<torch::autograd::Node*> nodes_of(const std::vector<at::Tensor
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

@@ -18,8 +18,6 @@
 #include <string_view>
 #include <utility>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// Held while kernels are registered, so that no two shared objects of a process register the same one. From the first
@@ -96,5 +94,3 @@ class Interceptors {
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

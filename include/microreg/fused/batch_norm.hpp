@@ -12,8 +12,6 @@
 #include <cstdint>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// The problem of a call, and what came in for its results.
@@ -98,5 +96,3 @@ inline constexpr Rule cudnn_batch_norm_backward_rule{
     .halves = HalfTypes::widened};
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

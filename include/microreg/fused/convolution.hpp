@@ -15,8 +15,6 @@
 #include <utility>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// The arguments of a convolution_backward: grad_output 0, input 1, weight 2, bias_sizes 3, stride 4, padding 5,
@@ -143,5 +141,3 @@ inline constexpr Rule convolution_backward_rule{
     .forward = convolution_backward};
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

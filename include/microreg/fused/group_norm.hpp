@@ -16,8 +16,6 @@
 #include <cstdint>
 #include <utility>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// The problem of a call as [sample, group, channel of the group, pixel], and what came in for its results.
@@ -125,5 +123,3 @@ inline constexpr Rule native_group_norm_rule{
     .halves = HalfTypes::widened};
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

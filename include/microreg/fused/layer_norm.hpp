@@ -11,8 +11,6 @@
 #include <array>
 #include <cstdint>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// The problem of a call as a matrix whose rows are normalised, and what came in for its results.
@@ -60,5 +58,3 @@ inline constexpr Rule native_layer_norm_backward_rule{
     .halves = HalfTypes::widened};
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

@@ -72,8 +72,6 @@ struct NormAffine {
         constant(plus_product(b_in, a, row.v0, -1)) {}
 };
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 /// One call, in a shape that its parts broadcast to. Each of weight, v, a, b may be undefined: 1, 0, 0, 0.
 struct NormProblem {
   at::Tensor dy, x, weight, mean, rstd, v, a, b;
@@ -198,7 +196,5 @@ inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, Output
   }
   return out;
 }
-
-MICROREG_FULLY_OPTIMIZED
 
 }  // namespace microreg::inline MICROREG_ABI::detail

@@ -21,8 +21,6 @@
 #include <string>
 #include <string_view>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// Registers the rules, once per process: another shared object that includes this header finds them there.
@@ -57,5 +55,3 @@ class FusedRegistration {
 MICROREG_INLINE void register_fused_kernels() { static const FusedRegistration registration; }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

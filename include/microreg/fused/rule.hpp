@@ -27,8 +27,6 @@
 #include <utility>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 using Tensors = std::vector<at::Tensor>;
@@ -197,5 +195,3 @@ class RuleKernel final : public c10::OperatorKernel {
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

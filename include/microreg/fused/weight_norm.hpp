@@ -8,8 +8,6 @@
 
 #include <cstdint>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// w = g v / ||v||, the norm over all dimensions but one. With q = sum of dw v over those:
@@ -33,5 +31,3 @@ inline constexpr Rule weight_norm_rule{
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

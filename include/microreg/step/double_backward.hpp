@@ -23,8 +23,6 @@
 #include <utility>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// A scalar whose backward pass starts at `roots` with `seeds`, its value without meaning. Handed to the engine
@@ -197,5 +195,3 @@ inline Estimated double_backward(const MiniBatch& batch, const Evaluation& evalu
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

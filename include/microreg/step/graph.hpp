@@ -25,8 +25,6 @@
 #include <utility>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// The leaves behind `root` that require a gradient.
@@ -235,5 +233,3 @@ class GuardedGradients {
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

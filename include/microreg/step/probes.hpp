@@ -18,8 +18,6 @@
 #include <string>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// The probes of penalty `index`, checked.
@@ -120,5 +118,3 @@ struct Weights {
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

@@ -13,8 +13,6 @@
 #include <string_view>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// While it lives and is `wanted`, notes how LSTM, GRU and RNN are called on this thread.
@@ -62,5 +60,3 @@ class RecurrentCalls final : public CallWatch<RecurrentCalls> {
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

@@ -12,8 +12,6 @@
 #include <utility>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// The penalised micro-batches of one step; `factor` is what their weights are multiplied by.
@@ -66,5 +64,3 @@ inline Choice choose_penalised(const Sampling& sampling, std::int64_t step, std:
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

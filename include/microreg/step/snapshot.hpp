@@ -24,8 +24,6 @@
 #include <utility>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// Whether two tensors on the CPU, of one shape and type, hold the same bits: NaN equals itself, and nothing is
@@ -281,5 +279,3 @@ class Snapshot {
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED

@@ -23,8 +23,6 @@
 #include <utility>
 #include <vector>
 
-MICROREG_LIGHTLY_OPTIMIZED
-
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// An operation has no derivative where one is needed. Known by what LibTorch, and libraries of operations, say then.
@@ -338,5 +336,3 @@ inline std::vector<at::Tensor> extrapolated(const std::vector<at::Tensor>& from,
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail
-
-MICROREG_FULLY_OPTIMIZED
