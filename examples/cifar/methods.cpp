@@ -1,5 +1,7 @@
 #include "methods.hpp"
 
+#include <algorithm>
+#include <cstdint>
 #include <utility>
 
 #include "random_streams.hpp"
@@ -35,7 +37,7 @@ microreg::RegularizerOptions regularizer_options(const Options& options) {
           .weighting = options.weighting == WeightingName::samples ? microreg::Weighting::samples
                                                                    : microreg::Weighting::reference,
           .check_finite = microreg::CheckFinite::always,
-          .workers = options.workers};
+          .workers = std::max<std::int64_t>(options.workers, 0)};  // unresolved: micro-batches in order
 }
 
 void set_learning_rate(torch::optim::Optimizer& optimizer, double learning_rate) {
