@@ -391,7 +391,7 @@ class Step {
   void estimate_part(std::int64_t i, Turns& turns, const Choice& choice, const Estimate& estimate) {
     const Part& part = parts_[static_cast<std::size_t>(i)];
     const bool penalised = choice.chosen[static_cast<std::size_t>(part.index)];
-    Weights weights{part.weight * loss_scale(), penalised ? part.weight * choice.factor : 0.0, strengths_};
+    Weights weights{part.weight * total_scale(), penalised ? part.weight * choice.factor : 0.0, strengths_};
     UntrainedLeaves untrained;
     turns.await(Turns::Stage::forward, i);
     const OwnDraws::Here draws(*draws_);
@@ -453,7 +453,7 @@ class Step {
   }
 
   /// |B| where the loss keeps the scale of a sum, otherwise 1.
-  [[nodiscard]] double loss_scale() const {
+  [[nodiscard]] double total_scale() const {
     double samples = 0;
     for (const Part& part : parts_) {
       samples += static_cast<double>(part.size);
@@ -530,7 +530,7 @@ class Step {
     }
     result.micro_batch_losses = at::stack(losses_);
     result.loss = weighted_sum(losses_, parts_);
-    if (const double scale = counts_.empty() ? loss_scale() : 1; scale != 1) {
+    if (const double scale = counts_.empty() ? total_scale() : 1; scale != 1) {
       result.loss = result.loss * scale;
     }
     require_equal_parts();
@@ -636,7 +636,7 @@ inline void require_plain_input(const MiniBatch& batch) {
 /// The gradient of weight * loss.
 inline WeightedGradients loss_gradient(const at::Tensor& loss, double weight, const Scale& scale,
                                        const Parameters& parameters, bool retain_graph) {
-  return {gradients({loss}, parameters.tensors, {scale.seed(loss)}, retain_graph, /*create_graph=*/false, "the loss"),
+  return {gradients({loss}, parameters.tensors, scale.seeds(loss), retain_graph, /*create_graph=*/false, "the loss"),
           scale.over(weight)};
 }
 
@@ -765,7 +765,8 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
       difference->finish();
     }
     add_to_grad(parameters.tensors, sums);
-    progress = next;
+    progress.proof = next.proof;  // and no more: a callable may have set or replaced the rest
+    progress.scale = next.scale;
     return report;
   });
 }

@@ -384,6 +384,19 @@ class ObjectiveOnBatch final : public MiniBatch {
   c10::DeviceType device_ = c10::kCPU;
 };
 
+/// What `look` finds on one mini-batch with an objective of its own.
+template <class Found, class M, class Loss, class PenaltyOrSum, class Input, class Target>
+Found on_one_batch(M&& model, Loss loss, PenaltyOrSum penalty, const Input& input, const Target& target,
+                   const RegularizerOptions& options, Found (*look)(MiniBatch&, const RegularizerOptions&)) {
+  using Inputs = Owned<Input>;  // of std::tie, a tuple of values
+  using Targets = Owned<Target>;
+  const auto objective = make_objective<Inputs, Targets>(std::forward<M>(model), std::move(loss), std::move(penalty));
+  const Inputs& inputs = input;
+  const Targets& targets = target;
+  ObjectiveOnBatch<Inputs, Targets> batch(*objective, options, inputs, targets);
+  return look(batch, options);
+}
+
 }  // namespace detail
 
 }  // namespace microreg::inline MICROREG_ABI
