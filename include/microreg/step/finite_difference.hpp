@@ -119,11 +119,7 @@ class FiniteDifference final : public Differences {
       if (passes.due) {
         add_proven(passes, sums);
       } else {
-        for (std::size_t i = 0; i < passes.terms.size(); ++i) {
-          if (passes.terms[i].left > 0) {
-            add_penalty(passes, i, sums);
-          }
-        }
+        add_penalties(passes, 1, sums);
       }
       after.restore_buffers();
       differs_ = true;
@@ -369,57 +365,57 @@ class FiniteDifference final : public Differences {
             info.squared ? slope * (2 * factor) : slope * over_norm(passes.terms[index].squared_norm, factor)};
   }
 
-  /// Adds weights.penalty * strength * grad R_M, one displaced pass (or two) a probe.
-  void add_penalty(Passes& passes, std::size_t index, std::vector<at::Tensor>& sums) {
-    const Term& term = passes.terms[index];
-    for (std::size_t k = 0; k < term.probes.size(); ++k) {
-      const Probe& probe = term.probes[k];
-      const auto [per_norm, scale] = distance(passes, index, probe, 1);
-      passes.far = false;
-      const auto displaced = [&, e = per_norm](double times) {
-        return displaced_gradient(passes, index, k, e * times);
-      };
-      std::vector<at::Tensor> there = displaced(settings_.central ? 0.5 : 1);
-      std::vector<at::Tensor> back = settings_.central ? displaced(-0.5) : std::vector<at::Tensor>();
-      if (passes.far) {
-        if (auto exact = double_backward_again(passes, std::pair(index, k))) {
-          add_scaled(sums, std::move(*exact));
-          if (probe.brings_loss) {
-            add_scaled(sums, probe.gradient, passes.weights.loss);
-          }
-          continue;
-        }
+  /// Adds weights.penalty * strength * grad R_M of all penalties, one displaced pass (or two) a probe, with
+  /// displacements `times` as long.
+  void add_penalties(Passes& passes, double times, std::vector<at::Tensor>& sums) {
+    for (std::size_t i = 0; i < passes.terms.size(); ++i) {
+      for (std::size_t k = 0; passes.terms[i].left > 0 && k < passes.terms[i].probes.size(); ++k) {
+        add_probe(passes, i, k, times, sums);
       }
-      if (probe.brings_loss) {  // one sweep instead of three
-        const double weight = passes.weights.loss;
-        add_scaled(sums, extrapolated(probe.gradient, std::move(there), scale / weight), weight);
-        continue;
-      }
-      subtract(there, settings_.central ? back : probe.gradient);
-      add_scaled(sums, std::move(there), scale);
     }
   }
 
-  /// The same for all penalties, with displacements `times` as long.
-  std::vector<at::Tensor> all_penalties(Passes& passes, double times) {
-    std::vector<at::Tensor> result(parameters_.tensors.size());
-    for (std::size_t i = 0; i < passes.terms.size(); ++i) {
-      for (std::size_t k = 0; passes.terms[i].left > 0 && k < passes.terms[i].probes.size(); ++k) {
-        const Probe& probe = passes.terms[i].probes[k];
-        const auto [per_norm, scale] = distance(passes, i, probe, times);
-        std::vector<at::Tensor> difference =
-            displaced_gradient(passes, i, k, settings_.central ? per_norm * 0.5 : per_norm);
-        subtract(difference, settings_.central ? displaced_gradient(passes, i, k, per_norm * -0.5) : probe.gradient);
-        add_scaled(result, std::move(difference), scale);
+  /// What one probe adds to that.
+  void add_probe(Passes& passes, std::size_t index, std::size_t k, double times, std::vector<at::Tensor>& sums) {
+    const Probe& probe = passes.terms[index].probes[k];
+    const auto [per_norm, scale] = distance(passes, index, probe, times);
+    const double weight = passes.weights.loss;
+    if (!passes.due) {
+      passes.far = false;
+    }
+    std::vector<at::Tensor> there = displaced_gradient(passes, index, k, settings_.central ? per_norm * 0.5 : per_norm);
+    if (settings_.central) {
+      subtract(there, displaced_gradient(passes, index, k, per_norm * -0.5));
+    }
+    if (passes.far && !passes.due) {
+      if (auto exact = exactly(passes, std::pair(index, k))) {
+        add_scaled(sums, std::move(*exact));
+        if (probe.brings_loss) {
+          add_scaled(sums, probe.gradient, weight);
+        }
+        return;
       }
     }
+    if (probe.brings_loss) {  // one sweep instead of three
+      add_scaled(sums, extrapolated(probe.gradient, std::move(there), scale / weight), weight);
+      return;
+    }
+    if (!settings_.central) {
+      subtract(there, probe.gradient);
+    }
+    add_scaled(sums, std::move(there), scale);
+  }
+
+  std::vector<at::Tensor> all_penalties(Passes& passes, double times) {
+    std::vector<at::Tensor> result(parameters_.tensors.size());
+    add_penalties(passes, times, result);
     return result;
   }
 
   /// The same by double backward of one more pass at the first point, or of one probe only. Nothing where an operation
   /// has no second derivative. Throws DifferenceError if that pass does not repeat the first.
-  std::optional<std::vector<at::Tensor>> double_backward_again(
-      Passes& passes, const std::optional<std::pair<std::size_t, std::size_t>>& only) {
+  std::optional<std::vector<at::Tensor>> exactly(Passes& passes,
+                                                 const std::optional<std::pair<std::size_t, std::size_t>>& only) {
     passes.before.restore_buffers();
     const FusedScope fused(fused_);
     const std::uint64_t beginning = at::sequence_number::peek();
@@ -427,45 +423,39 @@ class FiniteDifference final : public Differences {
     if (passes.due) {
       passes.suspects = suspects(evaluation->loss, parameters_, beginning);
     }
-    std::vector<at::Tensor> roots;
-    std::vector<at::Tensor> seeds;
+    const auto factor = [&](std::size_t i) { return passes.weights.strengths[i] * passes.weights.penalty; };
+    double largest = 0;
+    for (std::size_t i = 0; i < passes.terms.size(); ++i) {
+      largest = std::max(largest, factor(i));
+    }
+    DoubleBackward step(*evaluation, parameters_, HalfRange(1, std::nullopt, parameters_), largest);
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       Term& term = passes.terms[i];
       const TermInfo& info = passes.batch.term(i);
-      const double factor = passes.weights.strengths[i] * passes.weights.penalty;
-      if (factor <= 0 || (only && only->first != i)) {
+      if (factor(i) <= 0 || (only && only->first != i)) {
         continue;
       }
       term.draws.replay();
-      const auto probes = repeated(*term.gates, [&] { return checked_probes(*evaluation, i, info, &term.draws); });
+      auto probes = repeated(*term.gates, [&] { return checked_probes(*evaluation, i, info, &term.draws); });
       require_as_many(info, term, probes);
       for (std::size_t k = 0; k < probes.size(); ++k) {
-        if (only && only->second != k) {
-          continue;
-        }
-        require_repeated(passes, i, term.probes[k], probes[k]);
-        try {
-          for (const at::Tensor& g :
-               gradients({probes[k]}, counted_tensors(*evaluation, info, parameters_), {}, /*retain_graph=*/true,
-                         /*create_graph=*/true, info.name)) {
-            if (g.defined() && g.requires_grad()) {
-              const at::NoGradGuard no_grad;
-              roots.push_back(g);
-              seeds.push_back(info.squared ? g.detach() * (2 * factor)
-                                           : g.detach() * over_norm(term.squared_norm, factor).to(g.scalar_type()));
-            }
-          }
-        } catch (const std::exception&) {
-          return std::nullopt;
+        if (!only || only->second == k) {
+          require_repeated(passes, i, term.probes[k], probes[k]);
         }
       }
-    }
-    if (roots.empty()) {
-      return std::vector<at::Tensor>(parameters_.tensors.size());
+      if (only) {
+        probes = {probes[only->second]};
+      }
+      try {
+        (void)step.add(info, probes, factor(i), term.squared_norm);
+      } catch (const std::exception&) {
+        return std::nullopt;
+      }
     }
     try {
-      return gradients({seeded_roots(roots, std::move(seeds))}, parameters_.tensors, {}, /*retain_graph=*/false,
-                       /*create_graph=*/false, "the exact penalty");
+      std::vector<at::Tensor> result(parameters_.tensors.size());
+      add_scaled(result, step.finish(0));
+      return result;
     } catch (const std::exception&) {
       return std::nullopt;
     }
@@ -486,7 +476,7 @@ class FiniteDifference final : public Differences {
     const auto trial = [&](double times) {
       Trial result{all_penalties(passes, times), {}};
       if (times == 1) {
-        exact = double_backward_again(passes, std::nullopt);
+        exact = exactly(passes, std::nullopt);
       }
       result.comparison = compare(result.found, exact ? *exact : all_penalties(passes, 2 * times));
       return result;
