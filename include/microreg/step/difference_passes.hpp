@@ -27,6 +27,7 @@ struct DifferenceSettings {
   std::int64_t check_every;
   double tolerance;
   OwnFunctions own_functions;
+  Displace displace;
 
   [[nodiscard]] Frozen frozen() const { return gates == microreg::Gates::frozen ? Frozen::all : Frozen::draws; }
 };

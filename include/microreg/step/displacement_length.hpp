@@ -77,12 +77,23 @@ class Displacements {
     return *displaceable_;
   }
 
-  /// Leaves at inputs[i] + distance * directions[i].
-  static std::vector<at::Tensor> moved_inputs(const std::vector<at::Tensor>& inputs,
-                                              const std::vector<at::Tensor>& directions, const at::Tensor& distance) {
+  /// All parameters, with displaced copies in place of the selected ones.
+  [[nodiscard]] std::vector<at::Tensor> copies(const std::vector<at::Tensor>& directions,
+                                               const at::Tensor& distance) const {
+    std::vector<at::Tensor> result = parameters_.tensors;
+    const std::vector<at::Tensor> there = moved(selected(result, parameters_), directions, distance);
+    for (std::size_t i = 0; i < there.size(); ++i) {
+      result[parameters_.selected[i]] = there[i];
+    }
+    return result;
+  }
+
+  /// Leaves at tensors[i] + distance * directions[i].
+  static std::vector<at::Tensor> moved(const std::vector<at::Tensor>& tensors,
+                                       const std::vector<at::Tensor>& directions, const at::Tensor& distance) {
     std::vector<at::Tensor> result;
-    for (std::size_t i = 0; i < inputs.size(); ++i) {
-      const at::Tensor plain = inputs[i].detach();
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const at::Tensor plain = tensors[i].detach();
       const at::Tensor factor = distance.to(plain.device(), plain.scalar_type());
       result.push_back(directions[i].defined() ? at::addcmul(plain, directions[i], factor) : plain);
       result.back().requires_grad_(true);
@@ -109,9 +120,11 @@ class Displacements {
   void require_separate_memory() const {
     for (const std::size_t i : parameters_.selected) {
       if (at::has_internal_overlap(parameters_.tensors[i]) == at::MemOverlap::Yes) {
-        throw ModelError(text({"parameter ", parameters_.names[i], " of shape ", parameters_.tensors[i].sizes(),
-                               " is expanded, several elements in one place, which a difference cannot move each by "
-                               "its own gradient; clone() it before requires_grad_(), or use Exact"}));
+        throw ModelError(
+            text({"parameter ", parameters_.names[i], " of shape ", parameters_.tensors[i].sizes(),
+                  " is expanded, several elements in one place, which a difference cannot move each by "
+                  "its own gradient; clone() it before requires_grad_(), set .displace = Displace::copies, or use "
+                  "Exact"}));
       }
       for (std::size_t j = 0; j < parameters_.tensors.size(); ++j) {
         const auto overlap =
@@ -119,7 +132,7 @@ class Displacements {
         if (overlap == at::MemOverlapStatus::Full || overlap == at::MemOverlapStatus::Partial) {
           throw ModelError(text({"parameters ", parameters_.names[i], " and ", parameters_.names[j],
                                  " share memory, and a difference cannot move one alone; register one tensor in both "
-                                 "places, or use Exact"}));
+                                 "places, set .displace = Displace::copies, or use Exact"}));
         }
       }
     }

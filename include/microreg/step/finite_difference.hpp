@@ -5,6 +5,9 @@
 #include <ATen/ATen.h>
 #include <ATen/SequenceNumber.h>
 #include <microreg/detail/config.hpp>
+#include <microreg/detail/substitution.hpp>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
 #include <microreg/estimator.hpp>
 #include <microreg/fused/scope.hpp>
 #include <microreg/parameters.hpp>
@@ -144,13 +147,19 @@ class FiniteDifference final : public Differences {
       subtract(there, displaced_gradient(passes, index, k, per_norm * -0.5));
     }
     if (passes.far && !passes.due) {
-      if (auto exact = exactly(passes, std::pair(index, k))) {
-        add_scaled(sums, std::move(*exact));
-        if (probe.brings_loss) {
-          add_scaled(sums, probe.gradient, weight);
-        }
-        return;
+      auto exact = exactly(passes, std::pair(index, k));
+      if (!exact.has_value()) {
+        throw DifferenceError(
+            text({passes.batch.term(index).name, ": on micro-batch ", passes.part.index,
+                  " the change between the points of a difference is lost in rounding (an almost fitted batch), and an "
+                  "operation has no second derivative to differentiate it exactly; choose a larger .step, or replace "
+                  "that operation"}));
       }
+      add_scaled(sums, std::move(*exact));
+      if (probe.brings_loss) {
+        add_scaled(sums, probe.gradient, weight);
+      }
+      return;
     }
     if (probe.brings_loss) {  // one sweep instead of three
       add_scaled(sums, extrapolated(probe.gradient, std::move(there), scale / weight), weight);
@@ -296,9 +305,14 @@ class FiniteDifference final : public Differences {
     --term.left;
     passes.before.restore_buffers();
     std::optional<Displacement> displacement;
+    std::optional<Substitution> substitution;
+    std::vector<at::Tensor> leaves = parameters_.tensors;
     std::vector<at::Tensor> inputs;
     if (info.by_input) {
-      inputs = Displacements::moved_inputs(passes.inputs, probe.direction, distance);
+      inputs = Displacements::moved(passes.inputs, probe.direction, distance);
+    } else if (settings_.displace == Displace::copies) {
+      leaves = displacements_.copies(probe.direction, distance);
+      substitution.emplace(parameters_.tensors, leaves);
     } else {
       displacement.emplace(displacements_.parameters(), probe.direction, distance);
     }
@@ -308,8 +322,7 @@ class FiniteDifference final : public Differences {
     const auto probes = replayed(*term.gates, settings_.frozen(), term.left == 0,
                                  [&] { return checked_probes(*evaluation, index, info, &term.draws); });
     ProbeWatch::require_as_many(info, term, probes);
-    auto result =
-        gradients({probes[k]}, parameters_.tensors, {}, /*retain_graph=*/false, /*create_graph=*/false, info.name);
+    auto result = gradients({probes[k]}, leaves, {}, /*retain_graph=*/false, /*create_graph=*/false, info.name);
     for (at::Tensor& gradient : result) {  // They will be written to, and autograd may return one tensor twice.
       gradient = gradient.defined() ? owned(std::move(gradient)) : gradient;
     }
@@ -333,9 +346,10 @@ class FiniteDifference final : public Differences {
 
 MICROREG_INLINE std::unique_ptr<Differences> make_differences(const DifferenceRequest& request) {
   const auto make = [&](const auto& chosen, bool central) {
-    return std::make_unique<FiniteDifference>(DifferenceSettings{chosen.step, chosen.gates, central, chosen.check_every,
-                                                                 chosen.tolerance, chosen.own_functions},
-                                              request);
+    return std::make_unique<FiniteDifference>(
+        DifferenceSettings{chosen.step, chosen.gates, central, chosen.check_every, chosen.tolerance,
+                           chosen.own_functions, chosen.displace},
+        request);
   };
   if (const auto* forward = std::get_if<ForwardDifference>(&request.estimator)) {
     return make(*forward, false);
