@@ -12,7 +12,7 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/fused/scope.hpp>
-#include <microreg/gates/tape.hpp>
+#include <microreg/gates/watched.hpp>
 #include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/report.hpp>
@@ -458,8 +458,8 @@ class Step {
   /// a parallelism of its own, and where somebody's scope on this thread wants to see all operations.
   [[nodiscard]] std::int64_t possible_workers() const {
     const auto device = common_device(parameters_.tensors);
-    const bool possible = options_.estimator.differences() == nullptr && device.has_value() && device->is_cpu() &&
-                          active_gate_session == nullptr;
+    const bool possible = options_.workers > 0 && options_.estimator.differences() == nullptr && device.has_value() &&
+                          device->is_cpu() && !gates_are_watched();
     return possible ? options_.workers : 0;
   }
 
