@@ -17,11 +17,11 @@
 #include <microreg/error.hpp>
 #include <microreg/estimator.hpp>
 #include <microreg/fused/scope.hpp>
-#include <microreg/gates/scope.hpp>
 #include <microreg/gates/unseen.hpp>
 #include <microreg/options.hpp>
 #include <microreg/step/active_steps.hpp>
 #include <microreg/step/comparison.hpp>
+#include <microreg/step/difference_passes.hpp>
 #include <microreg/step/differences.hpp>
 #include <microreg/step/double_backward.hpp>
 #include <microreg/step/graph.hpp>
@@ -428,11 +428,7 @@ class Verifier {
     try {
       GateTape tape;
       std::unique_ptr<Evaluation> evaluation;
-      const auto recorded = [](GateTape& into, const auto& work) {
-        const GateScope scope(into, GateSession::Pass::record, Keep::yes, Frozen::all);
-        return work();
-      };
-      recorded(tape, [&] { evaluation = evaluate(); });
+      evaluation = recorded(tape, Frozen::all, [&] { return evaluate(); });
       const auto look = [&](const at::Tensor& scalar, const std::vector<const GateTape*>& tapes) {
         const auto kinks = unseen_kinks(scalar, tapes);
         unseen.insert(kinks.begin(), kinks.end());
@@ -443,9 +439,8 @@ class Verifier {
       look(evaluation->loss, {&tape});
       for (std::size_t i = 0; i < batch_.terms(); ++i) {
         GateTape of_probes;
-        std::vector<at::Tensor> probes;
-        recorded(of_probes, [&] { probes = checked_probes(*evaluation, i, batch_.term(i)); });
-        for (const at::Tensor& probe : probes) {
+        for (const at::Tensor& probe :
+             recorded(of_probes, Frozen::all, [&] { return checked_probes(*evaluation, i, batch_.term(i)); })) {
           look(probe, {&tape, &of_probes});
         }
       }
