@@ -7,6 +7,7 @@
 #pragma once
 
 #include <microreg/definitions/batch.hpp>
+#include <microreg/definitions/distributed.hpp>
 #include <microreg/definitions/estimator.hpp>
 #include <microreg/definitions/grafting.hpp>
 #include <microreg/definitions/model.hpp>

@@ -82,7 +82,8 @@ MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
                             .short_last = options.short_last,
                             .autocast = options.autocast,
                             .loss_scale = options.loss_scale,
-                            .keep_outputs = options.keep_outputs};
+                            .keep_outputs = options.keep_outputs,
+                            .communicator = std::move(options.communicator)};
   validate(result);
   return result;
 }

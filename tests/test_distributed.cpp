@@ -1,0 +1,616 @@
+// Several ranks, as threads of this process, against what one process makes of the same samples.
+#include <microreg/distributed/report.hpp>
+#include <microreg/distributed/shard.hpp>
+#include <microreg/microreg.hpp>
+
+#include <mutex>
+
+#include "helpers.hpp"
+#include "networks.hpp"
+#include "own_functions.hpp"
+#include "thread_ranks.hpp"
+
+namespace {
+
+using helpers::relative_error;
+using thread_ranks::is;
+using thread_ranks::run_ranks;
+using thread_ranks::try_ranks;
+using thread_ranks::words_of;
+using Ranks = std::shared_ptr<microreg::Communicator>;
+
+struct Samples {
+  torch::Tensor x, y;
+  [[nodiscard]] Samples narrow(std::int64_t begin, std::int64_t size) const {
+    return {x.narrow(0, begin, size), y.narrow(0, begin, size)};
+  }
+};
+
+/// Of a seed; a generator of its own, since the threads share the default one.
+torch::Generator seeded(std::uint64_t seed) { return at::detail::createCPUGenerator(seed); }
+
+Samples samples_of(std::int64_t count) {
+  auto generator = seeded(7);
+  return {torch::randn({count, 6}, generator, torch::kFloat64),
+          torch::randint(0, networks::classes, {count}, generator, torch::kInt64)};
+}
+
+std::mutex making;
+
+/// The same weights for the same seed, on whatever thread.
+networks::Mlp mlp(std::uint64_t seed = 1) {
+  const std::lock_guard lock(making);
+  torch::manual_seed(seed);
+  networks::Mlp model;
+  model->to(torch::kFloat64);
+  return model;
+}
+
+torch::Tensor cross_entropy(const torch::Tensor& output, const torch::Tensor& target) {
+  return torch::nn::functional::cross_entropy(output, target);
+}
+
+/// What each rank has of all samples, in order.
+struct Cut {
+  std::vector<std::int64_t> sizes;
+  [[nodiscard]] std::int64_t begin(std::int64_t rank) const {
+    std::int64_t sum = 0;
+    for (std::int64_t r = 0; r < rank; ++r) {
+      sum += sizes[static_cast<std::size_t>(r)];
+    }
+    return sum;
+  }
+  [[nodiscard]] std::int64_t count() const { return static_cast<std::int64_t>(sizes.size()); }
+  [[nodiscard]] Samples of(const Samples& all, const Ranks& ranks) const {
+    return all.narrow(begin(ranks->rank()), sizes[static_cast<std::size_t>(ranks->rank())]);
+  }
+};
+
+/// .grad on every rank after steps 0 to `steps`, which have to agree bitwise; that of the last step.
+torch::Tensor grad_on_ranks(const Cut& cut, const Samples& all, const microreg::AnyPenalty<>& penalty,
+                            const microreg::RegularizerOptions& options, std::int64_t step = 0) {
+  std::mutex mutex;
+  std::vector<torch::Tensor> grads;
+  run_ranks(cut.count(), [&](const Ranks& ranks) {
+    auto model = mlp();
+    auto own = options;
+    own.communicator = ranks;
+    own.generator = seeded(100 + static_cast<std::uint64_t>(ranks->rank()));
+    microreg::Regularizer<> regularizer(model, cross_entropy, penalty, own);
+    regularizer.set_step(step);
+    const Samples mine = cut.of(all, ranks);
+    regularizer.backward(mine.x, mine.y);
+    const std::lock_guard lock(mutex);
+    grads.push_back(helpers::flat_grad(model->parameters()));
+  });
+  for (const torch::Tensor& grad : grads) {
+    CHECK(torch::equal(grad, grads.front()));
+  }
+  return grads.front();
+}
+
+/// The same of one process that has the samples of rank r alone, scaled to what they count, and added up.
+torch::Tensor grad_of_shards(const Cut& cut, const Samples& all, const microreg::AnyPenalty<>& penalty,
+                             const microreg::RegularizerOptions& options) {
+  torch::Tensor sum;
+  for (std::int64_t r = 0; r < cut.count(); ++r) {
+    const std::int64_t size = cut.sizes[static_cast<std::size_t>(r)];
+    if (size == 0) {
+      continue;
+    }
+    auto model = mlp();
+    auto own = options;
+    own.generator = seeded(100 + static_cast<std::uint64_t>(r));
+    microreg::Regularizer<> regularizer(model, cross_entropy, penalty, own);
+    const Samples mine = all.narrow(cut.begin(r), size);
+    regularizer.backward(mine.x, mine.y);
+    const torch::Tensor part =
+        helpers::flat_grad(model->parameters()) * (static_cast<double>(size) / static_cast<double>(all.x.size(0)));
+    sum = sum.defined() ? sum + part : part;
+  }
+  return sum;
+}
+
+/// Textbook double backward of sum weight(M) * (L_M + strength * ||grad L_M||^2).
+torch::Tensor textbook(const Cut& cut, const Samples& all, std::int64_t micro_batch_size, double strength,
+                       bool reference_weights) {
+  auto model = mlp();
+  std::vector<Samples> micro_batches;
+  for (std::int64_t r = 0; r < cut.count(); ++r) {
+    const std::int64_t size = cut.sizes[static_cast<std::size_t>(r)];
+    for (std::int64_t i = 0; i < size; i += micro_batch_size) {
+      micro_batches.push_back(all.narrow(cut.begin(r) + i, std::min(micro_batch_size, size - i)));
+    }
+  }
+  torch::Tensor objective = torch::zeros({}, torch::kFloat64);
+  for (const Samples& m : micro_batches) {
+    const double weight = reference_weights ? 1.0 / static_cast<double>(micro_batches.size())
+                                            : static_cast<double>(m.x.size(0)) / static_cast<double>(all.x.size(0));
+    const torch::Tensor loss = cross_entropy(model->forward(m.x), m.y);
+    torch::Tensor squares = torch::zeros({}, torch::kFloat64);
+    for (const torch::Tensor& g : torch::autograd::grad({loss}, model->parameters(), {}, true, true)) {
+      squares = squares + g.square().sum();
+    }
+    objective = objective + weight * (loss + strength * squares);
+  }
+  objective.backward();
+  return helpers::flat_grad(model->parameters());
+}
+
+/// One process on all samples.
+torch::Tensor grad_of_one(const Samples& all, const microreg::AnyPenalty<>& penalty,
+                          const microreg::RegularizerOptions& options, std::int64_t step = 0) {
+  auto model = mlp();
+  microreg::Regularizer<> regularizer(model, cross_entropy, penalty, options);
+  regularizer.set_step(step);
+  regularizer.backward(all.x, all.y);
+  return helpers::flat_grad(model->parameters());
+}
+
+}  // namespace
+
+TEST_CASE("Several ranks take the step of one process: shards that are unequal, ragged, or empty") {
+  for (const Cut& cut : {Cut{{16, 8}}, Cut{{10, 7, 0, 5}}, Cut{{0, 1, 3}}}) {
+    const Samples all = samples_of(cut.begin(cut.count()));
+    for (const auto weighting : {microreg::Weighting::samples, microreg::Weighting::reference}) {
+      const torch::Tensor grad = grad_on_ranks(cut, all, microreg::GradientNorm{},
+                                               {.strength = 0.3, .micro_batch_size = 4, .weighting = weighting});
+      CHECK(relative_error(grad, textbook(cut, all, 4, 0.3, weighting == microreg::Weighting::reference)) < 1e-12);
+    }
+  }
+}
+
+TEST_CASE("Several ranks take the step of one process: every penalty and estimator") {
+  const Cut cut{{12, 5, 8}};
+  const Samples all = samples_of(25);
+  const std::vector<microreg::AnyPenalty<>> penalties{
+      microreg::GradientNorm{},    microreg::FisherTrace{},
+      microreg::AverageJacobian{}, microreg::UnitJacobian{},
+      microreg::InputJacobian{},   0.1 * microreg::GradientNorm{} + 0.01 * microreg::UnitJacobian{}};
+  for (std::size_t i = 0; i < penalties.size(); ++i) {
+    INFO("penalty " << i);
+    const microreg::RegularizerOptions options{.strength = 0.2, .micro_batch_size = 4};
+    CHECK(relative_error(grad_on_ranks(cut, all, penalties[i], options),
+                         grad_of_shards(cut, all, penalties[i], options)) < 1e-12);
+  }
+  for (const microreg::Estimator& estimator :
+       {microreg::Estimator(microreg::ForwardDifference{}), microreg::Estimator(microreg::CentralDifference{})}) {
+    for (const auto& penalty : {penalties[0], penalties[1], penalties[5]}) {
+      const microreg::RegularizerOptions options{.strength = 0.2, .micro_batch_size = 4, .estimator = estimator};
+      CHECK(relative_error(grad_on_ranks(cut, all, penalty, options), grad_of_shards(cut, all, penalty, options)) <
+            1e-12);
+    }
+  }
+}
+
+TEST_CASE("Several ranks draw the penalised share over the micro-batches of all") {
+  const Cut cut{{12, 4, 8}};
+  const Samples all = samples_of(24);
+  for (std::int64_t step = 0; step < 6; ++step) {
+    INFO("step " << step);
+    const microreg::RegularizerOptions options{
+        .strength = 0.2, .micro_batch_size = 4, .sampling = {.share = 0.4, .every = 2, .seed = 3}};
+    CHECK(relative_error(grad_on_ranks(cut, all, microreg::GradientNorm{}, options, step),
+                         grad_of_one(all, microreg::GradientNorm{}, options, step)) < 1e-12);
+  }
+}
+
+TEST_CASE("Several ranks make the loss that one process makes: sums, and counts of their own") {
+  const Cut cut{{9, 0, 4}};
+  const Samples all = samples_of(13);
+  const auto sum = [](const torch::Tensor& o, const torch::Tensor& y) {
+    return torch::nll_loss(o.log_softmax(1), y, {}, at::Reduction::Sum);
+  };
+  const auto counted = [](const torch::Tensor& o, const torch::Tensor& y) {
+    return microreg::CountedLoss{torch::nll_loss(o.log_softmax(1), y, {}, at::Reduction::Sum, 2), (y != 2).sum()};
+  };
+  for (const auto reduction : {microreg::Reduction::sum, microreg::Reduction::total, microreg::Reduction::mean}) {
+    const auto make = [&](networks::Mlp model, const Ranks& ranks) {
+      microreg::RegularizerOptions options{
+          .strength = 0.2, .micro_batch_size = 3, .reduction = reduction, .communicator = ranks};
+      if (reduction == microreg::Reduction::mean) {
+        return microreg::Regularizer<>(model, counted, microreg::GradientNorm{}, options);
+      }
+      return microreg::Regularizer<>(model, sum, microreg::GradientNorm{}, options);
+    };
+    auto one = mlp();
+    const microreg::Report expected = make(one, nullptr).backward(all.x, all.y);
+    run_ranks(3, [&](const Ranks& ranks) {
+      auto model = mlp();
+      auto regularizer = make(model, ranks);
+      const Samples mine = cut.of(all, ranks);
+      const microreg::Report report = microreg::reduced(regularizer.backward(mine.x, mine.y), *ranks);
+      const std::lock_guard lock(making);
+      CHECK(relative_error(helpers::flat_grad(model->parameters()), helpers::flat_grad(one->parameters())) < 1e-12);
+      CHECK(report.loss.item<double>() == Approx(expected.loss.item<double>()));
+      CHECK(report.penalties[0].value.item<double>() == Approx(expected.penalties[0].value.item<double>()));
+    });
+  }
+}
+
+TEST_CASE("The reduced report is that of one process, and grafting by it too") {
+  const Cut cut{{8, 4, 0, 5}};
+  const Samples all = samples_of(17);
+  const auto with_parts = [](const torch::Tensor& o, const torch::Tensor& y) {
+    return std::make_tuple(cross_entropy(o, y), (o.argmax(1) == y).to(torch::kFloat64).mean());
+  };
+  const auto penalty = microreg::GradientNorm{} + 0.5 * microreg::AverageJacobian{};
+  for (const double share : {1.0, 0.5}) {
+    microreg::RegularizerOptions options{
+        .strength = 0.1, .micro_batch_size = 4, .sampling = {.share = share}, .gradient_ratio = true};
+    auto one = mlp();
+    microreg::Regularizer<> alone(one, with_parts, penalty, options);
+    const microreg::Report expected = alone.backward(all.x, all.y);
+    microreg::graft(one->parameters(), expected.penalties[0].micro_batch_norms[0]);
+    run_ranks(4, [&](const Ranks& ranks) {
+      auto model = mlp();
+      auto own = options;
+      own.communicator = ranks;
+      microreg::Regularizer<> regularizer(model, with_parts, penalty, own);
+      const Samples mine = cut.of(all, ranks);
+      const microreg::Report here = regularizer.backward(mine.x, mine.y);
+      const microreg::Report report = microreg::reduced(here, *ranks);
+      microreg::graft(model->parameters(), report.penalties[0].micro_batch_norms[0]);
+      const std::lock_guard lock(making);
+      CHECK(here.samples == cut.sizes[static_cast<std::size_t>(ranks->rank())]);
+      CHECK(here.all_micro_batches == 5);
+      CHECK(report.samples == 17);
+      CHECK(report.penalised == expected.penalised);
+      CHECK(relative_error(report.micro_batch_losses, expected.micro_batch_losses) < 1e-12);
+      CHECK(report.loss.item<double>() == Approx(expected.loss.item<double>()));
+      CHECK(report.loss_parts[0].item<double>() == Approx(expected.loss_parts[0].item<double>()));
+      CHECK(report.gradient_norm.item<double>() == Approx(expected.gradient_norm.item<double>()));
+      CHECK(report.gradient_ratio.item<double>() == Approx(expected.gradient_ratio.item<double>()));
+      for (std::size_t p = 0; p < 2; ++p) {
+        CHECK(report.penalties[p].value.item<double>() == Approx(expected.penalties[p].value.item<double>()));
+        CHECK(relative_error(report.penalties[p].micro_batch_norms, expected.penalties[p].micro_batch_norms) < 1e-12);
+      }
+      CHECK(relative_error(helpers::flat_grad(model->parameters()), helpers::flat_grad(one->parameters())) < 1e-12);
+      const microreg::Report measured =
+          microreg::reduced(microreg::measure(model, with_parts, penalty, mine.x, mine.y,
+                                              {.strength = 0.1, .micro_batch_size = 4, .communicator = ranks}),
+                            *ranks);
+      CHECK(measured.loss.item<double>() == Approx(expected.loss.item<double>()));
+    });
+  }
+}
+
+TEST_CASE("A parameter that takes part on one rank alone has the same gradient on all; on none, no gradient") {
+  const Samples all = samples_of(8);
+  run_ranks(2, [&](const Ranks& ranks) {
+    const torch::Tensor w = torch::full({6, networks::classes}, 0.1, torch::kFloat64).requires_grad_();
+    const torch::Tensor here = torch::full({networks::classes}, 0.2, torch::kFloat64).requires_grad_();
+    const torch::Tensor nowhere = torch::zeros({3}, torch::kFloat64).requires_grad_();
+    microreg::FunctionModel model{[&](const torch::Tensor& x) {
+                                    const torch::Tensor o = x.matmul(w).tanh();
+                                    return ranks->rank() == 1 ? o * here : o;
+                                  },
+                                  {w, here, nowhere}};
+    microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                        {.micro_batch_size = 4, .communicator = ranks});
+    const Samples mine = all.narrow(4 * ranks->rank(), 4);
+    regularizer.backward(mine.x, mine.y);
+    const torch::Tensor expected = [&] {  // rank 1 counts a half
+      const torch::Tensor loss = cross_entropy(all.x.narrow(0, 4, 4).matmul(w).tanh() * here, all.y.narrow(0, 4, 4));
+      const auto g = torch::autograd::grad({loss}, {w, here}, {}, true, true);
+      return torch::autograd::grad({(loss + g[0].square().sum() + g[1].square().sum()) / 2}, {here})[0];
+    }();
+    const std::lock_guard lock(making);
+    CHECK(relative_error(here.grad(), expected) < 1e-12);
+    CHECK(w.grad().defined());
+    CHECK_FALSE(nowhere.grad().defined());
+  });
+}
+
+TEST_CASE("The first step makes the ranks equal, and training keeps them so; running statistics are merged") {
+  const Cut cut{{8, 4}};
+  auto generator = seeded(5);
+  const Samples all{torch::randn({12, 2, 6, 6}, generator, torch::kFloat64),
+                    torch::randint(0, networks::classes, {12}, generator, torch::kInt64)};
+  const auto cnn = [](std::uint64_t seed) {
+    const std::lock_guard lock(making);
+    torch::manual_seed(seed);
+    networks::Cnn model(networks::Norm::batch);
+    model->to(torch::kFloat64);
+    return model;
+  };
+  for (const auto how : {microreg::RankBuffers::averaged, microreg::RankBuffers::first_rank}) {
+    // Each rank's own statistics after one step, from one process that has its samples alone.
+    std::vector<std::vector<torch::Tensor>> alone;
+    for (std::int64_t r = 0; r < 2; ++r) {
+      auto model = cnn(1);
+      microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{}, {.micro_batch_size = 4});
+      const Samples mine = all.narrow(cut.begin(r), cut.sizes[static_cast<std::size_t>(r)]);
+      regularizer.backward(mine.x, mine.y);
+      alone.push_back(model->buffers());
+    }
+    std::vector<torch::Tensor> weights(2);
+    run_ranks(2, [&](const Ranks& ranks) {
+      auto model = cnn(static_cast<std::uint64_t>(1 + ranks->rank()));
+      torch::optim::SGD optimizer(model->parameters(), 0.1);
+      microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                          {.micro_batch_size = 4, .communicator = ranks, .rank_buffers = how});
+      const Samples mine = cut.of(all, ranks);
+      for (int step = 0; step < 3; ++step) {
+        optimizer.zero_grad();
+        regularizer.backward(mine.x, mine.y);
+        if (step == 0) {
+          const std::lock_guard lock(making);
+          for (std::size_t i = 0; i < alone[0].size(); ++i) {
+            const torch::Tensor is = model->buffers()[i];
+            if (!is.is_floating_point() || how == microreg::RankBuffers::first_rank) {
+              CHECK(torch::allclose(is, alone[0][i], 1e-12, 1e-12));
+            } else {
+              CHECK(torch::allclose(is, (2 * alone[0][i] + alone[1][i]) / 3, 1e-12, 1e-12));
+            }
+          }
+        }
+        optimizer.step();
+      }
+      weights[static_cast<std::size_t>(ranks->rank())] =
+          torch::cat({torch::nn::utils::parameters_to_vector(model->parameters()).detach(),
+                      model->named_buffers()["norm1.running_mean"]});
+    });
+    CHECK(torch::equal(weights[0], weights[1]));
+  }
+}
+
+TEST_CASE("What goes wrong on one rank goes wrong on all, and nothing has changed; the next step goes on") {
+  const Cut cut{{8, 4}};
+  const Samples all = samples_of(12);
+  enum class Wrong { batch, loss, nan, parameter_frozen };
+  for (const Wrong wrong : {Wrong::batch, Wrong::loss, Wrong::nan, Wrong::parameter_frozen}) {
+    INFO("case " << static_cast<int>(wrong));
+    const auto errors = try_ranks(2, [&](const Ranks& ranks) {
+      auto model = mlp();
+      bool throwing = false;
+      const auto loss = [&](const torch::Tensor& o, const torch::Tensor& y) {
+        if (throwing && wrong == Wrong::loss) {
+          throw std::runtime_error("the loss of rank 1");
+        }
+        return cross_entropy(o, y) * (throwing && wrong == Wrong::nan ? std::nan("") : 1.0);
+      };
+      microreg::Regularizer<> regularizer(model, loss, microreg::GradientNorm{},
+                                          {.micro_batch_size = 4, .communicator = ranks});
+      const Samples mine = cut.of(all, ranks);
+      regularizer.backward(mine.x, mine.y);
+      const torch::Tensor before = helpers::flat_grad(model->parameters());
+      throwing = ranks->rank() == 1;
+      if (throwing && wrong == Wrong::parameter_frozen) {
+        model->parameters().front().set_requires_grad(false);
+      }
+      std::exception_ptr error;
+      try {
+        regularizer.backward(mine.x, throwing && wrong == Wrong::batch ? mine.y.narrow(0, 0, 3) : mine.y);
+      } catch (const microreg::Error&) {
+        error = std::current_exception();
+      } catch (const std::runtime_error&) {
+        error = std::current_exception();
+      }
+      {
+        const std::lock_guard lock(making);
+        CHECK(error != nullptr);
+        CHECK(regularizer.step() == 1);
+        CHECK(torch::equal(helpers::flat_grad(model->parameters()), before));
+      }
+      throwing = false;
+      model->parameters().front().set_requires_grad(true);
+      regularizer.backward(mine.x, mine.y);
+      {
+        const std::lock_guard lock(making);
+        CHECK(relative_error(helpers::flat_grad(model->parameters()), 2 * before) < 1e-12);
+      }
+      std::rethrow_exception(error);
+    });
+    switch (wrong) {
+      case Wrong::batch:
+        CHECK(is<microreg::BatchError>(errors[1]));
+        CHECK(helpers::has(words_of(errors[0]), {"rank 1 has failed in step 1", "target has 3"}));
+        break;
+      case Wrong::loss:
+        CHECK(words_of(errors[1]) == "the loss of rank 1");
+        CHECK(is<microreg::RankError>(errors[0]));
+        CHECK(helpers::has(words_of(errors[0]), {"rank 1", "step 1", "the loss of rank 1"}));
+        break;
+      case Wrong::nan:
+        CHECK(is<microreg::NonFiniteError>(errors[0]));
+        CHECK(is<microreg::NonFiniteError>(errors[1]));
+        CHECK(helpers::has(words_of(errors[0]), {"on rank 1", "nan", "micro-batch 2"}));
+        break;
+      case Wrong::parameter_frozen:
+        CHECK(is<microreg::ModelError>(errors[0]));
+        CHECK(is<microreg::ModelError>(errors[1]));
+        CHECK(helpers::has(words_of(errors[0]), {"rank 1", "parameters"}));
+        break;
+    }
+  }
+}
+
+TEST_CASE("NaN on one rank: the penalty, or the step, is left out on all") {
+  const Cut cut{{8, 4}};
+  const Samples all = samples_of(12);
+  for (const auto how : {microreg::NonFinite::skip_penalty, microreg::NonFinite::skip_step}) {
+    run_ranks(2, [&](const Ranks& ranks) {
+      auto model = mlp();
+      const bool here = ranks->rank() == 1;
+      // A penalty that is infinite on rank 1, or a loss that is.
+      microreg::SquaredGradientNorm penalty{[&](const torch::Tensor& o) {
+        return how == microreg::NonFinite::skip_penalty && here ? o.sum() * 1e308 * 1e308 : o.sum();
+      }};
+      const auto loss = [&](const torch::Tensor& o, const torch::Tensor& y) {
+        return cross_entropy(o, y) * (how == microreg::NonFinite::skip_step && here ? std::nan("") : 1.0);
+      };
+      microreg::Regularizer<> regularizer(model, loss, penalty,
+                                          {.micro_batch_size = 4, .non_finite = how, .communicator = ranks});
+      const Samples mine = cut.of(all, ranks);
+      const microreg::Report report = regularizer.backward(mine.x, mine.y);
+      const std::lock_guard lock(making);
+      if (how == microreg::NonFinite::skip_penalty) {
+        CHECK(report.penalty_skipped);
+        CHECK(relative_error(helpers::flat_grad(model->parameters()), textbook(cut, all, 4, 0, false)) < 1e-12);
+      } else {
+        CHECK(report.skipped);
+        CHECK(helpers::flat_grad(model->parameters()).abs().sum().item<double>() == 0);
+      }
+    });
+  }
+}
+
+TEST_CASE("Ranks that are not about the same thing say so") {
+  const Samples all = samples_of(8);
+  const auto message = [&](const std::function<void(microreg::Regularizer<>&, networks::Mlp&, bool)>& change,
+                           microreg::AnyPenalty<> penalty = microreg::GradientNorm{}, bool same_draws = false) {
+    const auto errors = try_ranks(2, [&](const Ranks& ranks) {
+      auto model = mlp();
+      microreg::RegularizerOptions options{.micro_batch_size = 4, .communicator = ranks};
+      options.generator = seeded(same_draws ? 1 : 1 + static_cast<std::uint64_t>(ranks->rank()));
+      microreg::Regularizer<> regularizer(model, cross_entropy, penalty, options);
+      const Samples mine = all.narrow(4 * ranks->rank(), 4);
+      if (!same_draws) {
+        regularizer.backward(mine.x, mine.y);
+      }
+      change(regularizer, model, ranks->rank() == 1);
+      regularizer.backward(mine.x, mine.y);
+    });
+    CHECK(words_of(errors[0]) == words_of(errors[1]));
+    return words_of(errors[0]);
+  };
+  CHECK(message([](auto&, auto&, bool) {}).empty());
+  CHECK(message([](auto&, auto&, bool) {}, microreg::FisherTrace{}).empty());
+  CHECK(helpers::has(message([](auto& regularizer, auto&, bool here) { regularizer.set_step(here ? 5 : 1); }),
+                     {"rank 1 takes step 5 where rank 0 takes step 1"}));
+  CHECK(helpers::has(message([](auto&, auto& model, bool here) {
+                       torch::NoGradGuard no_grad;
+                       if (here) {
+                         model->hidden->weight.add_(0.01);
+                       }
+                     }),
+                     {"rank 1 are no longer those of rank 0 at step 1", "reduced()"}));
+  CHECK(helpers::has(message([](auto&, auto&, bool) {}, microreg::FisherTrace{}, true),
+                     {"ranks 0 and 1 draw the same random numbers in step 0", "manual_seed"}));
+  const auto errors = try_ranks(2, [&](const Ranks& ranks) {
+    microreg::Regularizer<> regularizer(mlp(), cross_entropy, microreg::GradientNorm{},
+                                        {.strength = ranks->rank() == 0 ? 0.1 : 0.2, .communicator = ranks});
+    regularizer.backward(all.x, all.y);
+  });
+  CHECK(helpers::has(words_of(errors[0]), {"rank 1 has other options, penalties or strengths than rank 0"}));
+  const auto empty = try_ranks(2, [&](const Ranks& ranks) {
+    microreg::Regularizer<> regularizer(mlp(), cross_entropy, microreg::GradientNorm{}, {.communicator = ranks});
+    regularizer.backward(all.x.narrow(0, 0, 0), all.y.narrow(0, 0, 0));
+  });
+  CHECK(is<microreg::BatchError>(empty[0]));
+  CHECK(is<microreg::BatchError>(empty[1]));
+}
+
+TEST_CASE("shard() gives the ranks the micro-batches of one process; rank_seed() is a function of seed and rank") {
+  for (const std::int64_t samples : {0, 1, 7, 8, 20, 23}) {
+    for (const auto last : {microreg::ShortLast::kept, microreg::ShortLast::merged, microreg::ShortLast::dropped}) {
+      std::vector<microreg::Shard> shards(3);
+      run_ranks(3, [&](const Ranks& ranks) {
+        shards[static_cast<std::size_t>(ranks->rank())] = microreg::shard(samples, 4, *ranks, last);
+      });
+      const microreg::MicroBatches one(samples, 4, microreg::Weighting::samples, last);
+      std::int64_t end = 0, count = 0;
+      for (const microreg::Shard& shard : shards) {
+        CHECK(shard.begin == end);
+        CHECK(shard.begin % 4 == 0);
+        end += shard.size;
+        count += microreg::MicroBatches(shard.size, 4, microreg::Weighting::samples, last).count();
+      }
+      CHECK(end == one.samples());
+      CHECK(count == one.count());
+    }
+  }
+  std::vector<std::uint64_t> seeds(3);
+  run_ranks(
+      3, [&](const Ranks& ranks) { seeds[static_cast<std::size_t>(ranks->rank())] = microreg::rank_seed(17, *ranks); });
+  CHECK(seeds[0] == 17);
+  CHECK(seeds[1] != seeds[2]);
+  CHECK(seeds[1] != 18);
+}
+
+TEST_CASE("Sums go in buckets of 25 MiB") {
+  run_ranks(2, [&](const Ranks& ranks) {
+    const torch::Tensor a = torch::ones({4'000'000}, torch::kFloat64).requires_grad_();  // 32 MB: a bucket alone
+    const torch::Tensor b = torch::ones({3}, torch::kFloat64).requires_grad_();
+    const torch::Tensor c = torch::ones({2, 2}).requires_grad_();  // another type
+    microreg::FunctionModel model{[&](const torch::Tensor& x) { return x * (a.mean() + b.sum() + c.sum()); },
+                                  {a, b, c}};
+    microreg::Regularizer<torch::Tensor, microreg::NoTarget> regularizer(
+        model, [](const torch::Tensor& o) { return o.mean(); }, microreg::GradientNorm{}, {.communicator = ranks});
+    const std::uint64_t before = ranks->bytes();
+    regularizer.backward(torch::full({3, 1}, 1.0 + static_cast<double>(ranks->rank()), torch::kFloat64));
+    const std::lock_guard lock(making);
+    // The start, the three sums, and some numbers.
+    CHECK(ranks->bytes() - before == Approx(2.0 * (32'000'000 + 24 + 16)).epsilon(1e-3));
+    CHECK(torch::allclose(b.grad(), torch::full({3}, 1.5, torch::kFloat64)));
+    CHECK(torch::allclose(c.grad(), torch::full({2, 2}, 1.5)));
+    CHECK(torch::allclose(a.grad(), torch::full({4'000'000}, 1.5 / 4'000'000, torch::kFloat64)));
+  });
+}
+
+#if defined(MICROREG_TESTS_GLOO)
+
+TEST_CASE("Gloo over a HashStore: two and four ranks take the step of one process") {
+  for (const Cut& cut : {Cut{{10, 7}}, Cut{{4, 0, 9, 2}}}) {
+    const Samples all = samples_of(cut.begin(cut.count()));
+    const torch::Tensor expected = textbook(cut, all, 4, 0.3, false);
+    const auto errors = thread_ranks::try_gloo_ranks(cut.count(), [&](const Ranks& ranks) {
+      auto model = mlp(static_cast<std::uint64_t>(1 + ranks->rank()));
+      microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                          {.strength = 0.3, .micro_batch_size = 4, .communicator = ranks});
+      const Samples mine = cut.of(all, ranks);
+      regularizer.backward(mine.x, mine.y);
+      const std::lock_guard lock(making);
+      CHECK(relative_error(helpers::flat_grad(model->parameters()), expected) < 1e-12);
+    });
+    for (const auto& error : errors) {
+      CHECK(words_of(error).empty());
+    }
+  }
+}
+
+TEST_CASE("Gloo over a HashStore: the rank that does not come is named, with the step") {
+  const Samples all = samples_of(12);
+  const auto errors = thread_ranks::try_gloo_ranks(
+      3,
+      [&](const Ranks& ranks) {
+        auto model = mlp();
+        microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                            {.micro_batch_size = 4, .communicator = ranks});
+        const Samples mine = all.narrow(4 * ranks->rank(), 4);
+        regularizer.backward(mine.x, mine.y);
+        if (ranks->rank() == 1) {
+          std::this_thread::sleep_for(std::chrono::seconds(6));
+          return;
+        }
+        const torch::Tensor before = helpers::flat_grad(model->parameters());
+        CHECK_THROWS_AS(regularizer.backward(mine.x, mine.y), microreg::RankError);
+        {
+          const std::lock_guard lock(making);
+          CHECK(torch::equal(helpers::flat_grad(model->parameters()), before));
+        }
+        regularizer.backward(mine.x, mine.y);  // and from now on always
+      },
+      {.timeout = std::chrono::seconds(2), .roll_call = std::chrono::seconds(2)});
+  for (const std::size_t r : {0, 2}) {
+    CHECK(is<microreg::RankError>(errors[r]));
+    CHECK(helpers::has(words_of(errors[r]), {"rank 1 does not answer", "step 1"}));
+  }
+}
+
+TEST_CASE("Gloo over a HashStore: a rank that gives up in the midst of a reduction says why to the others") {
+  const auto errors = thread_ranks::try_gloo_ranks(3, [&](const Ranks& ranks) {
+    if (ranks->rank() == 2) {
+      ranks->abandon("out of memory");
+      return;
+    }
+    ranks->all_reduce(torch::zeros({3}))();
+  });
+  for (const std::size_t r : {0, 1}) {
+    CHECK(is<microreg::RankError>(errors[r]));
+    CHECK(helpers::has(words_of(errors[r]), {"rank 2: out of memory"}));
+  }
+}
+
+#endif
