@@ -7,9 +7,8 @@ install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/microreg" DESTINATION "${CMAKE_
 configure_package_config_file(
   "${PROJECT_SOURCE_DIR}/cmake/microregConfig.cmake.in" "${PROJECT_BINARY_DIR}/microregConfig.cmake"
   INSTALL_DESTINATION "${microreg_config_dir}" PATH_VARS CMAKE_INSTALL_INCLUDEDIR)
-# Before 1.0 a minor version may break; nothing is installed in compiled form, so it runs on any architecture.
-write_basic_package_version_file("${PROJECT_BINARY_DIR}/microregConfigVersion.cmake" COMPATIBILITY SameMinorVersion
-                                 ARCH_INDEPENDENT)
+configure_file("${PROJECT_SOURCE_DIR}/cmake/microregConfigVersion.cmake.in"
+               "${PROJECT_BINARY_DIR}/microregConfigVersion.cmake" @ONLY)
 install(FILES "${PROJECT_BINARY_DIR}/microregConfig.cmake" "${PROJECT_BINARY_DIR}/microregConfigVersion.cmake"
               "${PROJECT_SOURCE_DIR}/cmake/MicroregDependencies.cmake"
               "${PROJECT_SOURCE_DIR}/cmake/MicroregLibTorch.cmake" "${PROJECT_SOURCE_DIR}/cmake/MicroregTargets.cmake"

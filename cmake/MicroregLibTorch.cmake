@@ -28,6 +28,13 @@ macro(microreg_add_libtorch)
     target_include_directories(
       microreg::libtorch INTERFACE "${TORCH_INSTALL_PREFIX}/include"
                                    "${TORCH_INSTALL_PREFIX}/include/torch/csrc/api/include")
+    # Up to 2.6 a wheel was compiled for the old ABI of libstdc++, and so must be what links to it.
+    file(STRINGS "${TORCH_INSTALL_PREFIX}/share/cmake/Torch/TorchConfig.cmake" microreg_torch_flags
+         REGEX "^ *set\\(TORCH_CXX_FLAGS \"")
+    if(microreg_torch_flags MATCHES "\"(.*)\"")
+      separate_arguments(microreg_torch_flags UNIX_COMMAND "${CMAKE_MATCH_1}")
+      target_compile_options(microreg::libtorch INTERFACE ${microreg_torch_flags})
+    endif()
     # Nothing refers to a symbol of libtorch.so: it holds only the need for libtorch_cuda.so.
     target_link_libraries(
       microreg::libtorch

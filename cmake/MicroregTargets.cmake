@@ -3,9 +3,15 @@
 #   microreg::microreg     what users link to. What is no template is compiled once, in their build, so with their
 #                          compiler, flags and LibTorch: microreg_compiled, built only where something links to it.
 #   microreg::header_only  the headers alone; every file compiles what it uses.
+#   microreg::format       the first, with what microreg/format.hpp needs: there where fmt was found before.
 #
 # Imported and global: a second find_package() anywhere in the project finds them made, and a library of the user's can
 # be exported by its own package without microreg in it, which then finds microreg for itself.
+# Header-only fmt: LibTorch's wheel carries newer fmt headers in its include folder.
+if(TARGET fmt::fmt-header-only AND NOT TARGET microreg::format)
+  add_library(microreg::format INTERFACE IMPORTED GLOBAL)
+  target_link_libraries(microreg::format INTERFACE microreg::microreg fmt::fmt-header-only)
+endif()
 if(TARGET microreg::microreg)
   return()
 endif()

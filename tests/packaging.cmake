@@ -12,13 +12,27 @@ target_link_libraries(microreg_two_units PRIVATE microreg_test_header_only)
 target_precompile_headers(microreg_two_units REUSE_FROM microreg_test_precompiled)
 add_test(NAME two_units COMMAND microreg_two_units)
 
-# One object file in two modules with hidden symbols, as two extension modules would have them.
+# One object file in two modules, as two extension modules would have it, and another with headers that differ in their
+# version and in the layout of what kernels and scopes share. GCC would make the variables of headers one in the process,
+# and keep modules loaded that have some; clang and others do not.
+set(other_version "${CMAKE_CURRENT_BINARY_DIR}/other_version")
+file(GLOB_RECURSE headers CONFIGURE_DEPENDS "${microreg_include_dir}/*.hpp")
+add_custom_command(
+  OUTPUT "${other_version}/stamp"
+  COMMAND "${CMAKE_COMMAND}" "-DFROM=${microreg_include_dir}" "-DTO=${other_version}" -P
+          "${CMAKE_CURRENT_SOURCE_DIR}/two_objects/other_version.cmake"
+  DEPENDS ${headers} two_objects/other_version.cmake)
 add_library(microreg_object OBJECT two_objects/object.cpp)
-set_target_properties(microreg_object PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
-target_link_libraries(microreg_object PRIVATE microreg_test_header_only)
-target_precompile_headers(microreg_object REUSE_FROM microreg_test_precompiled)
-foreach(object IN ITEMS a b)
-  add_library(microreg_object_${object} MODULE $<TARGET_OBJECTS:microreg_object>)
+add_library(microreg_object_of_other OBJECT two_objects/object.cpp "${other_version}/stamp")
+target_include_directories(microreg_object_of_other BEFORE PRIVATE "${other_version}")
+foreach(object IN ITEMS microreg_object microreg_object_of_other)
+  target_link_libraries(${object} PRIVATE microreg_test_header_only)
+  target_compile_options(${object} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-fno-gnu-unique>)
+  target_precompile_headers(${object} REUSE_FROM microreg_test_precompiled)
+endforeach()
+foreach(object IN ITEMS a b other)
+  add_library(microreg_object_${object} MODULE
+              $<TARGET_OBJECTS:$<IF:$<STREQUAL:${object},other>,microreg_object_of_other,microreg_object>>)
   target_link_libraries(microreg_object_${object} PRIVATE microreg_test_header_only)
 endforeach()
 # It includes nothing of LibTorch's or ours.
@@ -28,10 +42,21 @@ target_compile_options(microreg_two_objects PRIVATE ${microreg_warnings})
 target_link_libraries(microreg_two_objects PRIVATE ${CMAKE_DL_LIBS})
 add_test(NAME two_objects COMMAND microreg_two_objects $<TARGET_FILE:microreg_object_a>
                                   $<TARGET_FILE:microreg_object_b>)
-set_tests_properties(two_objects PROPERTIES FAIL_REGULAR_EXPRESSION "Warning;Overriding")
+add_test(NAME two_versions COMMAND microreg_two_objects --versions $<TARGET_FILE:microreg_object_a>
+                                   $<TARGET_FILE:microreg_object_other>)
+add_test(NAME two_versions.other_first COMMAND microreg_two_objects --versions $<TARGET_FILE:microreg_object_other>
+                                               $<TARGET_FILE:microreg_object_a>)
+set_tests_properties(two_objects two_versions two_versions.other_first PROPERTIES FAIL_REGULAR_EXPRESSION "Warning;Overriding")
 
 add_subdirectory(compile_fail)
 add_subdirectory(headers)
+
+add_test(
+  NAME find_package
+  COMMAND
+    "${CMAKE_COMMAND}" "-DBUILD_DIR=${PROJECT_BINARY_DIR}" "-DWORK_DIR=${CMAKE_CURRENT_BINARY_DIR}/find_package"
+    "-DTORCH_PREFIX=${TORCH_INSTALL_PREFIX}" "-DGENERATOR=${CMAKE_GENERATOR}" "-DCXX=${CMAKE_CXX_COMPILER}"
+    "-DVERSION=${PROJECT_VERSION}" -P "${CMAKE_CURRENT_SOURCE_DIR}/find_package/run.cmake")
 
 get_target_property(libtorch_includes microreg::libtorch INTERFACE_INCLUDE_DIRECTORIES)
 if(NOT libtorch_includes)

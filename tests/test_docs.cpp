@@ -543,3 +543,21 @@ TEST_CASE("docs: mixed precision", "[docs]") {
     CHECK(parameter.grad().scalar_type() == torch::kFloat32);
   }
 }
+
+TEST_CASE("docs: a loss scale that follows the gradients", "[docs]") {
+  auto model = small_network();
+  const auto images = ::images();
+  const auto labels = ::labels();
+  torch::optim::SGD optimizer(model->parameters(), 0.1);
+
+  microreg::Regularizer regularizer(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
+                                    {.strength = 0.01,
+                                     .micro_batch_size = 32,
+                                     .autocast = torch::kHalf,
+                                     .loss_scale = microreg::DynamicLossScale{.start = 65536, .interval = 2000}});
+  optimizer.zero_grad();
+  if (!regularizer.backward(images, labels).skipped) {
+    optimizer.step();
+  }
+  CHECK(regularizer.loss_scale().defined());
+}

@@ -2,6 +2,8 @@
 /// AnyPenalty: a penalty that is chosen at run time.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <microreg/penalty.hpp>
 #include <microreg/strength.hpp>
 
@@ -12,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 
@@ -117,4 +119,4 @@ AnyPenalty<Input, Output, Target> as_any_penalty(Expression expression) {
 
 }  // namespace detail
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -8,7 +8,7 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// While it lives, operations that gain by it (products, convolutions) take their tensors in a half type, on this
 /// thread and this kind of device; those that need the range or the digits take float32. As torch.autocast in Python.
@@ -51,4 +51,4 @@ class Autocast {
   at::ScalarType type_before_;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -34,7 +34,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// A tensor whose samples lie along `Dimension`: Along<1> for [T, B, F] sequences or [layers, B, H] states.
 template <std::int64_t Dimension>
@@ -353,7 +353,7 @@ template <Batch B>
   return part;
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/batch.hpp>

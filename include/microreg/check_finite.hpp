@@ -2,7 +2,9 @@
 /// When values are read to see whether they are finite.
 #pragma once
 
-namespace microreg {
+#include <microreg/version.hpp>
+
+namespace microreg::inline MICROREG_ABI {
 
 /// When a step looks for NaN and infinity before it touches `.grad`.
 enum class CheckFinite {
@@ -11,4 +13,4 @@ enum class CheckFinite {
   never,   ///< call Report::throw_if_not_finite() yourself
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// What FisherTrace needs of a distribution: labels drawn without a graph, and their mean negative log-likelihood with
 /// one.
@@ -164,4 +164,4 @@ struct Distribution {
 template <class Sample, class NegativeLogLikelihood>
 Distribution(Sample, NegativeLogLikelihood) -> Distribution<Sample, NegativeLogLikelihood>;
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -3,13 +3,15 @@
 /// value that was found, and what to do about it.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// Base of all errors of this library. When `Regularizer::backward` or `measure` throws one, the model, its buffers,
 /// the `.grad` fields and the random number generators are as they were before the call.
@@ -74,4 +76,4 @@ class RankError : public Error {
   std::vector<std::int64_t> ranks_;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -2,11 +2,13 @@
 /// The ways to differentiate a penalty, as options: one of them is the `estimator` of RegularizerOptions.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <cstdint>
 #include <memory>
 #include <variant>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// Double backward: exact for every network. Cost: 3.0 plain steps for one penalty, in exact arithmetic.
 struct Exact {};
@@ -74,7 +76,7 @@ class Estimator : public std::variant<Exact, ForwardDifference, CentralDifferenc
   detail::MakeDifferences* differences_ = nullptr;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/estimator.hpp>

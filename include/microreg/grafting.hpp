@@ -3,10 +3,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <microreg/version.hpp>
 
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// Scales the gradients of `parameters` in place, all by one factor, so that their joint norm becomes `norm`:
 ///
@@ -36,7 +37,7 @@ at::Tensor graft(const std::vector<at::Tensor>& parameters, const at::Tensor& no
 /// ```
 at::Tensor graft(const std::vector<at::Tensor>& parameters, double norm);
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/grafting.hpp>

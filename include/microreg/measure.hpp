@@ -9,7 +9,7 @@
 
 #include <utility>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// Loss and penalties of a batch, cut into micro-batches as Regularizer does, averaged with the same weights.
 ///
@@ -37,7 +37,7 @@ template <class M, class Loss, class PenaltyOrSum, class Input, class Target>
   return detail::measure_step(batch, as_in_a_step);
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/step.hpp>

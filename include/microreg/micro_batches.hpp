@@ -11,7 +11,7 @@
 #include <tuple>
 #include <utility>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// How much each micro-batch M of a mini-batch B counts.
 enum class Weighting {
@@ -137,4 +137,4 @@ template <Batch First, Batch... More>
   return {MicroBatches(samples, micro_batch_size, Weighting::samples), first, more...};
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

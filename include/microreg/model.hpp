@@ -22,7 +22,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// The parameters and buffers of several modules as those of one; see modules().
 class Modules {
@@ -347,7 +347,7 @@ using InputOf = typename BatchFor<typename CalledBy<std::remove_cvref_t<M>>::typ
 template <class M>
 concept Model = detail::is_model<std::remove_cvref_t<M>>;
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/model.hpp>

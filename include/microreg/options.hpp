@@ -7,6 +7,7 @@
 #include <c10/core/ScalarType.h>
 #include <microreg/check_finite.hpp>
 #include <microreg/estimator.hpp>
+#include <microreg/loss_scale.hpp>
 #include <microreg/micro_batches.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/strength.hpp>
@@ -16,7 +17,7 @@
 #include <optional>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 class Communicator;  // distributed/communicator.hpp
 
@@ -112,8 +113,9 @@ struct RegularizerOptions {
   std::optional<at::ScalarType> autocast = std::nullopt;
   /// S, where backward passes of Exact start instead of 1, divided out again in float32: for float16, whose gradients
   /// vanish below 6e-8 otherwise, a power of two such as 1024 or 65536. Where it is too large, gradients become
-  /// infinite (see `non_finite`). Seeds of penalties need none: in half types they are taken apart by themselves.
-  double loss_scale = 1;
+  /// infinite (see `non_finite`); a DynamicLossScale finds the largest that is not. Seeds of penalties need none: in
+  /// half types they are taken apart by themselves.
+  LossScale loss_scale = 1;
   /// Keep what the model returned, for Report::output(): accuracy, hidden states, pictures. Takes the memory of the
   /// outputs of all micro-batches.
   bool keep_outputs = false;
@@ -154,7 +156,7 @@ void validate(const RegularizerOptions& options);
 RegularizerOptions options_of(MeasureOptions options);
 }  // namespace detail
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/options.hpp>

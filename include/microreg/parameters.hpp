@@ -3,13 +3,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <microreg/version.hpp>
 
 #include <cstddef>
 #include <functional>
 #include <string>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// A parameter and the name it goes by in messages and in a selection.
 struct NamedParameter {
@@ -36,7 +37,7 @@ struct Parameters {
 /// penalise, or if a parameter is complex.
 [[nodiscard]] Parameters trainable(const std::vector<NamedParameter>& all, const ParameterSelection& selection = {});
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/parameters.hpp>

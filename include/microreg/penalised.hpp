@@ -23,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 struct SnapshotMemory;
@@ -40,6 +40,7 @@ struct PenalisedOptions {
   NonFinite non_finite = NonFinite::error;          ///< skip_penalty needs the form of backward() that takes a closure
   CheckFinite check_finite = CheckFinite::on_cpu;
   bool fused = true;
+  LossScale loss_scale = 1;  ///< a number where a step of the optimizer has several parts
   bool gradient_ratio = false;
   bool advance = true;
 };
@@ -111,11 +112,11 @@ class Penalised {
   }
 
   /// How many steps were taken. A mini-batch of several parts is one step, counted with its last part.
-  [[nodiscard]] std::int64_t step() const noexcept { return step_; }
-  void set_step(std::int64_t step) noexcept { step_ = step; }
-  void advance() noexcept { ++step_; }
+  [[nodiscard]] std::int64_t step() const noexcept { return progress_.step; }
+  void set_step(std::int64_t step) noexcept { progress_.step = step; }
+  void advance() noexcept { ++progress_.step; }
   /// How many calls NonFinite::skip_step left out so far.
-  [[nodiscard]] std::int64_t skipped() const noexcept { return skipped_; }
+  [[nodiscard]] std::int64_t skipped() const { return progress_.all_skipped(); }
 
  private:
   template <class Result>
@@ -140,12 +141,10 @@ class Penalised {
   AnyPenalty<> penalty_;
   RegularizerOptions options_;
   std::shared_ptr<detail::SnapshotMemory> memory_;
-  std::int64_t step_ = 0;
-  detail::Proof proof_;
-  std::int64_t skipped_ = 0;
+  detail::Progress progress_;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/penalised.hpp>

@@ -9,6 +9,7 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 #include <microreg/strength.hpp>
+#include <microreg/version.hpp>
 
 #include <concepts>
 #include <cstdint>
@@ -20,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// What the probes of one penalty drew at random in the first pass over a micro-batch, in order. An estimator that
 /// needs further passes hands it out again there: a label must not flip because the logits have moved.
@@ -223,7 +224,7 @@ template <PenaltyExpression A, PenaltyExpression B>
       std::tuple_cat(std::move(left.terms), std::move(right.terms)));
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/penalty.hpp>

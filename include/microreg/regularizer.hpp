@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <utility>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// Adds explicit regularizers to a training loop. One call of backward() adds to `.grad` the gradient of
 ///
@@ -98,13 +98,18 @@ class Regularizer {
   }
 
   /// How many steps were taken: what a strength schedule is asked with.
-  [[nodiscard]] std::int64_t step() const noexcept { return step_; }
+  [[nodiscard]] std::int64_t step() const noexcept { return progress_.step; }
   /// Sets the step, for a run that resumes.
-  void set_step(std::int64_t step) noexcept { step_ = step; }
-  /// How many steps NonFinite::skip_step left out so far.
-  [[nodiscard]] std::int64_t skipped() const noexcept { return skipped_; }
+  void set_step(std::int64_t step) noexcept { progress_.step = step; }
+  /// How many steps NonFinite::skip_step or a DynamicLossScale left out so far. Waits for a CUDA device with the
+  /// latter.
+  [[nodiscard]] std::int64_t skipped() const { return progress_.all_skipped(); }
   /// Counts a step, where `.advance = false` keeps backward() from it.
-  void advance() noexcept { ++step_; }
+  void advance() noexcept { ++progress_.step; }
+  /// With a DynamicLossScale: S of the next step, a scalar on the device; undefined before the first.
+  [[nodiscard]] const at::Tensor& loss_scale() const noexcept { return progress_.scale.scale; }
+  /// Lets it go on from here, for a run that resumes.
+  void set_loss_scale(double scale) { progress_.set_scale(scale); }
 
   [[nodiscard]] const RegularizerOptions& options() const noexcept { return options_; }
 
@@ -117,24 +122,21 @@ class Regularizer {
     const auto objective = objective_;
     const RegularizerOptions options = options_;
     detail::ObjectiveOnBatch<Input, Target> batch(*objective, options, input, target, &objective->memory);
-    Report report = detail::take_step(batch, options, step_, proof_);
-    step_ += options.advance ? 1 : 0;
-    skipped_ += report.skipped ? 1 : 0;
+    Report report = detail::take_step(batch, options, progress_);
+    progress_.step += options.advance ? 1 : 0;
     return report;
   }
 
   std::shared_ptr<detail::Objective<Input, Target>> objective_;
   RegularizerOptions options_;
-  std::int64_t step_ = 0;
-  detail::Proof proof_;
-  std::int64_t skipped_ = 0;
+  detail::Progress progress_;
 };
 
 template <class M, class Loss, class PenaltyOrSum>
 Regularizer(M&&, Loss, PenaltyOrSum, RegularizerOptions = {})
     -> Regularizer<detail::InputOf<M>, detail::TargetOf<Loss>>;
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/step.hpp>

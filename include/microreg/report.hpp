@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <microreg/version.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -11,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// One penalty over the micro-batches of a mini-batch.
 struct PenaltyReport {
@@ -37,9 +38,13 @@ struct Report {
   at::Tensor micro_batch_losses;        ///< L_M, one per micro-batch; [K]
   std::vector<std::int64_t> penalised;  ///< which micro-batches were penalised, ascending; by default all K
   std::vector<PenaltyReport> penalties;
-  bool skipped = false;          ///< NonFinite::skip_step left this step out
+  bool skipped = false;          ///< NonFinite::skip_step, or a loss scale that was too large, left this step out
   bool penalty_skipped = false;  ///< NonFinite::skip_penalty left the penalties out of this step's gradient
   at::Tensor gradient_norm;      ///< norm of what this step added to the `.grad` fields; scalar; undefined in `measure`
+  /// S of this step and whether it was too large, so that nothing was added to `.grad`: scalars on the device, with a
+  /// DynamicLossScale
+  at::Tensor loss_scale;
+  at::Tensor overflow;
   /// norm of the penalties' gradient over that of the loss gradient, to choose a strength by: scalar; with
   /// `.gradient_ratio = true`
   at::Tensor gradient_ratio;
@@ -63,7 +68,7 @@ struct Report {
   void throw_if_not_finite() const;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/report.hpp>

@@ -2,6 +2,8 @@
 /// The functor form of every penalty: a scalar tensor that carries a graph, for users who compose their own loss.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <microreg/penalty.hpp>
 
 #include <string>
@@ -10,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 
@@ -69,7 +71,7 @@ SquaredGradientNorm(Probe) -> SquaredGradientNorm<Probe>;
 template <class Probe>
 SquaredGradientNorm(Probe, std::string) -> SquaredGradientNorm<Probe>;
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/squared_gradient_norm.hpp>

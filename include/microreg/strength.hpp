@@ -2,6 +2,8 @@
 /// The strength of a penalty: a number, or a schedule over steps.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <concepts>
 #include <cstdint>
 #include <functional>
@@ -9,7 +11,7 @@
 #include <type_traits>
 #include <utility>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// A factor on a penalty, constant or a function of the step (counted from 0). It converts from a number and from any
 /// callable `double(std::int64_t step)`. Every value must be finite and at least 0: OptionError otherwise, for a
@@ -65,7 +67,7 @@ struct LinearWarmUp {
   }
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/strength.hpp>

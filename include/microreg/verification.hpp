@@ -2,6 +2,8 @@
 /// What verify() found out about a model, its loss and its penalties: numbers on the host, and words.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <cstdint>
 #include <iosfwd>
 #include <map>
@@ -9,7 +11,7 @@
 #include <string>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// An operation that exact double backward cannot pass.
 struct MissingSecondDerivative {
@@ -95,7 +97,7 @@ struct Verification {
 /// Writes text().
 std::ostream& operator<<(std::ostream& out, const Verification& verification);
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/verification.hpp>

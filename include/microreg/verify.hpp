@@ -11,7 +11,7 @@
 
 #include <utility>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 /// The whole of verify().
@@ -51,7 +51,7 @@ template <class M, class Loss, class PenaltyOrSum, class Input, class Target>
   return detail::verify_step(batch, options);
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/verify.hpp>

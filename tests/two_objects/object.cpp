@@ -1,9 +1,13 @@
 /// @file
-/// Built into two shared objects with hidden symbols, as extension modules are: each has headers of its own.
+/// Built into two shared objects, as extension modules are: each has headers of its own. A third has those of another
+/// version.
 #include "object.hpp"
 
 #include <torch/torch.h>
+#include <microreg/gates/scope.hpp>
 #include <microreg/microreg.hpp>
+
+#include <string>
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -51,6 +55,28 @@ EXPORT double step() {
     sum += parameter.grad().abs().sum().item<double>();
   }
   return sum;
+}
+
+EXPORT const char* refusal() {
+  static std::string message;
+  message.clear();
+  try {
+    const microreg::FusedScope scope;
+  } catch (const microreg::Error& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
+
+EXPORT int gates_seen() {
+  microreg::GateTape tape;
+  try {
+    const microreg::RecordGates record(tape);
+    (void)torch::relu(torch::ones({2}, torch::requires_grad()));
+  } catch (const microreg::Error&) {
+    return -1;
+  }
+  return static_cast<int>(tape.size());
 }
 
 EXPORT bool is_fused() {

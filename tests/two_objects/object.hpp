@@ -1,5 +1,5 @@
 /// @file
-/// What each of the two shared objects exports, under the same names.
+/// What each of the shared objects exports, under the same names.
 #pragma once
 
 extern "C" {
@@ -10,6 +10,12 @@ void close_scope(void* scope);
 
 /// The penalty's gradient, by double backward in whatever scope is open on this thread, as one number.
 double step();
+
+/// Why a scope cannot be opened, or "".
+const char* refusal();
+
+/// How many operations with gates a scope sees in a forward pass with one; -1: it cannot be opened.
+int gates_seen();
 
 /// Whether backward passes are recorded by microreg on this thread now.
 bool is_fused();

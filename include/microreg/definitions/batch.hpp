@@ -6,7 +6,7 @@
 #include <microreg/batch.hpp>
 #include <microreg/detail/config.hpp>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 MICROREG_INLINE void SampleCounter::add(const at::Tensor& tensor, const std::string& path, std::int64_t dimension) {
   if (!tensor.defined()) {
@@ -83,4 +83,4 @@ MICROREG_INLINE void throw_shared_fields(const std::string& path) {
                          "microreg_size and microreg_slice"}));
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

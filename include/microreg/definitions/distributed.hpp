@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 
@@ -139,4 +139,4 @@ MICROREG_INLINE void manual_seed(std::uint64_t seed, const Communicator& communi
   at::manual_seed(rank_seed(seed, communicator));
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -11,7 +11,7 @@
 #include <microreg/grafting.hpp>
 #include <microreg/step/tensor_lists.hpp>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 
@@ -57,4 +57,4 @@ MICROREG_INLINE at::Tensor graft(const std::vector<at::Tensor>& parameters, doub
                                  [&](const at::Tensor& before) { return at::full({}, norm, before.options()); });
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

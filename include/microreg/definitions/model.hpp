@@ -7,7 +7,7 @@
 #include <microreg/error.hpp>
 #include <microreg/model.hpp>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE Modules::Modules(std::vector<std::shared_ptr<torch::nn::Module>> modules)
     : modules_(std::move(modules)) {
@@ -73,4 +73,4 @@ MICROREG_INLINE std::vector<at::Tensor> buffers_of(const torch::jit::Module& mod
 
 }  // namespace detail
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

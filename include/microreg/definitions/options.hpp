@@ -12,7 +12,7 @@
 #include <utility>
 #include <variant>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Throws OptionError with the field, its value and the remedy.
 MICROREG_INLINE void validate(const RegularizerOptions& options) {
@@ -50,13 +50,22 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
     throw OptionError(text({"autocast is ", *options.autocast,
                             "; it must be BFloat16 or Half, or empty for the types of parameters and input"}));
   }
-  if (!(is_finite(options.loss_scale) && options.loss_scale > 0)) {
-    throw OptionError(text({"loss_scale is ", options.loss_scale,
+  if (!(is_finite(options.loss_scale.number) && options.loss_scale.number > 0)) {
+    throw OptionError(text({"loss_scale is ", options.loss_scale.number,
                             "; it must be a positive finite number: 1, or for float16 a power of two such as 1024"}));
   }
-  if (options.loss_scale != 1 && !std::holds_alternative<Exact>(options.estimator)) {
-    throw OptionError(text(
-        {"loss_scale is ", options.loss_scale, " with a difference, which half types are too coarse for; use Exact"}));
+  if (options.loss_scale.dynamic.has_value()) {
+    const DynamicLossScale& scale = *options.loss_scale.dynamic;
+    if (!(is_finite(scale.growth) && scale.growth >= 1 && scale.backoff > 0 && scale.backoff < 1 &&
+          scale.interval >= 1)) {
+      throw OptionError(text({"loss_scale has growth ", scale.growth, ", backoff ", scale.backoff, " and interval ",
+                              scale.interval, "; growth must be at least 1, backoff in (0, 1), interval at least 1"}));
+    }
+  }
+  if ((options.loss_scale.number != 1 || options.loss_scale.dynamic.has_value()) &&
+      !std::holds_alternative<Exact>(options.estimator)) {
+    throw OptionError(text({"loss_scale is ", options.loss_scale.number,
+                            " with a difference, which half types are too coarse for; use Exact"}));
   }
   for (std::size_t i = 0; i < options.also_train.size(); ++i) {
     if (!options.also_train[i].defined() || !options.also_train[i].requires_grad()) {
@@ -88,4 +97,4 @@ MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
   return result;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

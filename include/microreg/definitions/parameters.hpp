@@ -9,7 +9,7 @@
 
 #include <unordered_set>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE Parameters trainable(const std::vector<NamedParameter>& all, const ParameterSelection& selection) {
   Parameters result;
@@ -47,4 +47,4 @@ MICROREG_INLINE Parameters trainable(const std::vector<NamedParameter>& all, con
   return result;
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -13,7 +13,7 @@
 #include <memory>
 #include <variant>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 
@@ -96,6 +96,7 @@ MICROREG_INLINE Penalised::Penalised(std::vector<at::Tensor> parameters, AnyPena
                .non_finite = options.non_finite,
                .check_finite = options.check_finite,
                .fused = options.fused,
+               .loss_scale = options.loss_scale,
                .gradient_ratio = options.gradient_ratio,
                .advance = options.advance},
       memory_(std::make_shared<detail::SnapshotMemory>()) {
@@ -127,6 +128,11 @@ MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<Pass
     throw OptionError(
         detail::text({"part ", part.index, " of ", part.count, " is none; take it from micro_batches()"}));
   }
+  if (options_.loss_scale.dynamic.has_value() && part.count > 1) {
+    throw OptionError(
+        detail::text({"loss_scale is dynamic, and this is part ", part.index, " of ", part.count,
+                      ": a part that overflows cannot be left out of a step alone; use a number, or Regularizer"}));
+  }
   if (!(detail::is_finite(part.weight) && part.weight > 0)) {
     throw OptionError(detail::text({"part.weight is ", part.weight, "; it must be a finite number above 0"}));
   }
@@ -137,10 +143,9 @@ MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<Pass
   const RegularizerOptions options = options_;
   const auto memory = memory_;
   detail::GivenPass batch(parameters, buffers, penalty, options, part, pass, *memory);
-  Report report = detail::take_step(batch, options, step_, proof_);
-  skipped_ += report.skipped ? 1 : 0;
-  step_ += options.advance && part.index + 1 == part.count ? 1 : 0;
+  Report report = detail::take_step(batch, options, progress_);
+  progress_.step += options.advance && part.index + 1 == part.count ? 1 : 0;
   return report;
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

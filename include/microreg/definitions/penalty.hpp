@@ -7,7 +7,7 @@
 #include <microreg/error.hpp>
 #include <microreg/penalty.hpp>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE at::Tensor Draws::keep(const at::Tensor& fresh) {
   if (!replaying_) {
@@ -35,4 +35,4 @@ MICROREG_INLINE const at::Tensor& differentiable_output(const at::Tensor& output
   return output;  // NOLINT(bugprone-return-const-ref-from-parameter): lives as long as the caller's expression
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

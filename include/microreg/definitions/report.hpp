@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 
@@ -97,4 +97,4 @@ MICROREG_INLINE void Report::throw_if_not_finite() const {
   }
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

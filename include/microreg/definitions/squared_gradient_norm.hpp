@@ -19,7 +19,7 @@
 #include <string_view>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Whether the graph behind `roots` holds LibTorch's double backward of batch or layer normalisation, whose own
 /// derivative is wrong without a word (pytorch issue 186256).
@@ -100,4 +100,4 @@ MICROREG_INLINE at::Tensor summed_squared_gradient_norms(const std::vector<at::T
   return sum_of_squares(terms);
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -25,12 +25,14 @@
 #include <microreg/step/ranks.hpp>
 #include <microreg/step/recurrent.hpp>
 #include <microreg/step/sampling.hpp>
+#include <microreg/step/scaling.hpp>
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/tensor_lists.hpp>
 
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -41,7 +43,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 MICROREG_INLINE void check_output(const at::Tensor& output) {
   if (output.defined() && !output.is_floating_point() && !output.is_complex()) {
@@ -619,12 +621,11 @@ inline void require_plain_input(const MiniBatch& batch) {
 }
 
 /// The gradient of weight * loss, added to `sums`.
-inline void add_loss_gradient(const at::Tensor& loss, double weight, double loss_scale, const Parameters& parameters,
+inline void add_loss_gradient(const at::Tensor& loss, double weight, const Scale& scale, const Parameters& parameters,
                               bool retain_graph, std::vector<at::Tensor>& sums) {
-  accumulate(sums,
-             gradients({loss}, parameters.tensors, {at::full_like(loss, loss_scale).detach()}, retain_graph,
-                       /*create_graph=*/false, "the loss"),
-             weight / loss_scale);
+  add_scaled(
+      sums, gradients({loss}, parameters.tensors, {scale.seed(loss)}, retain_graph, /*create_graph=*/false, "the loss"),
+      scale.over(weight));
 }
 
 /// Throws NonFiniteError, which names a cause that plain training does not meet: all labels of a micro-batch ignored.
@@ -652,6 +653,12 @@ inline void require_finite(const Report& report, const MiniBatch& batch, const s
   }
 }
 
+/// Whether the options ask to look for NaN and infinity in a step of this report.
+inline bool looks_for_non_finite(const Report& report, const RegularizerOptions& options) {
+  return options.check_finite == CheckFinite::always || options.non_finite != NonFinite::error ||
+         (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu());
+}
+
 /// Looks for NaN and infinity in the report as the options ask. Whether the step is to be skipped; throws
 /// NonFiniteError otherwise.
 inline Fared check_finite(const Report& report, const MiniBatch& batch, const RegularizerOptions& options,
@@ -662,37 +669,49 @@ inline Fared check_finite(const Report& report, const MiniBatch& batch, const Re
     } catch (const NonFiniteError&) {
       return Fared::to_be_skipped;
     }
-  } else if (options.check_finite == CheckFinite::always || options.non_finite != NonFinite::error ||
-             (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu())) {
+  } else if (looks_for_non_finite(report, options)) {
     require_finite(report, batch, parts);
   }
   return Fared::well;
 }
 
-inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof,
-                        Ranks& ranks, bool without_penalties) {
+/// The same on one of several ranks, before its sums meet the others'. Under a loss scale that follows the gradients an
+/// infinite penalty is no error, but `overflowed`.
+inline Fared check_own(const Report& report, const MiniBatch& batch, const RegularizerOptions& options,
+                       const std::vector<Part>& parts, bool& overflowed) {
+  if (!options.loss_scale.dynamic.has_value()) {
+    return check_finite(report, batch, options, parts);
+  }
+  overflowed = !std::all_of(report.penalties.begin(), report.penalties.end(),
+                            [](const PenaltyReport& penalty) { return penalty.value.isfinite().item<bool>(); });
+  return report.loss.isfinite().item<bool>() ? Fared::well : check_finite(report, batch, options, parts);
+}
+
+inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Progress& progress, Ranks& ranks,
+                        bool without_penalties) {
   ranks.expect_lists(options.gradient_ratio ? 2 : 1);
-  Step loop(batch, options, step, ranks, without_penalties);
-  Proof next_proof = proof;
+  Step loop(batch, options, progress.step, ranks, without_penalties);
+  Progress next = progress;
   return loop.guarded([&] {
     const Parameters& parameters = loop.parameters();
+    const Scale scale = scale_of(options.loss_scale, next.scale, parameters.tensors.front().device());
     std::vector<at::Tensor> sums(parameters.tensors.size());
     std::vector<at::Tensor> loss_sums(options.gradient_ratio ? sums.size() : 0);
     std::unique_ptr<Differences> difference;
     if (options.estimator.differences() != nullptr) {
       require_plain_input(batch);
       difference = options.estimator.differences()(
-          {options.estimator, parameters, next_proof, options.fused, options.check_finite});
+          {options.estimator, parameters, next.proof, options.fused, options.check_finite});
     }
     const FusedScope fused(options.fused && difference == nullptr);
-    const HalfRange range(options.loss_scale, options.autocast, parameters);
+    const HalfRange range(scale, options.autocast, parameters);
     Report report =
-        loop.run(choose_penalised(options.sampling, step, loop.count()),
+        loop.run(choose_penalised(options.sampling, progress.step, loop.count()),
                  [&](const Part& part, const Weights& weights, const auto& keep) -> std::vector<at::Tensor> {
                    const auto keep_all = [&](Evaluation& evaluation) {
                      keep(evaluation);
                      if (options.gradient_ratio) {
-                       add_loss_gradient(evaluation.loss, weights.loss, options.loss_scale, parameters,
+                       add_loss_gradient(evaluation.loss, weights.loss, scale, parameters,
                                          /*retain_graph=*/true, loss_sums);
                      }
                    };
@@ -704,8 +723,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
                    if (weights.penalty != 0) {
                      return double_backward(batch, *evaluation, weights, parameters, range, sums);
                    }
-                   add_loss_gradient(evaluation->loss, weights.loss, options.loss_scale, parameters,
-                                     evaluation->shares_graph, sums);
+                   add_loss_gradient(evaluation->loss, weights.loss, scale, parameters, evaluation->shares_graph, sums);
                    return {};
                  });
     report.penalty_skipped = without_penalties;
@@ -731,6 +749,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
     const auto skipped = [&] {
       loop.snapshot().restore();
       report.skipped = true;
+      ++progress.skipped;
       return report;
     };
     const auto finish = [&] {
@@ -742,15 +761,15 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
     Ranks::Outcome outcome = loop.outcome(lists);
     const bool counted = outcome.counts.has_value();
     if (!ranks.alone()) {  // what is wrong on this rank is said before anything is added up
-      outcome.fared = check_finite(report, batch, options, loop.parts());
-      outcome.factor = next_proof.factor;
+      outcome.fared = check_own(report, batch, options, loop.parts(), outcome.overflowed);
+      outcome.factor = next.proof.factor;
       finish();
       scale_sums(loop.own_scale());
     }
     if (ranks.agree(outcome)) {
       return skipped();
     }
-    next_proof.factor = ranks.alone() ? next_proof.factor : outcome.factor;
+    next.proof.factor = ranks.alone() ? next.proof.factor : outcome.factor;
     ranks.add_up(lists, parameters.tensors);
     const std::vector<at::Tensor> merged =
         ranks.merged(loop.buffers(), loop.snapshot(), outcome.moved, options.rank_buffers);
@@ -761,9 +780,23 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
     }
     const at::TensorOptions scalar = report.loss.options();
     report.gradient_norm = squared_norm(sums, scalar).sqrt();
+    if (outcome.overflowed) {
+      report.gradient_norm = at::full_like(report.gradient_norm, std::numeric_limits<double>::infinity());
+    }
     if (options.gradient_ratio) {
       report.gradient_ratio =
           squared_norm(differences(sums, loss_sums), scalar).sqrt() * over_norm(squared_norm(loss_sums, scalar), 1.0);
+    }
+    if (options.loss_scale.dynamic.has_value()) {
+      follow(*options.loss_scale.dynamic, next.scale, sums, report);
+      // Where the loss itself is infinite, no scale helps.
+      if (looks_for_non_finite(report, options) && report.loss.isfinite().item<bool>() &&
+          report.overflow.item<bool>()) {
+        ranks.commit(Fared::well);
+        report.skipped = true;
+        progress.scale = next.scale;
+        return report;
+      }
     }
     const Fared fared = check_finite(report, batch, options, loop.parts());
     if (ranks.alone() && fared == Fared::well) {
@@ -780,7 +813,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, std
       }
     }
     update.write();
-    proof = next_proof;
+    progress = next;
     return report;
   });
 }
@@ -802,22 +835,31 @@ Report on_all_ranks(Ranks& ranks, const Work& work) {
   }
 }
 
-MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof) {
-  Ranks ranks(options.communicator.get(), step);
+MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, Progress& progress) {
+  Ranks ranks(options.communicator.get(), progress.step);
   return on_all_ranks(ranks, [&] {
     if (options.non_finite == NonFinite::skip_penalty) {
       try {
-        return step_once(batch, options, step, proof, ranks, /*without_penalties=*/false);
+        return step_once(batch, options, progress, ranks, /*without_penalties=*/false);
       } catch (const NonFiniteError& error) {
         if (!ranks.leave(error, true)) {
           throw;
         }
         ranks.begin_again();
-        return step_once(batch, options, step, proof, ranks, /*without_penalties=*/true);
       }
+      return step_once(batch, options, progress, ranks, /*without_penalties=*/true);
     }
-    return step_once(batch, options, step, proof, ranks, /*without_penalties=*/false);
+    return step_once(batch, options, progress, ranks, /*without_penalties=*/false);
   });
+}
+
+MICROREG_INLINE std::int64_t Progress::all_skipped() const {
+  return skipped + (scale.skipped.defined() ? scale.skipped.item<std::int64_t>() : 0);
+}
+
+MICROREG_INLINE void Progress::set_scale(double number) {
+  scale.scale = at::full({}, number, at::kFloat);
+  scale.good_steps.reset();
 }
 
 MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& options) {
@@ -830,18 +872,20 @@ MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& 
           loop.run(all_penalised(loop.count()), [&](const Part& part, const Weights& /*weights*/, const auto& keep) {
             const auto evaluation = batch.evaluate(part, {});
             keep(*evaluation);
-            return squared_norms(batch, *evaluation, loop.parameters(), options.loss_scale);
+            return squared_norms(batch, *evaluation, loop.parameters(), options.loss_scale.number);
           });
       Ranks::Outcome outcome = loop.outcome({});
       ranks.agree(outcome);
       loop.snapshot().restore();
+      ranks.check();
       if (outcome.counts.has_value()) {
         static_cast<void>(loop.scale(true));  // throws where there is none
         report.share = *outcome.counts / ranks.counts();
       }
+      ranks.commit(Fared::well);
       return report;
     });
   });
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -8,7 +8,7 @@
 #include <microreg/error.hpp>
 #include <microreg/strength.hpp>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE void Strength::require_schedule() const {
   if (!schedule_) {
@@ -24,4 +24,4 @@ MICROREG_INLINE double Strength::checked(double value, std::int64_t step) {
   return value;
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -7,7 +7,7 @@
 
 #include <sstream>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 MICROREG_INLINE std::string Piece::of(double number) {
   std::ostringstream out;
@@ -29,4 +29,4 @@ MICROREG_INLINE std::string text(std::initializer_list<Piece> pieces) {
   return result;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

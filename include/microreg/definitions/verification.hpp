@@ -11,7 +11,7 @@
 #include <cstdio>
 #include <ostream>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 
@@ -178,4 +178,4 @@ MICROREG_INLINE std::ostream& operator<<(std::ostream& out, const Verification& 
   return out << verification.text();
 }
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -52,7 +52,7 @@
 #include <variant>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// What LibTorch allocates on one kind of device while it is told of it, on any thread.
 class AllocationPeak final : public c10::MemoryReportingInfoBase {
@@ -166,7 +166,11 @@ class Verifier {
   [[nodiscard]] Gradient empty() const { return Gradient(parameters_.tensors.size()); }
   [[nodiscard]] bool wants_difference() const { return options_.estimator.differences() != nullptr; }
   [[nodiscard]] bool fused() const { return options_.fused && FusedScope::enabled(); }
-  [[nodiscard]] HalfRange range() const { return {options_.loss_scale, options_.autocast, parameters_}; }
+  /// With a scale that would overflow in no network that trains, where the options have one that follows it.
+  [[nodiscard]] HalfRange range() const {
+    return {options_.loss_scale.dynamic.has_value() ? 1024 : options_.loss_scale.number, options_.autocast,
+            parameters_};
+  }
 
   std::unique_ptr<Evaluation> evaluate() {
     return Step::explained(part_, [&] { return batch_.evaluate(part_, {}); });
@@ -681,4 +685,4 @@ MICROREG_INLINE Verification verify_step(MiniBatch& batch, const RegularizerOpti
   return Verifier(batch, options).run();
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -6,6 +6,8 @@
 /// target microreg::microreg does both by itself.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #if defined(MICROREG_COMPILED)
 #define MICROREG_INLINE
 #else

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// A node with one result, whose derivative is a function. torch::autograd::Function would do, at ten seconds of every
 /// user's compiler.
@@ -50,4 +50,4 @@ inline void set_derivative(const at::Tensor& result, at::TensorList operands, co
   torch::autograd::impl::set_gradient_edge(result, {std::move(node), number});
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -2,12 +2,14 @@
 /// A hash of bytes, the same on every machine of one byte order: FNV-1a.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
 #include <type_traits>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 class Hash {
  public:
@@ -29,4 +31,4 @@ class Hash {
   std::uint64_t value_ = 14695981039346656037U;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -7,8 +7,9 @@
 
 #include <c10/core/DispatchKey.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <microreg/version.hpp>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 inline constexpr c10::DispatchKey interception_key = c10::DispatchKey::TESTING_ONLY_GenericMode;
 
@@ -40,4 +41,4 @@ class StockKernels {
   c10::impl::ExcludeDispatchKeyGuard guard_{interception_key};
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -6,34 +6,46 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 #include <microreg/detail/interception.hpp>
+#include <microreg/detail/notice_board.hpp>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
+#include <microreg/version.hpp>
 
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
-/// Held while kernels are registered. Its visibility makes it one in the process (with GCC, even for shared objects
-/// that hide their symbols and are loaded without sharing them), so that no two objects register the same kernel.
-__attribute__((visibility("default"))) inline std::mutex& registration_mutex() {
-  static std::mutex mutex;
-  return mutex;
-}
-
-/// Lets every operation for which nothing is registered pass. To be called with registration_mutex() held.
-inline void register_fallthrough() {
-  static const std::unique_ptr<torch::Library> fallback = []() -> std::unique_ptr<torch::Library> {
-    if (c10::Dispatcher::singleton().hasBackendFallbackForDispatchKey(interception_key)) {
-      return nullptr;
+/// Held while kernels are registered, so that no two shared objects of a process register the same one. From the first
+/// on, all of them have to be of one version of these headers: the kernels and those who use them know each other's
+/// layouts. Throws Error where they are not.
+class Registering {
+ public:
+  Registering() {
+    const auto found = read_notice("version");
+    auto& dispatcher = c10::Dispatcher::singleton();
+    if (found.has_value() ? found->toStringRef() != version
+                          : dispatcher.hasBackendFallbackForDispatchKey(interception_key)) {
+      throw Error(text({"another version of microreg (", found.has_value() ? found->toStringRef() : "unknown",
+                        "; this is ", version,
+                        ") has intercepted LibTorch's operations in this process; compile all that is loaded into it "
+                        "with one version, or set MICROREG_FUSED=0 in its environment and use Exact"}));
     }
-    auto library = std::make_unique<torch::Library>(torch::Library::IMPL, "_", interception_key, __FILE__, __LINE__);
-    library->fallback(torch::CppFunction::makeFallthrough());
-    return library;
-  }();
-}
+    stay_loaded();
+    if (!found.has_value()) {
+      pin_notice("version", c10::StringType::get(), std::string(version));
+      // Lets every operation for which nothing is registered pass.
+      static torch::Library fallback(torch::Library::IMPL, "_", interception_key, __FILE__, __LINE__);
+      fallback.fallback(torch::CppFunction::makeFallthrough());
+    }
+  }
+
+ private:
+  BoardLock lock_;
+};
 
 /// The operation "aten::name.overload" of this LibTorch, if there is one.
 inline std::optional<c10::OperatorHandle> find_operation(std::string_view name) {
@@ -53,12 +65,10 @@ inline std::optional<c10::OperatorHandle> find_schema(std::string_view schema) {
 /// as it is: report() says that, once, by name.
 class Interceptors {
  public:
-  /// A functor that gets its arguments boxed. Null, or what keeps it from this operation: `fits(schema)` tells whether
-  /// the arguments are those that it was written for.
+  /// A functor that gets its arguments boxed; while a Registering lives. Null, or what keeps it from this operation:
+  /// `fits(schema)` tells whether the arguments are those that it was written for.
   template <class Functor, class Fits>
   [[nodiscard]] const char* add(const std::string& operation, const Fits& fits, std::unique_ptr<Functor> functor) {
-    const std::lock_guard lock(registration_mutex());
-    register_fallthrough();
     const auto handle = find_operation(operation);
     if (!handle.has_value()) {
       return "is unknown to it";
@@ -82,4 +92,4 @@ class Interceptors {
   torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -5,6 +5,7 @@
 #include <c10/core/Storage.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/version.h>
+#include <microreg/version.hpp>
 
 #include <memory>
 #include <type_traits>
@@ -19,7 +20,7 @@
     "microreg was tested with LibTorch 2.6 to 2.15. Define MICROREG_ANY_LIBTORCH to try this newer one; run the tests."
 #endif
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// A pointer that owns a node of autograd's graph: counted by the node itself from 2.13 on, before by std::shared_ptr.
 using NodePointer = decltype(torch::autograd::Edge::function);
@@ -39,4 +40,4 @@ inline void swap_memory(const c10::Storage& one, const c10::Storage& other) {
   one.set_data_ptr_noswap(other.set_data_ptr(one.set_data_ptr(c10::DataPtr())));
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -6,11 +6,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <c10/util/FunctionRef.h>
+#include <microreg/version.hpp>
 
 #include <algorithm>
 #include <cstdint>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Calls body(from, to) for parts of [begin, end) of about `grain` elements or more, one for each thread at most. The
 /// cut depends on the number of threads alone. Within another parallel region there is one part.
@@ -39,4 +40,4 @@ inline void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grai
       /*grain_size=*/1);
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

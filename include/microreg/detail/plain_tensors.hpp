@@ -6,10 +6,11 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <microreg/version.hpp>
 
 #include <algorithm>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The element types that our kernels are for. Decided here alone: with_type() is the one way to them.
 inline bool has_kernels(at::ScalarType type) { return type == at::kFloat || type == at::kDouble; }
@@ -83,4 +84,4 @@ inline bool should_fuse(at::TensorList tensors, HalfTypes halves) {
                      [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); });
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

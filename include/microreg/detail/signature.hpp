@@ -2,10 +2,12 @@
 /// What a function takes, where its declaration says it: no template, no overloads.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <tuple>
 #include <type_traits>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The arguments of a function, without references and const; `known` is false for templates and overloads.
 template <class Function>
@@ -39,4 +41,4 @@ struct Signature<F> : Signature<decltype(&F::forward)> {};
 template <class F, class... A>
 inline constexpr bool callable_with = std::is_invocable_v<F&, A&...> || requires(F& f, A&... a) { f.forward(a...); };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

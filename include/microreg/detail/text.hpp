@@ -3,13 +3,14 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <microreg/version.hpp>
 
 #include <concepts>
 #include <initializer_list>
 #include <string>
 #include <string_view>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// One part of a text: words, a number, a shape, a type or a device, written as LibTorch writes them.
 class Piece {
@@ -35,7 +36,7 @@ class Piece {
 /// The pieces in a row.
 std::string text(std::initializer_list<Piece> pieces);
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/text.hpp>

@@ -7,6 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/version.hpp>
 
 #include <cstdint>
 #include <cstring>
@@ -19,7 +20,7 @@
 
 #define MICROREG_ALWAYS_INLINE inline __attribute__((always_inline))
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// 64 bytes of T: one register with AVX-512, several with less.
 template <class T>
@@ -115,4 +116,4 @@ void run_widest(Arguments... arguments) {
 #endif
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -4,12 +4,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <microreg/version.hpp>
 
 #include <cstdint>
 #include <functional>
 #include <string>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// The processes, called ranks, that take each step together: rank() of size(), counted from 0. Handed to a Regularizer
 /// as the option `communicator`.
@@ -51,4 +52,4 @@ class Communicator {
   std::uint64_t bytes_ = 0;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

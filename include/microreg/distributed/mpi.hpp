@@ -22,7 +22,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// How a communicator finds out that a rank is gone: as in ProcessGroupOptions.
 struct MpiOptions {
@@ -225,4 +225,4 @@ class MpiCommunicator final : public Communicator {
   std::optional<RankError> failure_;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

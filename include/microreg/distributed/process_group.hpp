@@ -28,7 +28,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// How a communicator finds out that a rank is gone.
 struct ProcessGroupOptions {
@@ -310,4 +310,4 @@ class ProcessGroupCommunicator final : public Communicator {
   std::optional<RankError> failure_;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

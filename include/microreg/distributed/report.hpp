@@ -5,7 +5,7 @@
 #include <microreg/distributed/communicator.hpp>
 #include <microreg/report.hpp>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// What one process would have reported of the whole mini-batch, from the report that each rank has of its own
 /// micro-batches: loss, penalties, micro-batch losses and norms in the order of the ranks. `gradient_norm` and
@@ -19,7 +19,7 @@ namespace microreg {
 /// ```
 [[nodiscard]] Report reduced(const Report& report, Communicator& communicator);
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/distributed.hpp>

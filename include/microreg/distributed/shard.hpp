@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// The samples [begin, begin + size) of a mini-batch.
 struct Shard {
@@ -32,7 +32,7 @@ struct Shard {
 /// whose weights may be those of any seed: they become rank 0's.
 void manual_seed(std::uint64_t seed, const Communicator& communicator);
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
 #include <microreg/definitions/distributed.hpp>

@@ -9,7 +9,7 @@
 
 #include <microreg/fused/rule.hpp>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 inline Tensors piecewise_linear_derivative(const Call& call, const Tensors& upstream, OutputMask needs) {
   return {needs[0] ? call.with(0, upstream[0]).run()[0] : at::Tensor(), at::Tensor()};
@@ -48,4 +48,4 @@ inline constexpr Rule hardsigmoid_backward_rule{
     .saved = {1},
     .derivative = piecewise_linear_derivative};
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The problem of a call, and what came in for its results.
 inline NormProblem batch_norm_problem(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
@@ -94,4 +94,4 @@ inline constexpr Rule cudnn_batch_norm_backward_rule{
     .fits = [](const Call& call) { return batch_norm_fits(call.tensor(0), call.tensor(5), call.tensor(6)); },
     .halves = HalfTypes::widened};
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The arguments of a convolution_backward: grad_output 0, input 1, weight 2, bias_sizes 3, stride 4, padding 5,
 /// dilation 6, transposed 7, output_padding 8, groups 9, output_mask 10.
@@ -70,9 +70,8 @@ inline Tensors convolution_backward(const Call& call) {
     return results;
   }
   if (convolution.skips_pixels()) {  // LibTorch makes copies of the whole input's gradient
-    const auto [down, right] = convolution.pair(4);
-    const auto used = [&, down = down, right = right](const at::Tensor& t) {
-      return t.slice(2, 0, {}, down).slice(3, 0, {}, right);
+    const auto used = [strides = convolution.pair(4)](const at::Tensor& t) {
+      return t.slice(2, 0, {}, strides[0]).slice(3, 0, {}, strides[1]);
     };
     const auto format = input.suggest_memory_format();
     Tensors results =
@@ -140,4 +139,4 @@ inline constexpr Rule convolution_backward_rule{
     .derivative = convolution_double_backward,
     .forward = convolution_backward};
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -12,7 +12,7 @@
 #include <cstring>
 #include <numbers>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// out = v * dy * gelu''(x) with gelu''(x) = phi(x) (2 - x^2), phi the standard normal density; float32.
 struct GeluSecondDerivative {
@@ -98,4 +98,4 @@ inline constexpr Rule gelu_backward_rule{
     .fits = [](const Call& call) { return call.arguments[2].toStringView() == "none"; },
     .halves = HalfTypes::widened};
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <utility>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The problem of a call as [sample, group, channel of the group, pixel], and what came in for its results.
 inline NormProblem group_norm_problem(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
@@ -121,4 +121,4 @@ inline constexpr Rule native_group_norm_rule{
     .keeps_results = true,
     .halves = HalfTypes::widened};
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -10,7 +10,7 @@
 #include <array>
 #include <cstdint>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The problem of a call as a matrix whose rows are normalised, and what came in for its results.
 inline NormProblem layer_norm_problem(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
@@ -56,4 +56,4 @@ inline constexpr Rule native_layer_norm_backward_rule{
         },
     .halves = HalfTypes::widened};
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// out[n, c, o] = v[n, c, indices[n, c, o]], where an index counts the pixels of an image; all channels-last.
 template <class T>
@@ -70,4 +70,4 @@ inline constexpr Rule max_pool3d_backward_rule{
     .saved = {7},
     .derivative = max_pool_derivative<3>};
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

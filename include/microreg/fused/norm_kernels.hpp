@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Statistics of rows and what belongs to channels (or places); weight, a, b may be null.
 template <class T>
@@ -407,4 +407,4 @@ std::array<at::Tensor, 3> column_norm(NormProblem p) {
   return {back(tensors.d_dy()).contiguous(format), back(tensors.d_x()).contiguous(format), d_weight};
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Over the elements that are normalised together; x_c = x - mean, h = weight dy, q = a dy. Sums, or, divided by the
 /// number of elements and with xh = x_c r in place of x_c, means.
@@ -196,4 +196,4 @@ inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, Output
   return out;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -21,12 +21,13 @@
 #include <string>
 #include <string_view>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Registers the rules, once per process: another shared object that includes this header finds them there.
 class FusedRegistration {
  public:
   FusedRegistration() {
+    const Registering registering;
     for (const Rule* rule :
          {&convolution_backward_rule, &native_batch_norm_backward_rule, &cudnn_batch_norm_backward_rule,
           &native_layer_norm_backward_rule, &native_group_norm_rule, &threshold_backward_rule, &hardtanh_backward_rule,
@@ -53,4 +54,4 @@ class FusedRegistration {
 
 MICROREG_INLINE void register_fused_kernels() { static const FusedRegistration registration; }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <utility>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// What the backward of an operation read, x and dy, and what came in for its result, v; and where the results go.
 template <class T>
@@ -162,4 +162,4 @@ class RowTensors {
 /// How many rows of `elements` are worth another thread.
 inline std::int64_t row_grain(std::int64_t elements) { return std::max<std::int64_t>(1, 16384 / elements); }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

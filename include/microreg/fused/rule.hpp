@@ -26,7 +26,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 using Tensors = std::vector<at::Tensor>;
 /// Which of up to three gradients are asked for.
@@ -193,4 +193,4 @@ class RuleKernel final : public c10::OperatorKernel {
   const Rule& rule_;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -8,14 +8,14 @@
 #include <string_view>
 
 #if defined(MICROREG_COMPILED)
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 void register_fused_kernels();
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail
 #else
 #include <microreg/fused/registration.hpp>
 #endif
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// While it lives, backward passes with create_graph on this thread are recorded so that differentiating them again is
 /// fast and exact.
@@ -45,4 +45,4 @@ class FusedScope {
   detail::Interception interception_;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

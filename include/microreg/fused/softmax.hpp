@@ -10,7 +10,7 @@
 #include <array>
 #include <cstdint>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Softmax's backward is d_x = y (dy - s), s = sum(dy y). For incoming v, with t = sum(v y), row by row:
 ///
@@ -89,4 +89,4 @@ inline constexpr Rule softmax_backward_rule{
         },
     .halves = HalfTypes::widened};
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -13,7 +13,7 @@
 #include <array>
 #include <cstdint>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Stride, padding and dilation of a 2d convolution in one group, by height and width.
 struct PatchGeometry {
@@ -59,4 +59,4 @@ inline at::Tensor weight_gradient_by_product(const at::Tensor& grad_output, cons
       .contiguous(weight.suggest_memory_format());
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

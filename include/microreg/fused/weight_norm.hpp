@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// w = g v / ||v||, the norm over all dimensions but one. With q = sum of dw v over those:
 ///
@@ -29,4 +29,4 @@ inline constexpr Rule weight_norm_rule{
     },
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -8,7 +8,7 @@
 
 #include <limits>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 inline Tensors replay_relu(const Arguments& in, const Gates& gates) {
   at::Tensor self = in.tensor(0);
@@ -125,4 +125,4 @@ inline constexpr Rule activations[] = {
      }},
 };
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

@@ -7,7 +7,7 @@
 
 #include <utility>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// An operand that may be a number.
 inline at::Tensor operand(const Arguments& in, std::size_t i) {
@@ -68,4 +68,4 @@ inline constexpr Rule arithmetic[] = {
      nullptr, replay_straight_through},
 };
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

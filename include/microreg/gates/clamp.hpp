@@ -11,7 +11,7 @@
 #include <limits>
 #include <optional>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// The next number beyond a bound, in the type that kernels compare in: strictly between these is between the bounds
 /// or at one.
@@ -97,4 +97,4 @@ inline constexpr Rule clamps[] = {
      [](const Arguments& in) { return in.given(1); }},
 };
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

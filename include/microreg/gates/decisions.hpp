@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// Their results are those of the first pass.
 inline constexpr const char* decisions[] = {"gt.Scalar",
@@ -204,4 +204,4 @@ inline void hold(Call& call) {
   call.give({gates->front().clone()});
 }
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

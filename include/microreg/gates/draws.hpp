@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// Their results are constants to double backward. What rand, randn, randint and dropout draw they draw by the next
 /// list.
@@ -175,4 +175,4 @@ inline void draw_inside(Call& call) {
   exchange_state(generator, now);
 }
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

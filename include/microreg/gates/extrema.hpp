@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// The mean of the elements that were extremal in the first pass; over all dimensions, if none are given.
 inline at::Tensor mean_where(const at::Tensor& self, const at::Tensor& gate, at::IntArrayRef dim = {},
@@ -139,4 +139,4 @@ inline constexpr Rule extrema[] = {
      gates_of_reduced_index, nullptr, replay_reduced_index, reduces_to_extremes},
 };
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// Makes `result` a function of `operand` with this gradient, also where they are one tensor.
 inline void set_gradient(const at::Tensor& result, const at::Tensor& operand,
@@ -46,4 +46,4 @@ inline void replace_values(const at::Tensor& result, const at::Tensor& values) {
   result.variable_data().copy_(values);
 }
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

@@ -19,7 +19,7 @@
 #include <vector>
 
 /// What the intercepted operations are made of.
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// The arguments of an intercepted call.
 class Arguments {
@@ -201,4 +201,4 @@ inline at::Tensor value_gate(const Arguments& in) {
   return in.in_place() ? in.tensor(0).detach().clone() : value_gate(in.tensor(0));
 }
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

@@ -4,13 +4,13 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/Reduction.h>
+#include <microreg/detail/finite.hpp>
 #include <microreg/gates/rule.hpp>
 
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 inline double order_of(const Arguments& in) {
   for (const char* name : {"p", "ord"}) {
@@ -23,7 +23,7 @@ inline double order_of(const Arguments& in) {
 
 inline bool has_kink_of_order(const Arguments& in) {
   const double order = order_of(in);
-  return order == 0 || order == 1 || std::isinf(order);
+  return order == 0 || order == 1 || !is_finite(order);
 }
 
 inline at::Tensor norm_of_order(const at::Tensor& self, double order, at::IntArrayRef dim, bool keepdim) {
@@ -126,4 +126,4 @@ inline constexpr Rule losses[] = {
     composed("multilabel_margin_loss_forward", "Tensor self, Tensor target, int reduction", composed_multilabel_margin),
 };
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

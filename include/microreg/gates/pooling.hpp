@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// `self` at flat positions within its last dimensions, in the memory layout of the positions.
 inline at::Tensor gather_flat(const at::Tensor& self, const at::Tensor& indices, std::int64_t dimensions) {
@@ -75,4 +75,4 @@ inline void max_pool1d(Call& call) {
                                                      in.integers(4), in.flag(5)))});
 }
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

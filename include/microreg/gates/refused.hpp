@@ -8,7 +8,7 @@
 
 #include <string>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 struct Refused {
   const char* operation;
@@ -67,4 +67,4 @@ inline void refuse(const Refused& rule, Call& call) {
   call.stock();
 }
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/jit_type.h>
 #include <c10/util/Exception.h>
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/interceptors.hpp>
+#include <microreg/detail/notice_board.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/arithmetic.hpp>
@@ -16,15 +18,17 @@
 #include <microreg/gates/losses.hpp>
 #include <microreg/gates/pooling.hpp>
 #include <microreg/gates/refused.hpp>
+#include <microreg/gates/tape.hpp>
 
 #include <algorithm>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// One intercepted operation. It takes its arguments as the dispatcher's stack has them: LibTorch holds the code that
 /// puts them there, so a kernel brings no template instances.
@@ -48,11 +52,20 @@ class GateKernel final : public c10::OperatorKernel {
   bool draws_;
 };
 
-/// Registers the kernels, once per process: another shared object that includes this header finds them there. An
-/// operation that this LibTorch does not have, or has with other arguments, runs as it is: that is said once, by name.
+/// Where a thread's session is.
+using SessionSlot = GateSession** (*)();
+
+/// Registers the kernels, once per process: another shared object that includes this header finds them there, and the
+/// variable that they look at. An operation that this LibTorch does not have, or has with other arguments, runs as it
+/// is: that is said once, by name.
 class Registration {
  public:
   Registration() {
+    const Registering registering;
+    if (const auto found = read_notice("gate_session")) {
+      slot_ = reinterpret_cast<SessionSlot>(found->toInt());
+      return;
+    }
     add_draws();  // before the rule for rrelu, which draws in training mode
     add_rules(activations);
     add_rules(clamps);
@@ -70,7 +83,11 @@ class Registration {
     add_all({"detach"}, hold);
     add_with_in_place("_to_copy", nullptr, convert);
     add_with_in_place("max_pool1d", nullptr, max_pool1d);
+    pin_notice("gate_session", c10::IntType::get(), reinterpret_cast<std::int64_t>(slot_));
   }
+
+  /// This thread's session, as the registered kernels see it.
+  [[nodiscard]] GateSession*& session() const { return *slot_(); }
 
  private:
   using Kernel = std::function<void(Call&)>;
@@ -130,13 +147,17 @@ class Registration {
     return result;
   }
 
+  SessionSlot slot_ = [] { return &active_gate_session; };
   Interceptors kernels_;
 };
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
-MICROREG_INLINE void register_gate_kernels() { static const gating::Registration registration; }
+MICROREG_INLINE GateSession*& gate_session_of_kernels() {
+  static const gating::Registration registration;
+  return registration.session();
+}
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

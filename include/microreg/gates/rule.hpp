@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail::gating {
+namespace microreg::inline MICROREG_ABI::detail::gating {
 
 using Tensors = std::vector<at::Tensor>;
 
@@ -81,4 +81,4 @@ inline void apply(const Rule& rule, Call& call) {
   }
 }
 
-}  // namespace microreg::detail::gating
+}  // namespace microreg::inline MICROREG_ABI::detail::gating

@@ -39,14 +39,14 @@
 #include <utility>
 
 #if defined(MICROREG_COMPILED)
-namespace microreg::detail {
-void register_gate_kernels();
-}  // namespace microreg::detail
+namespace microreg::inline MICROREG_ABI::detail {
+GateSession*& gate_session_of_kernels();
+}  // namespace microreg::inline MICROREG_ABI::detail
 #else
 #include <microreg/gates/registration.hpp>
 #endif
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 
@@ -54,22 +54,17 @@ namespace detail {
 class GateScope {
  public:
   GateScope(GateTape& tape, GateSession::Pass pass, Keep keep, Frozen frozen = Frozen::decisions)
-      : registered_(register_once()), session_(tape, pass, keep, frozen), previous_(active_gate_session) {
-    active_gate_session = &session_;
+      : active_(gate_session_of_kernels()), session_(tape, pass, keep, frozen), previous_(active_) {
+    active_ = &session_;
   }
   GateScope(const GateScope&) = delete;
   GateScope& operator=(const GateScope&) = delete;
-  ~GateScope() { active_gate_session = previous_; }
+  ~GateScope() { active_ = previous_; }
 
   [[nodiscard]] const GateSession& session() const noexcept { return session_; }
 
  private:
-  static bool register_once() {
-    register_gate_kernels();
-    return true;
-  }
-
-  bool registered_;  // before the guard
+  GateSession*& active_;  // first: the kernels are registered before the key is included
   GateSession session_;
   GateSession* previous_;
   Interception interception_;
@@ -100,4 +95,4 @@ class ReplayGates {
   detail::GateScope scope_;
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 class GateSession;
@@ -181,12 +181,9 @@ class GateSession {
   std::size_t position_ = 0;
 };
 
-// Visible also where all else is hidden: the kernels are those of the first shared object that registered them.
-#if defined(__GNUC__)
-__attribute__((visibility("default")))
-#endif
+/// What the kernels of this shared object look at; they may not be the registered ones: gate_session_of_kernels().
 inline thread_local GateSession* active_gate_session = nullptr;
 
 }  // namespace detail
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -27,7 +27,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 namespace gating {
 
@@ -135,4 +135,4 @@ inline std::vector<std::string> unseen_kinks(const at::Tensor& loss, const GateT
   return unseen_kinks(loss, std::vector<const GateTape*>{&tape}, functions);
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

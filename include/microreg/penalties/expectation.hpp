@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <string_view>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// How a penalty that is defined as an expectation is evaluated.
 enum class Expectation {
@@ -25,4 +25,4 @@ inline void check_count(std::int64_t count, std::string_view field) {
 }
 }  // namespace detail
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// The squared norm of the gradient of the micro-batch mean negative log-likelihood of labels that are drawn from the
 /// model's own predictive distribution,
@@ -106,4 +106,4 @@ FisherTrace(D, std::int64_t, Expectation) -> FisherTrace<D>;
 FisherTrace() -> FisherTrace<Categorical>;
 #endif
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

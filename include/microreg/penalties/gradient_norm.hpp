@@ -2,12 +2,14 @@
 /// GradientNorm (GN): the squared norm of the micro-batch loss gradient.
 #pragma once
 
+#include <microreg/version.hpp>
+
 #include <microreg/squared_gradient_norm.hpp>
 
 #include <string_view>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// The squared norm of the gradient of the micro-batch mean loss,
 ///
@@ -37,4 +39,4 @@ struct GradientNorm {
   }
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// The squared Frobenius norm of the Jacobian by the input, averaged over the micro-batch,
 ///
@@ -83,4 +83,4 @@ struct InputJacobian {
   }
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
 template <class Pass>
@@ -143,4 +143,4 @@ struct JacobianNorm {
   }
 };
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

@@ -5,13 +5,14 @@
 #include <ATen/ATen.h>
 #include <microreg/detail/text.hpp>
 #include <microreg/penalty.hpp>
+#include <microreg/version.hpp>
 
 #include <concepts>
 #include <optional>
 #include <string>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// The norm where another penalty has its square,
 ///
@@ -66,4 +67,4 @@ struct Unsquared {
 template <class P>
 Unsquared(P) -> Unsquared<P>;
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

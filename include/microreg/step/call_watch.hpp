@@ -3,11 +3,12 @@
 #pragma once
 
 #include <ATen/record_function.h>
+#include <microreg/version.hpp>
 
 #include <memory>
 #include <optional>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// While it lives and is `wanted`, Watch::note(const at::RecordFunction&) is called for each operation on this thread.
 /// Of two of a kind the inner one is told.
@@ -49,4 +50,4 @@ class CallWatch {
   Watch* before_ = nullptr;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/finite.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/tensor_lists.hpp>
@@ -14,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The distance of one gradient from another that is taken for right, all parameters jointly, in float64 on the host.
 struct Comparison {
@@ -22,7 +23,10 @@ struct Comparison {
   double norm = 0;                                    ///< of the right one
   std::vector<std::pair<double, std::size_t>> worst;  ///< distances by parameter, the largest first
 
-  [[nodiscard]] double error() const { return norm > 0 ? distance / norm : distance > 0 ? 1e300 : 0.0; }
+  [[nodiscard]] bool finite() const { return is_finite(distance) && is_finite(norm); }
+  [[nodiscard]] double error() const {
+    return norm > 0 && finite() ? distance / norm : distance > 0 || !finite() ? 1e300 : 0.0;
+  }
 };
 
 inline Comparison compare(const std::vector<at::Tensor>& found, const std::vector<at::Tensor>& right) {
@@ -64,4 +68,4 @@ inline std::string where_it_is(const Comparison& comparison, const Parameters& p
   return result;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

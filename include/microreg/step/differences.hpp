@@ -12,11 +12,11 @@
 #include <functional>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 class Estimator;
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// What a step asks for. `proof` is written to. `fused`: double backward, where it is needed, by the faster formulas.
 /// `looks`: when values may be read, as the step does for NaN and infinity.
@@ -45,4 +45,4 @@ class Differences {
   virtual void finish() = 0;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

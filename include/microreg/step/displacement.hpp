@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Whether `tensor` is all that there is in its storage.
 inline bool fills_storage(const at::Tensor& tensor) {
@@ -100,4 +100,4 @@ class Displacement {
   std::vector<Displaceable::Item>& items_;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -12,6 +12,7 @@
 #include <microreg/parameters.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
+#include <microreg/step/scaling.hpp>
 #include <microreg/step/tensor_lists.hpp>
 
 #include <algorithm>
@@ -21,7 +22,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// A scalar whose backward pass starts at `roots` with `seeds`, its value without meaning. Handed to the engine
 /// themselves, seeds live until its pass ends; those that a node holds are let go with the node, so that each gradient
@@ -35,11 +36,11 @@ inline at::Tensor seeded_roots(const std::vector<at::Tensor>& roots, std::vector
 
 /// What float16 asks for: where backward passes start, and whether numbers may be too small for it at all.
 struct HalfRange {
-  double loss_scale = 1;
+  Scale scale;
   bool narrow = false;
 
-  HalfRange(double scale, const std::optional<at::ScalarType>& autocast, const Parameters& parameters)
-      : loss_scale(scale), narrow(scale != 1 || autocast == at::kHalf) {
+  HalfRange(Scale start, const std::optional<at::ScalarType>& autocast, const Parameters& parameters)
+      : scale(std::move(start)), narrow(!scale.is_one() || autocast == at::kHalf) {
     const c10::DeviceType device = parameters.tensors.front().device().type();
     narrow = narrow ||
              (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device) &&
@@ -68,7 +69,7 @@ class DoubleBackward {
   DoubleBackward(const Evaluation& evaluation, const Parameters& parameters, const HalfRange& range, double largest)
       : evaluation_(evaluation),
         parameters_(parameters),
-        scale_(range.loss_scale),
+        scale_(range.scale),
         largest_(largest),
         apart_(range.narrow && largest > 0) {}
 
@@ -82,7 +83,7 @@ class DoubleBackward {
     std::vector<at::Tensor> differentiable;
     for (const at::Tensor& probe : checked_probes(evaluation_, index, term)) {
       auto g = probe_gradient(term, probe, wanted);
-      add_to(squared, squared_norm(g, probe.options()) / (scale_ * scale_));
+      add_to(squared, scale_.over(1, 2).times(squared_norm(g, probe.options())));
       if (apart_ && !term.by_input && probe.is_same(evaluation_.loss) && g.size() == parameters_.tensors.size()) {
         loss_gradient_ = detached(g);
       }
@@ -94,9 +95,9 @@ class DoubleBackward {
     }
     if (!differentiable.empty()) {
       const at::NoGradGuard no_grad;
-      const double missing = scale_ * scale_ * unit();
-      auto seed = term.squared ? taken_and_scaled(differentiable, 2 * factor / missing)
-                               : scaled(differentiable, over_norm(squared, factor / missing));
+      const double share = apart_ ? factor / (2 * largest_) : factor;
+      auto seed = term.squared ? taken_and_scaled(differentiable, seed_factor(2 * share))
+                               : scaled(differentiable, seed_factor(1).times(over_norm(squared, share)));
       std::move(seed.begin(), seed.end(), std::back_inserter(seeds_));
       roots_.insert(roots_.end(), differentiable.begin(), differentiable.end());
     }
@@ -112,12 +113,12 @@ class DoubleBackward {
     std::vector<at::Tensor> starts;
     std::vector<at::Tensor> start_seeds;
     if (!loss_gradient_.empty() && (apart_ || !penalised)) {
-      accumulate(sums, std::move(loss_gradient_), weight / scale_);
-    } else if (apart_) {
-      accumulate(sums,
-                 gradients({evaluation_.loss}, parameters_.tensors, {at::full_like(evaluation_.loss, scale_).detach()},
+      add_scaled(sums, std::move(loss_gradient_), scale_.over(weight));
+    } else if (apart_ || !scale_.is_one()) {
+      add_scaled(sums,
+                 gradients({evaluation_.loss}, parameters_.tensors, {scale_.seed(evaluation_.loss)},
                            penalised || evaluation_.shares_graph, /*create_graph=*/false, "the loss"),
-                 weight / scale_);
+                 scale_.over(weight));
     } else {
       starts.push_back(evaluation_.loss);
       start_seeds.push_back(at::full_like(evaluation_.loss, weight).detach());
@@ -129,10 +130,10 @@ class DoubleBackward {
       roots_.clear();
     }
     if (!starts.empty()) {
-      accumulate(sums,
+      add_scaled(sums,
                  gradients(starts, parameters_.tensors, start_seeds, evaluation_.shares_graph, /*create_graph=*/false,
                            penalised ? "the exact penalty" : "the loss", penalised),
-                 apart_ ? unit() : 1.0);
+                 apart_ ? scale_.over(2 * largest_) : Factor(1));
     }
   }
 
@@ -155,15 +156,15 @@ class DoubleBackward {
   }
 
   [[nodiscard]] std::vector<at::Tensor> seeds_of(const at::Tensor& probe) const {
-    return scale_ == 1 ? std::vector<at::Tensor>() : std::vector<at::Tensor>{at::full_like(probe, scale_).detach()};
+    return scale_.is_one() ? std::vector<at::Tensor>() : std::vector<at::Tensor>{scale_.seed(probe)};
   }
 
-  /// What the penalties' pass leaves to be multiplied by: seeds are g for the strongest one.
-  [[nodiscard]] double unit() const { return apart_ ? 2 * largest_ / scale_ : 1.0; }
+  /// From S g to the seed: apart, it is g itself for the strongest penalty, and 2 * largest / S is left to the end.
+  [[nodiscard]] Factor seed_factor(double share) const { return apart_ ? scale_.over(share) : Factor(share); }
 
   const Evaluation& evaluation_;
   const Parameters& parameters_;
-  double scale_;
+  Scale scale_;
   double largest_;
   bool apart_;  ///< whether loss and penalties are differentiated one after the other
   std::vector<at::Tensor> roots_;
@@ -192,4 +193,4 @@ inline std::vector<at::Tensor> double_backward(const MiniBatch& batch, const Eva
   return squared_norms;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -6,6 +6,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/config.hpp>
+#include <microreg/detail/finite.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/estimator.hpp>
@@ -37,7 +38,7 @@
 #include <variant>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// ForwardDifference or CentralDifference.
 struct DifferenceSettings {
@@ -270,7 +271,7 @@ class FiniteDifference final : public Differences {
       }
     }
     if (!brought) {
-      accumulate(sums, std::move(loss_gradient), passes.weights.loss);
+      add_scaled(sums, std::move(loss_gradient), passes.weights.loss);
     }
   }
 
@@ -341,20 +342,20 @@ class FiniteDifference final : public Differences {
       std::vector<at::Tensor> back = settings_.central ? displaced(-0.5) : std::vector<at::Tensor>();
       if (passes.far) {
         if (auto exact = double_backward_again(passes, std::pair(index, k))) {
-          accumulate(sums, std::move(*exact));
+          add_scaled(sums, std::move(*exact));
           if (probe.brings_loss) {
-            accumulate(sums, probe.gradient, passes.weights.loss);
+            add_scaled(sums, probe.gradient, passes.weights.loss);
           }
           continue;
         }
       }
       if (probe.brings_loss) {  // one sweep instead of three
         const double weight = passes.weights.loss;
-        accumulate(sums, extrapolated(probe.gradient, std::move(there), scale / weight), weight);
+        add_scaled(sums, extrapolated(probe.gradient, std::move(there), scale / weight), weight);
         continue;
       }
       subtract(there, settings_.central ? back : probe.gradient);
-      accumulate(sums, std::move(there), scale);
+      add_scaled(sums, std::move(there), scale);
     }
   }
 
@@ -368,7 +369,7 @@ class FiniteDifference final : public Differences {
         std::vector<at::Tensor> difference =
             displaced_gradient(passes, i, k, settings_.central ? per_norm * 0.5 : per_norm);
         subtract(difference, settings_.central ? displaced_gradient(passes, i, k, per_norm * -0.5) : probe.gradient);
-        accumulate(result, std::move(difference), scale);
+        add_scaled(result, std::move(difference), scale);
       }
     }
     return result;
@@ -453,7 +454,7 @@ class FiniteDifference final : public Differences {
     const Comparison first = best.comparison;
     const bool far = passes.far;
     double times = 1;
-    const bool finite = std::isfinite(first.distance) && std::isfinite(first.norm);
+    const bool finite = first.finite();
     if (finite && !agrees(passes, first)) {
       for (const double other : {8., 64., 512., 4096., 32768.}) {
         Trial next = trial(other);
@@ -467,7 +468,7 @@ class FiniteDifference final : public Differences {
       // A shorter one may be right by chance here, and is an explanation only.
       const bool agreed = agrees(passes, best.comparison) && settings_.step == 0 && passes.suspects.sentence.empty();
       if (!agreed && exact && far && proof_.given) {
-        return accumulate(sums, *exact);  // lost in rounding here; another micro-batch has to prove it
+        return add_scaled(sums, *exact);  // lost in rounding here; another micro-batch has to prove it
       }
       if (!agreed) {
         if (Trial shorter = trial(0.125); shorter.comparison.error() < 0.5 * best.comparison.error()) {
@@ -484,7 +485,7 @@ class FiniteDifference final : public Differences {
         refuse(passes, far_away, far_away, 1, exact.has_value());
       }
     }
-    accumulate(sums, std::move(best.found));
+    add_scaled(sums, std::move(best.found));
     if (finite) {
       remember(passes.weights, best.comparison);
     }
@@ -511,8 +512,9 @@ class FiniteDifference final : public Differences {
   [[nodiscard]] bool agrees(const Passes& passes, const Comparison& comparison) const {
     const double epsilon = epsilon_of(is_fine() ? at::kDouble : at::kFloat);
     const double whole = passes.weights.loss * passes.loss_gradient_norm + comparison.norm;
-    return comparison.distance <= tolerance() * comparison.norm || comparison.distance <= 64 * epsilon * whole ||
-           comparison.distance + comparison.norm <= std::sqrt(epsilon) * whole;
+    return comparison.finite() &&
+           (comparison.distance <= tolerance() * comparison.norm || comparison.distance <= 64 * epsilon * whole ||
+            comparison.distance + comparison.norm <= std::sqrt(epsilon) * whole);
   }
 
   [[noreturn]] void refuse(const Passes& passes, const Comparison& first, const Comparison& best, double times,
@@ -604,12 +606,14 @@ class FiniteDifference final : public Differences {
     const double change = value.item<double>() - before;
     const double rounding = 64 * epsilon * std::max(std::abs(before), std::abs(before + change));
     const double first_order = (distance * probe.squared_norm).item<double>();
-    if (!(std::abs(change - first_order) > std::abs(first_order) / 2 + rounding)) {
+    // What is not finite is not near or far, and has an error of its own.
+    const double off = std::abs(change - first_order);
+    if (!is_finite(off) || off <= std::abs(first_order) / 2 + rounding) {
       return true;
     }
     const double other_end = by_input ? first_order : (distance * slope_there()).item<double>();
-    return !(std::abs(change - (first_order + other_end) / 2) >
-             (std::abs(first_order) + std::abs(other_end)) / 2 + rounding);
+    const double off_mean = std::abs(change - (first_order + other_end) / 2);
+    return !is_finite(off_mean) || off_mean <= (std::abs(first_order) + std::abs(other_end)) / 2 + rounding;
   }
 
   /// The norm of the displacement, a scalar on the device.
@@ -711,7 +715,7 @@ class FiniteDifference final : public Differences {
   }
 
   /// a -= b, where undefined is zero.
-  static void subtract(std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) { accumulate(a, b, -1.0); }
+  static void subtract(std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) { add_scaled(a, b, -1.0); }
 
   DifferenceSettings settings_;
   const Parameters& parameters_;
@@ -735,4 +739,4 @@ MICROREG_INLINE std::unique_ptr<Differences> make_differences(const DifferenceRe
   return make(std::get<CentralDifference>(request.estimator), true);
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -24,7 +24,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The leaves behind `root` that require a gradient.
 inline std::vector<at::Tensor> leaves_of(const at::Tensor& root) {
@@ -202,7 +202,8 @@ class GuardedGradients {
     const std::lock_guard lock(mutex());
     for (const auto& [node, hook] : hooks_) {
       auto& all = node->pre_hooks();
-      all.erase(std::find_if(all.begin(), all.end(), [hook = hook](const auto& each) { return each.get() == hook; }));
+      all.erase(
+          std::find_if(all.begin(), all.end(), [wanted = hook](const auto& each) { return each.get() == wanted; }));
     }
   }
 
@@ -230,4 +231,4 @@ class GuardedGradients {
   std::vector<std::pair<NodePointer, torch::autograd::FunctionPreHook*>> hooks_;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -20,7 +20,7 @@
 #include <string>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 struct RegularizerOptions;  // not its header, which has the estimators, which know this one
 enum class Reduction;
@@ -80,8 +80,30 @@ struct Proof {
   std::vector<double> strengths = {};  ///< with which it was given, of each penalty the largest
 };
 
-/// Adds the gradient of the objective on the mini-batch to `.grad`; the whole of Regularizer::backward.
-Report take_step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Proof& proof);
+/// Of a loss scale that follows the gradients, scalars on the model's device: replaced and never written to, so that
+/// copies go ways of their own.
+struct ScaleState {
+  at::Tensor scale;       ///< S of the next step
+  at::Tensor good_steps;  ///< in a row
+  at::Tensor skipped;     ///< steps that overflowed
+};
+
+/// What a Regularizer or Penalised remembers from step to step.
+struct Progress {
+  std::int64_t step = 0;     ///< the next one's number
+  std::int64_t skipped = 0;  ///< steps that NonFinite::skip_step left out
+  Proof proof = {};
+  ScaleState scale = {};
+
+  /// All steps that were left out. Waits for the device where a loss scale follows the gradients there.
+  [[nodiscard]] std::int64_t all_skipped() const;
+  /// Lets a loss scale that follows the gradients go on from `number`.
+  void set_scale(double number);
+};
+
+/// Adds the gradient of the objective on the mini-batch to `.grad`; the whole of Regularizer::backward but counting the
+/// step.
+Report take_step(MiniBatch& batch, const RegularizerOptions& options, Progress& progress);
 
 /// The whole of measure().
 Report measure_step(MiniBatch& batch, const RegularizerOptions& options);
@@ -98,4 +120,4 @@ std::vector<Part> cut(std::int64_t inputs, std::int64_t targets, const Regulariz
 
 }  // namespace detail
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

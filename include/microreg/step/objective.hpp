@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg {
+namespace microreg::inline MICROREG_ABI {
 
 /// The target of a Regularizer whose loss takes the output alone.
 struct NoTarget {
@@ -386,4 +386,4 @@ class ObjectiveOnBatch final : public MiniBatch {
 
 }  // namespace detail
 
-}  // namespace microreg
+}  // namespace microreg::inline MICROREG_ABI

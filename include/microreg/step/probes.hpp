@@ -10,13 +10,14 @@
 #include <microreg/parameters.hpp>
 #include <microreg/squared_gradient_norm.hpp>
 #include <microreg/step/mini_batch.hpp>
+#include <microreg/step/scaling.hpp>
 #include <microreg/step/tensor_lists.hpp>
 
 #include <algorithm>
 #include <string>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The probes of penalty `index`, checked.
 inline std::vector<at::Tensor> checked_probes(const Evaluation& evaluation, std::size_t index, const TermInfo& term,
@@ -76,16 +77,16 @@ inline void add_to(at::Tensor& sum, const at::Tensor& value) { sum = sum.defined
 
 /// The squared gradient norm of each penalty, without a graph for more.
 inline std::vector<at::Tensor> squared_norms(const MiniBatch& batch, const Evaluation& evaluation,
-                                             const Parameters& parameters, double loss_scale) {
+                                             const Parameters& parameters, const Scale& scale) {
   std::vector<at::Tensor> result(batch.terms());
   for (std::size_t i = 0; i < result.size(); ++i) {
     const TermInfo& term = batch.term(i);
     const auto counted = counted_tensors(evaluation, term, parameters);
     for (const at::Tensor& probe : checked_probes(evaluation, i, term)) {
-      const auto g = gradients({probe}, counted, {at::full_like(probe, loss_scale).detach()}, /*retain_graph=*/true,
+      const auto g = gradients({probe}, counted, {scale.seed(probe)}, /*retain_graph=*/true,
                                /*create_graph=*/false, term.name);
       require_dependence(term, g, parameters);
-      add_to(result[i], squared_norm(g, probe.options()) / (loss_scale * loss_scale));
+      add_to(result[i], scale.over(1, 2).times(squared_norm(g, probe.options())));
     }
   }
   return result;
@@ -98,4 +99,4 @@ struct Weights {
   const std::vector<double>& strengths;  ///< of the step, one a penalty
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -28,7 +28,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// How a rank has fared.
 enum class Fared { well, failed, not_finite, to_be_skipped };
@@ -145,6 +145,7 @@ class Ranks {
     std::optional<double> counts;                ///< of a CountedLoss
     bool uncounted = false;                      ///< there were losses of another kind
     double factor = 1;                           ///< Proof::factor; becomes the largest
+    bool overflowed = false;                     ///< under a loss scale that follows; becomes whether on any rank
   };
 
   /// Tells the others how the passes went. Sums that a parameter has on some rank are defined afterwards, as zero where
@@ -162,6 +163,7 @@ class Ranks {
     set(Passed::counts, outcome.counts.value_or(0));
     set(Passed::counted, outcome.counts.has_value() ? 1 : 0);
     set(Passed::uncounted, outcome.uncounted ? 1 : 0);
+    set(Passed::overflowed, outcome.overflowed ? 1 : 0);
     const auto digests = generators_->digests();
     for (std::size_t i = 0; i < std::min(digests.size(), watched_generators); ++i) {
       own[static_cast<std::size_t>(Passed::drew) + i] = digests[i].moved ? 1 : 0;
@@ -183,6 +185,7 @@ class Ranks {
       counts_ += words[static_cast<std::size_t>(Passed::counts)];
       counted += words[static_cast<std::size_t>(Passed::counted)];
       uncounted += words[static_cast<std::size_t>(Passed::uncounted)];
+      outcome.overflowed = outcome.overflowed || words[static_cast<std::size_t>(Passed::overflowed)] > 0;
       outcome.factor = std::max(outcome.factor, words[static_cast<std::size_t>(Passed::factor)]);
     }
     if (counted > 0 && uncounted > 0) {
@@ -386,7 +389,8 @@ class Ranks {
     hash.add(options.non_finite);
     hash.add(options.check_finite);
     hash.add(options.gradient_ratio);
-    hash.add(options.loss_scale);
+    hash.add(options.loss_scale.number);
+    hash.add(options.loss_scale.dynamic.has_value());
     hash.add(options.rank_buffers);
     for (const std::size_t i : task.parameters.selected) {
       hash.add(i);
@@ -616,4 +620,4 @@ class Ranks {
   std::string message_;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -12,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// While it lives and is `wanted`, notes how LSTM, GRU and RNN are called on this thread.
 class RecurrentCalls final : public CallWatch<RecurrentCalls> {
@@ -58,4 +58,4 @@ class RecurrentCalls final : public CallWatch<RecurrentCalls> {
   std::vector<Call> calls_;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The penalised micro-batches of one step; `factor` is what their weights are multiplied by.
 struct Choice {
@@ -62,4 +62,4 @@ inline Choice choose_penalised(const Sampling& sampling, std::int64_t step, std:
   return result;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

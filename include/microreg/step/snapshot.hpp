@@ -24,7 +24,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// Whether two tensors on the CPU, of one shape and type, hold the same bits: NaN equals itself, and nothing is
 /// dispatched.
@@ -295,4 +295,4 @@ class Snapshot {
   GeneratorStates generators_;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

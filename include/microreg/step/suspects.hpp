@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <string>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 struct Suspects {
   std::string sentence;    ///< empty if there are none
@@ -64,4 +64,4 @@ inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, s
   return {};
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// An operation has no derivative where one is needed. Known by what LibTorch, and libraries of operations, say then.
 class MissingDerivative : public ModelError {
@@ -177,9 +177,30 @@ inline at::Tensor owned(at::Tensor gradient) {
   return exclusive ? plain : plain.clone();
 }
 
+/// A factor on tensors: a number, or a scalar on any device, which nobody reads.
+class Factor {
+ public:
+  Factor(double number) : number_(number) {}  // NOLINT(google-explicit-constructor): a number
+  Factor(at::Tensor scalar) : number_(0), scalar_(std::move(scalar)) {}  // NOLINT(google-explicit-constructor)
+
+  [[nodiscard]] bool is_number() const { return !scalar_.defined(); }
+  [[nodiscard]] double number() const { return number_; }
+  /// The scalar, where and of the type that `tensor` is.
+  [[nodiscard]] at::Tensor beside(const at::Tensor& tensor) const {
+    return scalar_.to(tensor.device(), tensor.scalar_type());
+  }
+  [[nodiscard]] at::Tensor times(const at::Tensor& tensor) const {
+    return is_number() ? tensor * number_ : tensor * beside(tensor);
+  }
+
+ private:
+  double number_;
+  at::Tensor scalar_;  // in place of the number, if defined
+};
+
 /// sums[i] += factor * terms[i], where either may be undefined (zero). Writes only to tensors in `sums`, which are of
 /// float32 where the terms are of a half type: that loses small terms, and stops growing after a few hundred.
-inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> terms, double factor = 1.0) {
+inline void add_scaled(std::vector<at::Tensor>& sums, std::vector<at::Tensor> terms, const Factor& factor = 1.0) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> into;
   std::vector<at::Tensor> from;
@@ -188,32 +209,18 @@ inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> te
       continue;
     }
     terms[i] = widened(std::move(terms[i]));
-    if (!sums[i].defined()) {
-      sums[i] = factor == 1.0 ? owned(std::move(terms[i])) : terms[i] * factor;
+    if (!factor.is_number()) {
+      const at::Tensor scalar = factor.beside(terms[i]);
+      sums[i] = sums[i].defined() ? sums[i].addcmul_(terms[i], scalar) : owned(std::move(terms[i])).mul_(scalar);
+    } else if (!sums[i].defined()) {
+      sums[i] = factor.number() == 1.0 ? owned(std::move(terms[i])) : factor.times(terms[i]);
     } else {
       into.push_back(sums[i]);
       from.push_back(std::move(terms[i]));
     }
   }
   if (!into.empty()) {
-    at::_foreach_add_(into, from, factor);
-  }
-}
-
-/// The same with a factor that is a scalar tensor, on any device.
-inline void accumulate(std::vector<at::Tensor>& sums, std::vector<at::Tensor> terms, const at::Tensor& factor) {
-  const at::NoGradGuard no_grad;
-  for (std::size_t i = 0; i < sums.size(); ++i) {
-    if (!terms[i].defined()) {
-      continue;
-    }
-    terms[i] = widened(std::move(terms[i]));
-    const at::Tensor local = factor.to(terms[i].device(), terms[i].scalar_type());
-    if (sums[i].defined()) {
-      sums[i].addcmul_(terms[i], local);
-    } else {
-      sums[i] = owned(std::move(terms[i])).mul_(local);
-    }
+    at::_foreach_add_(into, from, factor.number());
   }
 }
 
@@ -222,22 +229,22 @@ inline at::Tensor over_norm(const at::Tensor& squared, double scalar) {
   return at::where(squared == 0, at::zeros_like(squared), scalar * squared.rsqrt());
 }
 
-/// tensors[i] * factor, where factor is a number or a scalar tensor on any device.
-inline std::vector<at::Tensor> scaled(const std::vector<at::Tensor>& tensors, double factor) {
-  return at::_foreach_mul(tensors, factor);
-}
-inline std::vector<at::Tensor> scaled(const std::vector<at::Tensor>& tensors, const at::Tensor& factor) {
+/// tensors[i] * factor.
+inline std::vector<at::Tensor> scaled(const std::vector<at::Tensor>& tensors, const Factor& factor) {
+  if (factor.is_number()) {
+    return at::_foreach_mul(tensors, factor.number());
+  }
   std::vector<at::Tensor> result;
   result.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) {
-    result.push_back(tensor * factor.to(tensor.device(), tensor.scalar_type()));
+    result.push_back(factor.times(tensor));
   }
   return result;
 }
 
 /// The values of `tensors` times `factor`, without their graph: in the memory of those that nobody else holds, whose
 /// own values are then without meaning.
-inline std::vector<at::Tensor> taken_and_scaled(std::vector<at::Tensor>& tensors, double factor) {
+inline std::vector<at::Tensor> taken_and_scaled(std::vector<at::Tensor>& tensors, const Factor& factor) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> result;
   std::vector<at::Tensor> ours;
@@ -247,13 +254,17 @@ inline std::vector<at::Tensor> taken_and_scaled(std::vector<at::Tensor>& tensors
     const std::size_t holders = tensor.is_view() && tensor._base().use_count() == 1 ? 2 : 1;
     const bool alone = tensor.use_count() == 1 && tensor.has_storage() && tensor.storage().use_count() == holders &&
                        tensor.is_non_overlapping_and_dense();
-    result.push_back(alone ? tensor.detach() : tensor * factor);
+    result.push_back(alone ? tensor.detach() : factor.times(tensor));
     if (alone) {
       ours.push_back(result.back());
     }
   }
-  if (!ours.empty() && factor != 1) {
-    at::_foreach_mul_(ours, factor);
+  if (!factor.is_number()) {
+    for (at::Tensor& tensor : ours) {
+      tensor.mul_(factor.beside(tensor));
+    }
+  } else if (!ours.empty() && factor.number() != 1) {
+    at::_foreach_mul_(ours, factor.number());
   }
   return result;
 }
@@ -289,4 +300,4 @@ inline std::vector<at::Tensor> extrapolated(const std::vector<at::Tensor>& from,
   return to;
 }
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

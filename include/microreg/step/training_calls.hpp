@@ -9,7 +9,7 @@
 #include <string_view>
 #include <utility>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// While it lives, counts them on this thread.
 class TrainingCalls final : public CallWatch<TrainingCalls> {
@@ -49,4 +49,4 @@ class TrainingCalls final : public CallWatch<TrainingCalls> {
   bool instance_norm_ = false;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-namespace microreg::detail {
+namespace microreg::inline MICROREG_ABI::detail {
 
 /// The versions of batch and parameters, which LibTorch counts up at every write in place.
 class Untouched {
@@ -67,4 +67,4 @@ class Untouched {
   std::vector<std::uint64_t> of_parameters_;
 };
 
-}  // namespace microreg::detail
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -1,0 +1,203 @@
+#!/usr/bin/env bash
+# Builds and runs tests with other versions of LibTorch, as PyPI has them, on the CPU, and prints a table:
+#     tests/check_versions.sh [VERSION...]           the oracle's, the kernels', the gates' and the estimators' tests
+#     tests/check_versions.sh --quick [VERSION...]   the oracle's alone, in one program
+#     tests/check_versions.sh --syntax [VERSION...]  in addition, all tests, examples and benchmarks are parsed
+# Without a version: the oldest and the newest that the library is for. A version is downloaded once, into build/versions,
+# where what is not needed here (all of CUDA but 13 MB) is left out. Environment: CXX, MICROREG_VERSIONS_DIR.
+set -euo pipefail
+mode=full
+case "${1:-}" in
+  -h | --help)
+    sed -n '2,7s/^# \{0,1\}//p' "$0"
+    exit
+    ;;
+  --quick | --syntax)
+    mode="${1#--}"
+    shift
+    ;;
+esac
+source "$(dirname "${BASH_SOURCE[0]}")/../cmake/bootstrap.sh"
+cd "$microreg_root"
+microreg_require g++=c++ catch2 libfmt-dev libcli11-dev nlohmann-json3-dev libbenchmark-dev binutils=readelf
+[ $# -gt 0 ] || set -- 2.6.0 2.15.0
+compiler="${CXX:-g++}"
+cache="${MICROREG_VERSIONS_DIR:-build/versions}"
+mkdir -p "$cache"
+
+python=python3
+if ! python3 -m pip --version >/dev/null 2>&1; then
+  python="$cache/venv/bin/python3"
+  [ -x "$python" ] || python3 -m venv "$cache/venv" || microreg_fail "there is no pip; install python3-venv or python3-pip"
+fi
+
+platforms=()  # pip asks for each by name
+for tag in manylinux1 manylinux2014 manylinux_2_{17,24,25,26,27,28,31,34}; do
+  platforms+=(--platform "${tag}_$(uname -m)")
+done
+
+# download FOLDER REQUIREMENT PART...: unpacks of a wheel the files whose names match one of the parts. The Python that a
+# wheel is for does not matter here: nothing of it is run.
+download() {
+  local folder="$1" requirement="$2" wheels="$1/wheels"
+  shift 2
+  rm -rf "$wheels"
+  PIP_CONFIG_FILE=/dev/null "$python" -m pip download --quiet --disable-pip-version-check --no-input --no-deps --no-cache-dir \
+    --only-binary=:all: --python-version 3.11 "${platforms[@]}" -d "$wheels" "$requirement" || return 1
+  "$python" - "$folder" "$wheels"/*.whl "$@" <<'END' || return 1
+import fnmatch, sys, zipfile
+folder, wheel, *parts = sys.argv[1:]
+with zipfile.ZipFile(wheel) as archive:
+    for name in archive.namelist():
+        if any(fnmatch.fnmatch(name, part) for part in parts):
+            archive.extract(name, folder)
+END
+  rm -rf "$wheels"
+}
+
+# fetch VERSION: LibTorch's headers and its library for the CPU, and what that needs of CUDA to be loaded.
+fetch() {
+  local folder="$cache/$1" cuda
+  [ -e "$folder/complete" ] && return
+  microreg_say "Downloading LibTorch $1" >&2
+  if [ ! -e "$folder/torch/version.py" ]; then
+    rm -rf "$folder"
+    download "$folder" "torch==$1" 'torch/include/*' 'torch/share/cmake/Torch/*' torch/version.py \
+      'torch/lib/libtorch_cpu.so' 'torch/lib/libc10.so' 'torch/lib/libgomp*' || return 1
+  fi
+  cuda="$(readelf -d "$folder/torch/lib/libtorch_cpu.so" | sed -n 's/.*libcudart\.so\.\([0-9]*\).*/\1/p')"
+  case "$cuda" in
+    "") ;;
+    12) for part in runtime cupti; do download "$folder" "nvidia-cuda-$part-cu12" 'nvidia/*.so.*' || return 1; done ;;
+    *) for part in runtime cupti; do download "$folder" "nvidia-cuda-$part==$cuda.*" 'nvidia/*.so.*' || return 1; done ;;
+  esac
+  touch "$folder/complete"
+}
+
+
+# What is built: the tests of these files, those that tests/CMakeLists.txt groups together compiled as one.
+tests=(test_oracle)
+[ "$mode" = quick ] ||
+  tests+=(test_estimators test_finite_differences test_fused_{activations,batch_norm,convolution,group_norm,max_pool} \
+    test_fused_{scope,transformer,transforms} test_gates{,_differences,_operations,_pooling,_unseen} test_parallel)
+
+# groups_of FILE...: the group of each file (or its own name), a tab, and the file.
+groups_of() {
+  local file group
+  for file in "$@"; do
+    group="$(sed -n "s/^group(\([a-z_]*\) .*\<$file\.cpp\>.*/\1/p" tests/CMakeLists.txt)"
+    printf '%s\t%s\n' "${group:-$file}" "$file"
+  done
+}
+
+# compile OBJECT SOURCE FLAG...: in the background; what the compiler says goes to OBJECT.log.
+compile() {
+  local object="$1" source="$2"
+  shift 2
+  while [ "$(jobs -rp | wc -l)" -ge "$microreg_jobs" ]; do wait -n || true; done
+  rm -f "$object"
+  "$compiler" "$@" -c "$source" -o "$object" >"$object.log" 2>&1 &
+}
+
+# CPU seconds of all that this script has started and that has ended.
+cpu_seconds() {
+  times >"$cache/times"
+  awk 'NR == 2 { gsub(/[ms]/, " "); split($0, t, " "); printf "%d", 60 * t[1] + t[2] + 60 * t[3] + t[4] }' "$cache/times"
+}
+
+# check VERSION: prints a row of the table; fails unless everything compiled and all tests passed.
+check() {
+  local version="$1" folder="$PWD/$cache/$1" begin row abi remarks="" problem=""
+  begin="$(cpu_seconds)"
+  row() { # compiled, passed, assertions, remarks
+    printf '| %s | %s | %s | %s | %s | %s s | %s |\n' "$version" "$abi" "$1" "$2" "$3" \
+      $(($(cpu_seconds) - begin)) "$4" | tee -a "$table"
+  }
+  abi="?"
+  fetch "$version" || { row no - - "could not be downloaded"; return 1; }
+
+  # LibTorch's config says which ABI of the standard library its own code was compiled for.
+  local -a extra=() objects=()
+  read -r -a extra < <(sed -n 's/^ *set(TORCH_CXX_FLAGS "\(.*\)").*/\1/p' "$folder/torch/share/cmake/Torch/TorchConfig.cmake"
+    echo)
+  abi=new
+  [[ "${extra[*]}" != *_GLIBCXX_USE_CXX11_ABI=0* ]] || abi=old
+
+  local out="$folder/$mode" object source group file
+  mkdir -p "$out"
+  local -a flags=("${extra[@]}" -std=c++20 -O0 -DNDEBUG -DFMT_HEADER_ONLY=1 "-DMICROREG_TESTS_DIR=\"$PWD/tests\""
+    -Iinclude -I. -Itests -isystem "$folder/torch/include" -isystem "$folder/torch/include/torch/csrc/api/include"
+    -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror)
+  compile "$out/main.o" tests/main.cpp "${flags[@]}"
+  objects+=("$out/main.o")
+  if [ "$mode" != quick ]; then
+    printf '#include <microreg/compiled.hpp>\n' >"$out/library.cpp"
+    compile "$out/library.o" "$out/library.cpp" "${flags[@]}" -O1 -DMICROREG_COMPILED
+    objects+=("$out/library.o")
+    printf '#include <torch/torch.h>\n#include <fmt/format.h>\n#include "catch.hpp"\n' >"$out/all.hpp"
+    "$compiler" "${flags[@]}" -x c++-header "$out/all.hpp" -o "$out/all.hpp.${pch_suffix}" >"$out/all.log" 2>&1 || true
+    flags+=(-DMICROREG_COMPILED -include "$out/all.hpp")
+  fi
+  compile "$out/on_device.o" tests/on_device.cpp "${flags[@]}"
+  objects+=("$out/on_device.o")
+  while read -r group; do
+    source="$out/$group.cpp"
+    groups_of "${tests[@]}" | awk -F '\t' -v group="$group" '$1 == group { print "#include \"" $2 ".cpp\"" }' >"$source"
+    compile "$out/$group.o" "$source" "${flags[@]}"
+    objects+=("$out/$group.o")
+  done < <(groups_of "${tests[@]}" | cut -f 1 | sort -u)
+
+  local -a parsed=()
+  if [ "$mode" = syntax ]; then
+    for source in tests/test_*.cpp examples/*.cpp examples/cifar/*.cpp benchmarks/*.cpp; do
+      file="$(basename "$source" .cpp)"
+      [[ " ${tests[*]} " != *" $file "* ]] || continue
+      parsed+=("$out/parsed/${source//\//.}")
+      mkdir -p "$out/parsed"
+      compile "${parsed[-1]}" "$source" "${flags[@]}" -fsyntax-only -Iexamples/cifar -Ibenchmarks
+    done
+  fi
+  wait
+
+  for object in "${objects[@]}"; do
+    [ -e "$object" ] || problem+=" $(basename "$object" .o)"
+  done
+  for object in "${parsed[@]}"; do
+    ! grep -q 'error:' "$object.log" || problem+=" $(basename "$object")"
+  done
+  if [ -n "$problem" ]; then
+    row no - - "not compiled:$problem; see $cache/$version/$mode/*.log"
+    return 1
+  fi
+  if ! "$compiler" "${objects[@]}" -o "$out/tests" "-L$folder/torch/lib" "-Wl,-rpath,$folder/torch/lib" -ltorch_cpu -lc10 \
+    -Wl,--allow-shlib-undefined >"$out/link.log" 2>&1; then
+    row yes - - "not linked; see $cache/$version/$mode/link.log"
+    return 1
+  fi
+
+  local status=0 summary left
+  OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive "$out/tests" --warn NoTests >"$out/tests.log" 2>&1 || status=$?
+  left="$(grep -o 'microreg leaves [^ ]*' "$out/tests.log" | sort -u | wc -l)"
+  [ "$left" = 0 ] || remarks+="$left operations left to LibTorch; "
+  [ "$mode" != syntax ] || remarks+="${#parsed[@]} more files parsed; "
+  summary="$(sed -n 's/^All tests passed (\([0-9]*\) assertions in \([0-9]*\) test cases)/\2 of \2|\1/p' "$out/tests.log")"
+  if [ "$status" != 0 ] || [ -z "$summary" ]; then
+    summary="$(sed -n 's/^test cases: *\([0-9]*\) | *\([0-9]*\) passed.*/\2 of \1|-/p' "$out/tests.log")"
+    row yes "${summary%|*}" - "failed (status $status); see $cache/$version/$mode/tests.log"
+    return 1
+  fi
+  row yes "${summary%|*}" "${summary#*|}" "${remarks%; }"
+}
+
+case "$("$compiler" --version | head -n 1)" in *clang*) pch_suffix=pch ;; *) pch_suffix=gch ;; esac
+microreg_count_jobs
+table="$(mktemp)"
+trap 'rm -f "$table"' EXIT
+status=0
+for version in "$@"; do
+  check "$version" || status=1
+done
+printf '\n%s\n\n' "$("$compiler" --version | head -n 1)"
+printf '| LibTorch | ABI | compiled | test cases passed | assertions | CPU time | remarks |\n|---|---|---|---|---|---|---|\n'
+cat "$table"
+exit "$status"

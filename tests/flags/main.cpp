@@ -1,0 +1,174 @@
+/// @file
+/// What a user's compiler flags might break, in one small program without a test framework: numbers against a formula,
+/// checks for NaN, gates, threads and errors. tests/check_flags.sh builds and runs it with each of them.
+#include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/linear.h>
+#include <microreg/gates/scope.hpp>
+#include <microreg/grafting.hpp>
+#include <microreg/microreg.hpp>
+
+#include <bit>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace {
+
+int checks = 0;
+int failures = 0;
+
+void check(bool holds, const char* what) {
+  ++checks;
+  if (!holds) {
+    std::printf("not so: %s\n", what);
+    ++failures;
+  }
+}
+
+/// By its bits, since no arithmetic of a program with -ffast-math can be relied on to make one.
+double nan() { return std::bit_cast<double>(std::uint64_t{0x7FF8000000000000}); }
+
+template <class Wanted, class Function>
+bool throws(const Function& function) {
+  try {
+    function();
+  } catch (const Wanted&) {
+    return true;
+  } catch (const std::exception& other) {
+    std::printf("another error: %s\n", other.what());
+  }
+  return false;
+}
+
+torch::Tensor numbers(at::IntArrayRef shape) {
+  return at::arange(at::zeros(shape).numel(), at::kDouble).mul(1.7).sin().view(shape);
+}
+
+torch::Tensor squared_error(const torch::Tensor& output, const torch::Tensor& target) {
+  return (output - target).pow(2).mean();
+}
+
+/// Two layers with a ReLU between them.
+struct Network {
+  torch::nn::Linear first{3, 4}, second{4, 2};
+  torch::nn::Sequential layers{first, torch::nn::ReLU(), second};
+  torch::Tensor x = numbers({6, 3}), y = numbers({6, 2});
+
+  Network() {
+    layers->to(at::kDouble);
+    const at::NoGradGuard guard;
+    for (torch::Tensor& parameter : layers->parameters()) {
+      parameter.copy_(numbers(parameter.sizes()));
+    }
+  }
+
+  /// What a step adds to .grad, all of it in one row.
+  torch::Tensor step(const microreg::RegularizerOptions& options) {
+    layers->zero_grad();
+    microreg::Regularizer regularizer(layers, squared_error, microreg::GradientNorm{}, options);
+    regularizer.backward(x, y);
+    return gradient();
+  }
+
+  torch::Tensor gradient() const {
+    std::vector<torch::Tensor> rows;
+    for (const torch::Tensor& parameter : layers->parameters()) {
+      rows.push_back(parameter.grad().flatten());
+    }
+    return at::cat(rows);
+  }
+
+  /// The same by LibTorch alone, micro-batch by micro-batch.
+  torch::Tensor textbook(double strength, std::int64_t size) {
+    layers->zero_grad();
+    for (std::int64_t begin = 0; begin < x.size(0); begin += size) {
+      const torch::Tensor loss = squared_error(layers->forward(x.narrow(0, begin, size)), y.narrow(0, begin, size));
+      torch::Tensor objective = loss;
+      for (const torch::Tensor& g : torch::autograd::grad({loss}, layers->parameters(), {}, true, true)) {
+        objective = objective + strength * g.pow(2).sum();
+      }
+      (objective * (static_cast<double>(size) / static_cast<double>(x.size(0)))).backward();
+    }
+    return gradient();
+  }
+};
+
+bool near(const torch::Tensor& found, const torch::Tensor& right, double share) {
+  return (found - right).norm().item<double>() < share * right.norm().item<double>();
+}
+
+void check_numbers() {
+  Network network;
+  const torch::Tensor right = network.textbook(0.3, 2);
+  check(near(network.step({.strength = 0.3, .micro_batch_size = 2}), right, 1e-9),
+        "Exact gives the textbook's gradient");
+  check(near(network.step({.strength = 0.3, .micro_batch_size = 2, .estimator = microreg::CentralDifference{}}), right,
+             1e-4),
+        "a central difference comes near to it");
+}
+
+void check_not_finite() {
+  using microreg::NonFiniteError;
+  Network network;
+  network.x[3][1] = nan();
+  check(throws<NonFiniteError>([&] { network.step({.strength = 0.3, .micro_batch_size = 2}); }), "NaN is refused");
+  check(throws<NonFiniteError>([&] {
+          network.step({.strength = 0.3, .micro_batch_size = 2, .estimator = microreg::ForwardDifference{}});
+        }),
+        "NaN is refused under a difference, as such");
+  check(!network.layers->parameters()[0].grad().defined(), "nothing has reached .grad");
+  const auto take = [](double strength) { Network().step({.strength = strength, .micro_batch_size = 2}); };
+  check(throws<microreg::OptionError>([&] { take(nan()); }), "a strength of NaN is refused");
+  check(throws<microreg::OptionError>([&] { take(std::bit_cast<double>(std::uint64_t{0x7FF0000000000000})); }),
+        "an infinite strength is refused");
+  Network other;
+  other.step({.strength = 0.3, .micro_batch_size = 2});
+  check(throws<microreg::Error>([&] { microreg::graft(other.layers->parameters(), nan()); }),
+        "grafting onto NaN is refused");
+}
+
+std::size_t gates_of(const torch::Tensor& x, const at::Scalar& order) {
+  microreg::GateTape tape;
+  const microreg::RecordGates record(tape);
+  (void)at::linalg_vector_norm(x, order);
+  return tape.size();
+}
+
+void check_gates() {
+  const torch::Tensor x = numbers({5}).requires_grad_();
+  check(gates_of(x, std::bit_cast<double>(std::uint64_t{0x7FF0000000000000})) > 0, "a maximum norm has gates");
+  check(gates_of(x, 1) > 0, "a norm of order 1 has gates");
+}
+
+/// Steps in the user's own parallel region, whatever runs it.
+void check_threads() {
+#if defined(_OPENMP)
+  Network network;
+  const torch::Tensor right = network.textbook(0.3, 2);
+  int good = 0, ran = 0;
+#pragma omp parallel num_threads(2) reduction(+ : good, ran)
+  {
+    Network own;
+    ++ran;
+    good += near(own.step({.strength = 0.3, .micro_batch_size = 2}), right, 1e-9) ? 1 : 0;
+  }
+  check(ran == 2 && good == ran, "a step on each thread of a parallel region is right");
+#endif
+}
+
+}  // namespace
+
+int main() {
+  check_numbers();
+  check_not_finite();
+  check_gates();
+  check_threads();
+  std::printf("%d of %d checks passed\n", checks - failures, checks);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

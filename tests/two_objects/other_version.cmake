@@ -1,0 +1,15 @@
+# cmake -DFROM=include -DTO=folder -P other_version.cmake
+# Copies the headers, with another version and another layout of a session.
+file(COPY "${FROM}/microreg" DESTINATION "${TO}")
+function(change header from to)
+  file(READ "${TO}/microreg/${header}" text)
+  string(REPLACE "${from}" "${to}" changed "${text}")
+  if(changed STREQUAL text)
+    message(FATAL_ERROR "${header} has no '${from}'")
+  endif()
+  file(WRITE "${TO}/microreg/${header}" "${changed}")
+endfunction()
+change(version.hpp "MICROREG_VERSION_MINOR " "MICROREG_VERSION_MINOR 9")
+change(version.hpp "version = \"0." "version = \"0.9")
+change(gates/tape.hpp "  GateTape* tape_;" "  [[maybe_unused]] double padding_[16] = {};\n  GateTape* tape_;")
+file(TOUCH "${TO}/stamp")
