@@ -341,6 +341,7 @@ class Ranks {
     counts,
     counted,
     uncounted,
+    overflowed,
     drew,
     words = drew + watched_generators
   };
