@@ -35,6 +35,7 @@ struct Case {
   std::string estimator = "exact";
   bool fused = true;
   double micro_batch_share = 1;
+  std::int64_t workers = 0;
   std::string device = "cpu";
   std::string autocast = "float32";  ///< the type of Autocast around plain and penalised steps; float32: none
 

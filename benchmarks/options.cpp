@@ -40,6 +40,7 @@ Case Options::single_case() const {
   }
   which.batch = batch;
   which.micro_batch_share = micro_batch_share;
+  which.workers = workers;
   which.fused = fused != "off";
   which.device = device;
   which.autocast = autocast;
@@ -60,6 +61,7 @@ std::vector<std::string> arguments_of(const Case& which) {
           "--fused",       which.fused ? "on" : "off",
           "--batch",       fmt::format("{}", which.batch),
           "--share",       fmt::format("{}", which.micro_batch_share),
+          "--workers",     fmt::format("{}", which.workers),
           "--micro-batch", fmt::format("{}", which.micro_batch)};
 }
 
@@ -127,6 +129,7 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
 
   app.add_option("--batch", options.batch, "")->group("")->check(CLI::NonNegativeNumber);
   app.add_option("--share", options.micro_batch_share, "")->group("");
+  app.add_option("--workers", options.workers, "")->group("")->check(CLI::NonNegativeNumber);
   app.add_flag("--serve", options.serve, "")->group("");
   app.add_option("--state", options.state, "")->group("");
   app.add_option("--memory-of", options.memory_of, "")->group("")->check(CLI::IsMember({"plain", "penalised"}));

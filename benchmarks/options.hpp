@@ -23,7 +23,8 @@ struct Options {
   std::string fused = "both";
   std::vector<std::string> fused_operations;  ///< of this process, all others are LibTorch's; empty: no limit
 
-  int threads = 0;  ///< 0: LibTorch's choice
+  int threads = 0;           ///< 0: LibTorch's choice
+  std::int64_t workers = 0;  ///< of --serve and --memory-of
   std::string device = "cpu";
   std::string autocast = "float32";
   bool tf32 = false;  ///< on CUDA: round the operands of products and convolutions to TF32

@@ -45,6 +45,7 @@ microreg::RegularizerOptions options_of(const Case& which) {
   options.fused = which.fused;
   options.estimator = estimator_called(which.estimator);
   options.sampling.share = which.micro_batch_share;
+  options.workers = which.workers;
   return options;
 }
 

@@ -9,7 +9,8 @@
 #   MICROREG_JOBS                parallel jobs; by default one a core, as far as memory allows
 
 microreg_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
-microreg_build_dir="$microreg_root/build/release"
+microreg_preset="${microreg_preset:-release}"  # a script that wants another one sets it before
+microreg_build_dir="$microreg_root/build/$microreg_preset"
 microreg_torch_version="2.13.0"
 
 microreg_say() { printf '== %s\n' "$*"; }
@@ -143,7 +144,7 @@ microreg_count_jobs() {
   [ "$microreg_jobs" -ge 1 ] 2>/dev/null || microreg_jobs=1
 }
 
-# Packages, LibTorch, and the release preset configured into build/release.
+# Packages, LibTorch, and the preset configured into its folder under build.
 microreg_bootstrap() {
   microreg_require g++=c++ cmake=cmake ninja-build=ninja catch2 libfmt-dev libcli11-dev nlohmann-json3-dev \
     libbenchmark-dev libgloo-dev libopenmpi-dev openmpi-bin
@@ -161,10 +162,10 @@ microreg_bootstrap() {
   if [ -e "$microreg_build_dir/CMakeCache.txt" ] && [ "$(cat "$stamp" 2>/dev/null)" != "$used" ]; then
     options+=(--fresh)
   fi
-  microreg_say "Configuring build/release"
+  microreg_say "Configuring build/$microreg_preset"
   mkdir -p "$microreg_build_dir"
   local log="$microreg_build_dir/configure.log"
-  if ! (cd "$microreg_root" && cmake --preset release "${options[@]}" "${more[@]}") >"$log" 2>&1; then
+  if ! (cd "$microreg_root" && cmake --preset "$microreg_preset" "${options[@]}" "${more[@]}") >"$log" 2>&1; then
     cat "$log" >&2
     microreg_fail "configuring failed"
   fi

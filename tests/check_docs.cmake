@@ -9,7 +9,7 @@ set(blocks 0)
 set(links 0)
 
 # Everything that is compiled and run, as one text. A line of its own between files: no block reaches across.
-file(GLOB sources "${root}/tests/test_docs.cpp" "${root}/examples/*.cpp")
+file(GLOB sources "${root}/tests/test_docs.cpp" "${root}/tests/test_coming_from.cpp" "${root}/examples/*.cpp")
 set(code "\n")
 foreach(source IN LISTS sources)
   file(READ "${source}" text)

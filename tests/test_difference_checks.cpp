@@ -27,6 +27,9 @@ using Loss = std::function<Tensor(const Tensor&, const Tensor&)>;
 using Model = microreg::FunctionModel<Forward>;
 
 const auto both = {microreg::Estimator(ForwardDifference{}), microreg::Estimator(CentralDifference{})};
+constexpr auto smooth = microreg::OwnFunctions::smooth;
+const auto declared = {microreg::Estimator(ForwardDifference{.own_functions = smooth}),
+                       microreg::Estimator(CentralDifference{.own_functions = smooth})};
 
 Tensor entropy(const Tensor& output, const Tensor& y) { return torch::cross_entropy_loss(output, y); }
 
@@ -91,8 +94,9 @@ std::string refusal(const std::function<void()>& call) {
 }
 
 void check_refused(const Model& model, const Loss& loss, const Tensor& x, const Tensor& y,
-                   std::initializer_list<const char*> words) {
-  for (const auto& estimator : both) {
+                   std::initializer_list<const char*> words,
+                   std::initializer_list<microreg::Estimator> estimators = both) {
+  for (const auto& estimator : estimators) {
     const std::string message = refusal([&] { (void)penalty_part(model, loss, x.clone(), y.clone(), estimator); });
     CHECK(has(message, words));
   }
@@ -141,7 +145,7 @@ TEST_CASE("differences: noise of one's own, and state outside of buffers, are re
         [&](const Tensor& x) {  // a moving centre in a captured tensor
           const Tensor o = torch::tanh(x.matmul(s.a)).matmul(s.b);
           state = state + 0.1 * o.detach().mean(0) + 0.05;
-          return o / (1 + state.square());
+          return o.matmul(torch::diag(1 / (1 + state.square())));
         }};
     for (const Forward& forward : kinds) {
       for (const bool first : {true, false}) {
@@ -196,14 +200,40 @@ TEST_CASE("differences: what is changed in place is named", "[difference_checks]
               entropy, s.x, s.y, 1e-5);
 }
 
-TEST_CASE("differences: an Embedding with max_norm is refused by name", "[difference_checks]") {
-  torch::manual_seed(2);
-  torch::nn::Sequential net(torch::nn::Embedding(torch::nn::EmbeddingOptions(20, 6).max_norm(1.0)),
-                            torch::nn::Flatten(), torch::nn::Linear(24, 3));
-  net->to(torch::kFloat64);
-  microreg::Regularizer regularizer(net, cross_entropy, microreg::GradientNorm{}, options_of(ForwardDifference{}));
-  const Tensor x = torch::randint(20, {8, 4});
-  CHECK(has(refusal([&] { (void)regularizer.backward(x, torch::randint(3, {8})); }), {"0.weight", "max_norm"}));
+TEST_CASE("differences: an Embedding with max_norm projects its rows once", "[difference_checks]") {
+  for (const auto type : {torch::kFloat64, torch::kFloat32}) {
+    const auto table = [&] {
+      torch::manual_seed(2);
+      return (torch::randn({20, 6}) * 3).to(type).requires_grad_();
+    };
+    const auto model_of = [&](const Tensor& w, const Tensor& head) {
+      return Model{[w, head](const Tensor& t) {
+                     const auto options = torch::nn::functional::EmbeddingFuncOptions().max_norm(1.0);
+                     const Tensor h = torch::nn::functional::embedding(t, w, options);
+                     return torch::tanh(h + torch::nn::functional::embedding(t, w, options)).flatten(1).matmul(head);
+                   },
+                   {w, head}};
+    };
+    const Tensor head = torch::randn({24, 3}).to(type).requires_grad_();
+    const Tensor x = torch::randint(20, {8, 4}), y = torch::randint(3, {8});
+    const Model projected = model_of(table(), head);
+    const Tensor right = by_hand(projected, entropy, x, y);
+    const auto loss = torch::autograd::grad({entropy(projected.function(x), y)}, projected.parameters);
+    const Tensor of_loss = torch::cat({loss[0].flatten(), loss[1].flatten()}).to(torch::kFloat64);
+    for (const auto& estimator : {microreg::Estimator(Exact{}), microreg::Estimator(ForwardDifference{}),
+                                  microreg::Estimator(CentralDifference{}),
+                                  microreg::Estimator(ForwardDifference{.gates = Gates::free, .tolerance = 0.01})}) {
+      const Model model = model_of(table(), head);
+      microreg::Regularizer regularizer(Model(model), entropy, microreg::GradientNorm{}, options_of(estimator));
+      for (int step = 0; step < 2; ++step) {  // of unprojected rows, and of projected ones
+        clear_grad(model.parameters);
+        (void)regularizer.backward(x, y);
+        CHECK(relative_error(flat_grad(model.parameters) - of_loss, right) < (type == torch::kFloat64 ? 1e-5 : 0.01));
+        CHECK(same_bits(model.parameters[0].detach(), projected.parameters[0].detach()));
+      }
+    }
+    clear_grad({head});
+  }
 }
 
 TEST_CASE("differences: buffers that are reassigned or moved are right or refused", "[difference_checks]") {
@@ -249,17 +279,41 @@ TEST_CASE("differences: functions of one's own and hooks are refused", "[differe
   }
   const Tensor x = torch::randn({128, 32});
   const Tensor y = torch::randint(10, {128});
-  check_refused(
-      {[&](const Tensor& in) { return OwnKink::apply(OwnKink::apply(in.matmul(w[0])).matmul(w[1])).matmul(w[2]); }, w},
-      entropy, x, y, {"off by", "Kink", "%"});
   const Setting s;
-  check_refused(
-      {[&](const Tensor& in) { return Reversal::apply(torch::tanh(in.matmul(s.a))).matmul(s.b); }, s.weights()},
-      entropy, s.x, s.y, {"off by", "Reversal", "[6, 16]"});
+  const Model kinked{
+      [&](const Tensor& in) { return OwnKink::apply(OwnKink::apply(in.matmul(w[0])).matmul(w[1])).matmul(w[2]); }, w};
+  const Model reversed{[&](const Tensor& in) { return Reversal::apply(torch::tanh(in.matmul(s.a))).matmul(s.b); },
+                       s.weights()};
+  check_refused(kinked, entropy, x, y, {"OwnKink", "own_functions", "smooth", "Exact"});
+  check_refused(reversed, entropy, s.x, s.y, {"Reversal", "own_functions"});
+  // Declared smooth, they still have to prove it.
+  check_refused(kinked, entropy, x, y, {"off by", "Kink", "%"}, declared);
+  check_refused(reversed, entropy, s.x, s.y, {"off by", "Reversal", "[6, 16]"}, declared);
+  // Where nothing is displaced nobody asks, nor with free gates.
+  clear_grad(s.weights());
+  microreg::Regularizer none(Model(reversed), entropy, microreg::GradientNorm{},
+                             {.strength = 0, .estimator = ForwardDifference{}});
+  CHECK_NOTHROW(none.backward(s.x, s.y));
+  microreg::Regularizer free(Model(reversed), entropy, microreg::GradientNorm{},
+                             {.estimator = ForwardDifference{.gates = Gates::free}});
+  CHECK_NOTHROW(free.backward(s.x, s.y));
   const Setting hooked;
   hooked.a.register_hook([](const Tensor& g) { return g * 0.1; });
-  check_refused({[&](const Tensor& in) { return torch::tanh(in.matmul(hooked.a)).matmul(hooked.b); }, hooked.weights()},
-                entropy, s.x, s.y, {"off by", "hook"});
+  const Model scaled{[&](const Tensor& in) { return torch::tanh(in.matmul(hooked.a)).matmul(hooked.b); },
+                     hooked.weights()};
+  check_refused(scaled, entropy, s.x, s.y, {"hook", "parameters[0]", "own_functions"});
+  check_refused(scaled, entropy, s.x, s.y, {"off by", "hook"}, declared);
+  int seen = 0;
+  const Model watched{[&](const Tensor& in) {
+                        const Tensor h = torch::tanh(in.matmul(s.a));
+                        h.register_hook([&](const Tensor&) { ++seen; });
+                        return h.matmul(s.b);
+                      },
+                      s.weights()};
+  check_refused(watched, entropy, s.x, s.y, {"hook", "TanhBackward0", "own_functions"});
+  seen = 0;
+  check_right(watched, entropy, s.x, s.y, 1e-5, declared);
+  CHECK(seen > 0);
 }
 
 TEST_CASE("differences: forward passes in other threads are right or refused", "[difference_checks]") {
@@ -496,10 +550,12 @@ TEST_CASE("differences: without a second derivative two lengths are compared", "
   const Model model{[&](const Tensor& x) { return Once::apply(x.matmul(s.a)).matmul(s.b); }, s.weights()};
   const Model plain{[&](const Tensor& x) { return torch::sin(x.matmul(s.a)).matmul(s.b); }, s.weights()};
   const Tensor right = by_hand(plain, entropy, s.x, s.y);
-  for (const auto& estimator : both) {
+  for (const auto& estimator : declared) {
     CHECK(relative_error(penalty_part(model, entropy, s.x, s.y, estimator), right) < 1e-5);
   }
-  CHECK(has(refusal([&] { (void)penalty_part(model, entropy, s.x, s.y, ForwardDifference{.step = 20}); }),
+  CHECK(has(refusal([&] {
+              (void)penalty_part(model, entropy, s.x, s.y, ForwardDifference{.step = 20, .own_functions = smooth});
+            }),
             {"off by", "twice its displacement"}));
 }
 

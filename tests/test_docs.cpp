@@ -561,3 +561,11 @@ TEST_CASE("docs: a loss scale that follows the gradients", "[docs]") {
   }
   CHECK(regularizer.loss_scale().defined());
 }
+
+TEST_CASE("docs: micro-batches side by side", "[docs]") {
+  auto model = small_network();
+
+  microreg::Regularizer regularizer(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
+                                    {.strength = 0.01, .micro_batch_size = 32, .workers = 2});
+  CHECK(regularizer.backward(::images(), ::labels()).micro_batches() > 1);
+}

@@ -514,3 +514,22 @@ TEST_CASE("a difference refuses parameters on one memory and inputs with a graph
   CHECK(has(message_of<microreg::ModelError>([&] { step(x + outside, ForwardDifference{}); }),
             {"input", "graph", "detach()"}));
 }
+
+TEST_CASE("an expanded leaf as parameter is refused by a difference", "[estimators]") {
+  torch::manual_seed(32);
+  const torch::Tensor w = torch::randn({1, 3}, torch::kFloat64).expand({3, 3}).detach().requires_grad_();
+  const torch::Tensor before = w.detach().clone();
+  const torch::Tensor x = torch::randn({8, 3}, torch::kFloat64), y = torch::randint(3, {8});
+  const auto step = [&](const microreg::Estimator& estimator) {
+    microreg::FunctionModel model{[&](const torch::Tensor& in) { return in.matmul(w).tanh(); }, {w}};
+    microreg::Regularizer regularizer(model, cross_entropy, microreg::GradientNorm{}, {.estimator = estimator});
+    (void)regularizer.backward(x, y);
+  };
+  for (const microreg::Estimator& estimator :
+       {microreg::Estimator(ForwardDifference{}), microreg::Estimator(microreg::CentralDifference{})}) {
+    CHECK(has(message_of<microreg::ModelError>([&] { step(estimator); }), {"parameters[0]", "[3, 3]", "expanded"}));
+    CHECK(same_bits(w.detach(), before));
+    CHECK_FALSE(w.grad().defined());
+  }
+  CHECK_NOTHROW(step(Exact{}));
+}

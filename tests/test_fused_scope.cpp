@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <thread>
 
@@ -65,6 +66,27 @@ TEST_CASE("a scope ends where it ends, nested ones too", "[fused]") {
       const microreg::FusedScope inner;
       CHECK(convolution.is_fused());
     }
+    CHECK(convolution.is_fused());
+  }
+  CHECK_FALSE(convolution.is_fused());
+}
+
+TEST_CASE("scopes that end in another order than they began, InferenceMode between", "[fused]") {
+  const Convolution convolution;
+  auto first = std::make_unique<microreg::FusedScope>();
+  {
+    const c10::InferenceMode inference;
+    auto second = std::make_unique<microreg::FusedScope>();
+    first.reset();
+  }
+  auto third = std::make_unique<microreg::FusedScope>();
+  auto fourth = std::make_unique<microreg::FusedScope>();
+  CHECK(convolution.is_fused());
+  third.reset();
+  fourth.reset();
+  CHECK_FALSE(convolution.is_fused());
+  {
+    const microreg::FusedScope scope;
     CHECK(convolution.is_fused());
   }
   CHECK_FALSE(convolution.is_fused());

@@ -1,7 +1,11 @@
 // Activations, clamps and extrema: recording is LibTorch's, replaying is a formula written by hand.
 #include "gates_helpers.hpp"
 
+#include <microreg/detail/finite.hpp>
+
 #include <cmath>
+#include <cstdint>
+#include <limits>
 
 using namespace helpers;
 using torch::where;
@@ -438,4 +442,27 @@ TEST_CASE("half types have gates", "[gates]") {
     check_gates({"abs", where_to, [](const Tensors& at) { return torch::abs(at[0]); },
                  [](const Tensors& a, const Tensors& b) { return torch::sign(a[0]) * b[0]; }});
   }
+}
+
+TEST_CASE("the number next to a bound is the standard library's", "[gates]") {
+  const auto check = [](auto number, auto bits) {
+    using Number = decltype(number);
+    using Limits = std::numeric_limits<Number>;
+    const auto infinity = Limits::infinity();
+    for (const Number positive : {Number(0), Number(1), Number(0.1), Number(1e30), Limits::min(), Limits::denorm_min(),
+                                  Limits::max(), infinity}) {
+      for (const Number bound : {positive, -positive}) {
+        INFO(bound);
+        CHECK(microreg::detail::next_to<Number, decltype(bits)>(bound, true) ==
+              (std::isinf(bound) ? bound : std::nextafter(bound, infinity)));
+        CHECK(microreg::detail::next_to<Number, decltype(bits)>(bound, false) ==
+              (std::isinf(bound) ? bound : std::nextafter(bound, -infinity)));
+        CHECK(microreg::detail::is_finite(static_cast<double>(bound)) == std::isfinite(bound));
+      }
+    }
+  };
+  check(float{}, std::uint32_t{});
+  check(double{}, std::uint64_t{});
+  CHECK_FALSE(microreg::detail::is_finite(std::nan("")));
+  CHECK(microreg::detail::unbounded() == std::numeric_limits<double>::infinity());
 }

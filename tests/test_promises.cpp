@@ -10,10 +10,13 @@
 #include <microreg/microreg.hpp>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <functional>
 #include <limits>
 #include <map>
 #include <stdexcept>
+#include <thread>
 
 using namespace helpers;
 using microreg::BatchError;
@@ -226,6 +229,64 @@ TEST_CASE("the user's own error arrives, and generators are put back", "[promise
   const Tensor x = doubles({8, 4}), y = torch::randint(3, {8}), before = state();
   Regularizer r(masked, loss, GradientNorm{}, {.micro_batch_size = 4});
   CHECK(message_of<std::domain_error>([&] { (void)r.backward(x, y); }) == "the user's");
+  CHECK(same_bits(state(), before));
+}
+
+TEST_CASE("a step that is undone gives no other thread its numbers twice", "[promises]") {
+  torch::manual_seed(12);
+  torch::nn::Sequential model(torch::nn::Linear(4, 8), torch::nn::Dropout(0.5), torch::nn::Linear(8, 3));
+  model->to(torch::kFloat64);
+  const Tensor x = doubles({8, 4}), y = torch::randint(3, {8});
+  std::atomic<int> drawn{0};
+  const auto waits = [&](const Tensor& o, const Tensor& t) {
+    for (const int before = drawn; drawn < before + 3;) {
+      std::this_thread::yield();
+    }
+    return ce(o, t);
+  };
+  std::atomic<bool> stop{false};
+  std::vector<double> numbers;
+  std::thread loader([&] {
+    while (!stop) {
+      numbers.push_back(torch::rand({1}, torch::kFloat64).item<double>());
+      ++drawn;
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
+  });
+  for (int i = 0; i < 10; ++i) {
+    (void)microreg::measure(model, waits, GradientNorm{}, x, y);
+    const auto fails = [&](const Tensor& o, const Tensor& t) -> Tensor {
+      return waits(o, t).defined() ? throw std::domain_error("the user's") : o;
+    };
+    Regularizer r(model, fails, GradientNorm{});
+    CHECK_THROWS_AS(r.backward(x, y), std::domain_error);
+    Regularizer skips(model, [&](const Tensor& o, const Tensor& t) { return waits(o, t) * std::nan(""); },
+                      GradientNorm{}, {.non_finite = microreg::NonFinite::skip_step});
+    CHECK(skips.backward(x, y).skipped);
+  }
+  stop = true;
+  loader.join();
+  std::sort(numbers.begin(), numbers.end());
+  CHECK(std::adjacent_find(numbers.begin(), numbers.end()) == numbers.end());  // of 2^53: chance repeats none
+  // Where nobody else draws they are put back: by the first step, by one that follows others, and by measure.
+  const auto state = [] { return at::globalContext().defaultGenerator(at::kCPU).get_state(); };
+  bool fail = true;
+  const auto may_fail = [&](const Tensor& o, const Tensor& t) {
+    return fail ? throw std::domain_error("x") : ce(o, t);
+  };
+  Regularizer r(model, may_fail, GradientNorm{});
+  for (const bool now : {true, false, true, true}) {
+    fail = now;
+    const Tensor before = state();
+    if (fail) {
+      CHECK_THROWS_AS(r.backward(x, y), std::domain_error);
+    } else {
+      (void)r.backward(x, y);
+    }
+    CHECK(same_bits(state(), before) == fail);
+  }
+  const Tensor before = state();
+  (void)microreg::measure(model, ce, GradientNorm{}, x, y);
   CHECK(same_bits(state(), before));
 }
 
@@ -611,8 +672,9 @@ TEST_CASE("errors keep their type, and name what has no second derivative", "[pr
   const std::string roi =
       message_of<ModelError>([&] { step([](const Tensor& h) { return RoiAlign::apply(h); }, Exact{}); });
   CHECK(has(roi, {"roi_align", "second derivative", "ForwardDifference", "modules[0]"}));
+  const ForwardDifference difference{.own_functions = microreg::OwnFunctions::smooth};
   const std::string first =
-      message_of<ModelError>([&] { step([](const Tensor& h) { return Throws<2>::apply(h); }, ForwardDifference{}); });
+      message_of<ModelError>([&] { step([](const Tensor& h) { return Throws<2>::apply(h); }, difference); });
   CHECK(has(first, {"my_op"}));
   CHECK(first.find("choose") == std::string::npos);
   const auto cdist = [](const Tensor& h) { return torch::cat({torch::cdist(h, h), h.narrow(1, 0, 2)}, 1); };

@@ -373,9 +373,52 @@ TEST_CASE("right or refused: changes in place", "[right_or_refused]") {
       {"columns swapped in place", [](Tensor h) { h.copy_(torch::where(h > 0, h.flip(1), h).clone()); }},
       {"mul_ by a mask in place", [](Tensor h) { h.narrow(1, 0, 8).mul_((h.narrow(1, 0, 8) > 0).to(h.dtype())); }},
       {"sort, then written back", [](Tensor h) { h.copy_(std::get<0>(h.sort(1))); }},
+      {"a maximum, then its operand",
+       [](Tensor h) {
+         const Tensor largest = std::get<0>(h.max(1, true));
+         h.mul_(0.5).add_(largest);
+       }},
   };
   for (const auto& [name, change] : changes) {
     check_right_or_refused(name, changed(change), entropy_loss, n.x, n.y, all);
+  }
+}
+
+TEST_CASE("right or refused: max pooling, then in place", "[right_or_refused]") {
+  torch::manual_seed(18);
+  const Net n;
+  namespace F = torch::nn::functional;
+  const std::vector<std::pair<const char*, std::function<Tensor(const Tensor&)>>> poolings = {
+      {"max_pool1d", [](const Tensor& h) { return torch::max_pool1d(h.unsqueeze(1), 2); }},
+      {"max_pool2d", [](const Tensor& h) { return torch::max_pool2d(h.view({12, 1, 4, 4}), 2); }},
+      {"max_pool3d", [](const Tensor& h) { return torch::max_pool3d(h.view({12, 1, 4, 2, 2}), {2, 1, 1}); }},
+      {"adaptive_max_pool1d",
+       [](const Tensor& h) { return std::get<0>(torch::adaptive_max_pool1d(h.unsqueeze(1), 5)); }},
+      {"adaptive_max_pool2d",
+       [](const Tensor& h) { return std::get<0>(torch::adaptive_max_pool2d(h.view({12, 1, 4, 4}), {2, 3})); }},
+      {"adaptive_max_pool3d",
+       [](const Tensor& h) { return std::get<0>(torch::adaptive_max_pool3d(h.view({12, 1, 4, 2, 2}), {2, 2, 1})); }},
+      {"fractional_max_pool2d", [](const Tensor& h) {
+         return F::fractional_max_pool2d(
+             h.view({12, 1, 4, 4}), F::FractionalMaxPool2dFuncOptions(2).output_size(std::vector<std::int64_t>{2, 3}));
+       }}};
+  const std::vector<std::pair<const char*, std::function<void(Tensor)>>> changes = {
+      {"relu_", [](Tensor p) { p.relu_(); }},
+      {"mul_", [](Tensor p) { p.mul_(1.5); }},
+      {"add_", [](Tensor p) { p += p.detach().square(); }},
+      {"dropout_", [](Tensor p) { torch::dropout_(p, 0.3, true); }},
+      {"a slice", [](Tensor p) { p.select(-1, 0).clamp_(-0.2, 0.2); }}};
+  for (const auto& [pooling, pool] : poolings) {
+    for (const auto& [name, change] : changes) {
+      check_right_or_refused((std::string(pooling) + ", then " + name).c_str(),
+                             n.with([&n, p = pool, c = change](const Tensor& x) {
+                               const Tensor h = x.matmul(n.a);
+                               const Tensor pooled = p(h);
+                               c(pooled);
+                               return torch::cat({pooled.flatten(1), h}, 1).narrow(1, 0, 16).matmul(n.b);
+                             }),
+                             entropy_loss, n.x, n.y, all);
+    }
   }
 }
 
@@ -714,7 +757,7 @@ TEST_CASE("right or refused: a penalty that grows after the proof", "[right_or_r
   int calls = 0;
   const Model held{[&](const Tensor& x) {
                      ++calls;
-                     return n.hidden(x).matmul(n.b) * n.b.data().square().mean();
+                     return n.hidden(x).matmul(n.b) + n.hidden(x).matmul(n.b.data());
                    },
                    n.weights()};
   const auto steps = [&](const microreg::Strength& strength, int count) {

@@ -3,13 +3,12 @@
 import torch
 
 
-def step(model, loss_function, images, labels, strength):
-    """Leaves the gradient of loss + strength * ||grad loss||^2 in .grad; returns the loss."""
-    model.zero_grad()
+def step(model, loss_function, images, labels, strength, weight=1):
+    """Adds the gradient of weight * (loss + strength * ||grad loss||^2) to .grad; returns the loss."""
     loss = loss_function(model(images), labels)
     gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     norm = 0
     for gradient in gradients:
         norm = norm + (gradient**2).sum()
-    (loss + strength * norm).backward()
+    ((loss + strength * norm) * weight).backward()
     return loss.detach()

@@ -6,6 +6,10 @@
 The peers run in this process, in NCHW, the layout that their code uses. Ours run in processes that wait between orders,
 one for each layout. Every round takes one step of each in turn; the table shows medians over the rounds. Where a peer's
 formula promises our penalty exactly, the gradients' norms are compared too.
+
+    --micro-batches 4 --workers 2   a step of four micro-batches, ours two at a time
+    --best                          the authors' formula also in channels-last and with one thread: a row of its best
+    --compile                       their formula on a model compiled by torch.compile, and torch.func compiled
 """
 
 import argparse
@@ -24,24 +28,31 @@ from torch import nn
 
 import authors_formula
 import finite_difference
+import functional
 import input_jacobian
 from networks import NETWORKS
 
 
-def plain_step(model, loss_function, images, labels, strength):
+def plain_step(model, loss_function, images, labels, strength, weight=1):
     del strength
-    model.zero_grad()
     loss = loss_function(model(images), labels)
-    loss.backward()
+    (loss * weight).backward()
     return loss.detach()
 
 
-# name: (step, whether it computes what our gradient-norm step computes)
+# name: (step, whether it computes what our gradient-norm step computes). All but the last two take a weight, and so
+# several micro-batches a step.
 PEERS = {
     "plain": (plain_step, False),
     "authors": (authors_formula.step, True),
+    "torch.func": (functional.Step(compiled=False), True),
     "finite_difference": (finite_difference.step, False),
     "input_jacobian": (input_jacobian.step, False),
+}
+OF_ONE_MICRO_BATCH = ("finite_difference", "input_jacobian")
+COMPILED = {
+    "authors_compiled": (functional.CompiledModel(), True),
+    "func_compiled": (functional.Step(compiled=True), True),
 }
 LAYOUTS = ("nchw", "channels_last")
 
@@ -75,8 +86,11 @@ class Ours:
 class Theirs:
     """The network in Python, with the weights and the data that our program wrote."""
 
-    def __init__(self, network, micro_batch, state):
+    def __init__(self, network, micro_batch, micro_batches, state, threads, channels_last=False):
         self.model = NETWORKS[network][0]()
+        self.threads = threads
+        self.micro_batch = micro_batch
+        samples = micro_batch * micro_batches
         floats = torch.from_file(str(state), size=state.stat().st_size // 4, dtype=torch.float32)
         position = 0
 
@@ -89,15 +103,24 @@ class Theirs:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.copy_(take(parameter.shape))
-        self.images = take((micro_batch, 3, 32, 32))
+        self.images = take((samples, 3, 32, 32))
         self.labels = floats[position:].clone().view(torch.int64)
-        if self.labels.shape != (micro_batch,):
+        if self.labels.shape != (samples,):
             raise RuntimeError(f"{network}: the parameters in Python and in C++ do not have the same number of elements")
+        if channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+            self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.loss_function = nn.CrossEntropyLoss()
 
-    def step(self, peer):
+    def step(self, name, step):
+        torch.set_num_threads(self.threads)
         start = time.perf_counter()
-        loss = PEERS[peer][0](self.model, self.loss_function, self.images, self.labels, 1.0)
+        self.model.zero_grad()
+        count = len(self.images) // self.micro_batch
+        weight = () if name in OF_ONE_MICRO_BATCH else (1 / count,)
+        loss = 0
+        for images, labels in zip(self.images.split(self.micro_batch), self.labels.split(self.micro_batch)):
+            loss = loss + step(self.model, self.loss_function, images, labels, 1.0, *weight) / count
         milliseconds = 1e3 * (time.perf_counter() - start)
         squared = sum(float(p.grad.norm()) ** 2 for p in self.model.parameters() if p.grad is not None)
         return milliseconds, float(loss), math.sqrt(squared)
@@ -116,14 +139,23 @@ def check_same(network, what, ours, theirs, tolerance=2e-3):
 
 
 def compare(program, network, options):
-    arguments = ["--micro-batch", str(options.micro_batch), "--threads", str(torch.get_num_threads()),
-                 "--malloc", options.malloc]
+    threads = options.threads or torch.get_num_threads()
+    arguments = ["--micro-batch", str(options.micro_batch), "--batch", str(options.micro_batch * options.micro_batches),
+                 "--workers", str(options.workers), "--threads", str(threads), "--malloc", options.malloc]
+    peers = {name: peer for name, peer in PEERS.items() if options.micro_batches == 1 or name not in OF_ONE_MICRO_BATCH}
+    if options.compile:
+        peers |= COMPILED
     layouts = LAYOUTS if NETWORKS[network][1] else LAYOUTS[:1]
     with tempfile.TemporaryDirectory() as folder:
         state = pathlib.Path(folder) / "state"
         ours = {layout: Ours(program, network, layout, arguments, str(state) if layout == "nchw" else "")
                 for layout in layouts}
-        theirs = Theirs(network, options.micro_batch, state)
+        of_their_own = (options.micro_batch, options.micro_batches, state)
+        theirs = Theirs(network, *of_their_own, threads)
+        # What the authors' formula may choose: threads and layout.
+        choices = {} if not options.best else {
+            f"{count} threads, {layout}": Theirs(network, *of_their_own, count, layout == "channels_last")
+            for count in sorted({1, threads}) for layout in layouts}
     try:
         # The warm-up, and that both compute the same.
         loss, norm = ours["nchw"].step("penalised")[1:]
@@ -132,23 +164,33 @@ def compare(program, network, options):
             check_same(network, f"loss in {layout}", layout_loss, loss)
             check_same(network, f"gradient's norm in {layout}", layout_norm, norm)
         plain_loss, plain_norm = ours["nchw"].step("plain")[1:]
-        for peer, (_, same) in PEERS.items():
-            their_loss, their_norm = theirs.step(peer)[1:]
+        for peer, (step, same) in list(peers.items()):
+            try:
+                their_loss, their_norm = theirs.step(peer, step)[1:]
+            except Exception as error:  # torch.compile's, of many kinds
+                if peer not in COMPILED:
+                    raise
+                print(f"{network:<14}{peer}: {str(error).splitlines()[0]}", flush=True)
+                del peers[peer]
+                continue
             check_same(network, f"loss of {peer}", plain_loss, their_loss)
             if peer == "plain":
                 check_same(network, "gradient's norm of a plain step", plain_norm, their_norm)
             if same:
                 check_same(network, f"gradient's norm of {peer}", norm, their_norm)
 
-        times = {peer: [] for peer in PEERS}
-        times |= {layout: [] for layout in layouts}
+        for choice in choices.values():
+            choice.step("authors", authors_formula.step)
+        times = {name: [] for name in (*peers, *layouts, *choices)}
         start = time.perf_counter()
         rounds = 0
         while rounds < options.rounds if options.rounds else rounds < 3 or time.perf_counter() - start < options.seconds:
             for layout in layouts:
                 times[layout].append(ours[layout].step("penalised")[0])
-            for peer in PEERS:
-                times[peer].append(theirs.step(peer)[0])
+            for peer, (step, _) in peers.items():
+                times[peer].append(theirs.step(peer, step)[0])
+            for name, choice in choices.items():
+                times[name].append(choice.step("authors", authors_formula.step)[0])
             rounds += 1
     finally:
         for process in ours.values():
@@ -156,9 +198,12 @@ def compare(program, network, options):
 
     best = min(layouts, key=lambda layout: statistics.median(times[layout]))
     rows = []
-    for peer in PEERS:
-        if peer == "plain":
-            continue
+    compared = [peer for peer in peers if peer != "plain"]
+    if choices:
+        chosen = min(choices, key=lambda name: statistics.median(times[name]))
+        times["authors_best"] = times[chosen]
+        compared.append("authors_best")
+    for peer in compared:
         for layout in layouts:
             rows.append({
                 "model": network,
@@ -166,7 +211,10 @@ def compare(program, network, options):
                 "peer": peer,
                 "layout": layout,
                 "best_layout": layout == best,
-                "threads": torch.get_num_threads(),
+                "micro_batches": options.micro_batches,
+                "workers": options.workers,
+                "their_choice": chosen if peer == "authors_best" else None,
+                "threads": threads,
                 "ours_ms": statistics.median(times[layout]),
                 "theirs_ms": statistics.median(times[peer]),
                 "ours_over_theirs": statistics.median(a / b for a, b in zip(times[layout], times[peer])),
@@ -182,6 +230,10 @@ def main():
     parser.add_argument("program", help="the built penalty_overhead")
     parser.add_argument("--model", action="append", choices=list(NETWORKS), help="networks; all by default")
     parser.add_argument("--micro-batch", type=int, default=32)
+    parser.add_argument("--micro-batches", type=int, default=1, help="in a step")
+    parser.add_argument("--workers", type=int, default=0, help="micro-batches at a time, ours; 0: one, on all threads")
+    parser.add_argument("--best", action="store_true", help="the authors' formula in its best layout and threads too")
+    parser.add_argument("--compile", action="store_true", help="torch.compile'd peers too; takes minutes")
     parser.add_argument("--threads", type=int, default=0, help="0: LibTorch's choice")
     parser.add_argument("--rounds", type=int, default=0, help="exactly so many rounds instead of a time")
     parser.add_argument("--seconds", type=float, default=60, help="time for a network; at least three rounds")
@@ -193,9 +245,9 @@ def main():
     if options.malloc == "tuned":
         keep_freed_memory()
 
-    print(f"LibTorch {torch.__version__}, {torch.get_num_threads()} threads, micro-batch {options.micro_batch}. Ours: "
-          "gradient_norm, exact, fused, in each layout; theirs: in NCHW.\nspeed-up: their time over ours, median over "
-          "interleaved rounds; * our best layout.\n")
+    print(f"LibTorch {torch.__version__}, {torch.get_num_threads()} threads, {options.micro_batches} micro-batches of "
+          f"{options.micro_batch}, {options.workers} workers. Ours: gradient_norm, exact, fused, in each layout; theirs: "
+          "in NCHW.\nspeed-up: their time over ours, median over interleaved rounds; * our best layout.\n")
     print(f"{'model':<14}{'peer':<19}{'our layout':<16}{'ours ms':>9}{'theirs ms':>11}{'ours/theirs':>13}{'speed-up':>10}"
           f"{'theirs/plain':>14}")
     rows = []

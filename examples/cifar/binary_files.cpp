@@ -66,29 +66,22 @@ std::filesystem::path find_folder(const std::filesystem::path& given, const File
                               given.string(), layout.test_file, layout.folder, layout.test_file, layout.folder));
 }
 
-std::vector<char> read_bytes(const std::filesystem::path& file) {
-  std::ifstream stream(file, std::ios::binary);
-  if (!stream || !std::filesystem::is_regular_file(file)) {
-    throw DataError(fmt::format("{}: cannot be read: {}", file.string(),
-                                std::filesystem::exists(file) ? "not a readable file" : "no such file"));
-  }
-  std::vector<char> bytes(std::filesystem::file_size(file));
-  if (!stream.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
-    throw DataError(fmt::format("{}: reading stopped at offset {}, expected {} bytes", file.string(), stream.gcount(),
-                                bytes.size()));
-  }
-  return bytes;
-}
-
-void check_size(const std::filesystem::path& file, std::int64_t bytes, std::int64_t official,
+/// Throws DataError unless a file of `bytes` holds whole records, and no more of them than the official one: room is
+/// made for what it holds.
+void check_size(const std::filesystem::path& file, std::uintmax_t bytes, std::int64_t official,
                 const FileLayout& layout) {
-  const std::int64_t record = layout.record_bytes();
+  const auto record = static_cast<std::uintmax_t>(layout.record_bytes());
+  const std::uintmax_t all = static_cast<std::uintmax_t>(official) * record;
   const std::string expected = fmt::format(
       "expected whole records of {} bytes ({} of labels, {} of pixels), {} bytes in "
       "the official file",
-      record, layout.label_bytes(), pixel_bytes, official * record);
+      record, layout.label_bytes(), pixel_bytes, all);
   if (bytes == 0) {
     throw DataError(fmt::format("{}: the file is empty; {}", file.string(), expected));
+  }
+  if (bytes > all) {
+    throw DataError(
+        fmt::format("{}: the file has {} bytes, more than the official one; {}", file.string(), bytes, expected));
   }
   if (bytes % record != 0) {
     throw DataError(
@@ -97,12 +90,26 @@ void check_size(const std::filesystem::path& file, std::int64_t bytes, std::int6
   }
 }
 
+std::vector<char> read_bytes(const std::filesystem::path& file, std::int64_t official, const FileLayout& layout) {
+  std::ifstream stream(file, std::ios::binary);
+  if (!stream || !std::filesystem::is_regular_file(file)) {
+    throw DataError(fmt::format("{}: cannot be read: {}", file.string(),
+                                std::filesystem::exists(file) ? "not a readable file" : "no such file"));
+  }
+  const std::uintmax_t size = std::filesystem::file_size(file);
+  check_size(file, size, official, layout);
+  std::vector<char> bytes(size);
+  if (!stream.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) {
+    throw DataError(fmt::format("{}: reading stopped at offset {}, expected {} bytes", file.string(), stream.gcount(),
+                                bytes.size()));
+  }
+  return bytes;
+}
+
 Images read_file(const std::filesystem::path& file, std::int64_t official, const FileLayout& layout,
                  std::vector<std::string>& notes) {
-  const std::vector<char> bytes = read_bytes(file);
-  const auto size = static_cast<std::int64_t>(bytes.size());
-  check_size(file, size, official, layout);
-  const std::int64_t count = size / layout.record_bytes();
+  const std::vector<char> bytes = read_bytes(file, official, layout);
+  const std::int64_t count = static_cast<std::int64_t>(bytes.size()) / layout.record_bytes();
   if (count != official) {
     notes.push_back(fmt::format("{} holds {} images, the official file {}", file.string(), count, official));
   }

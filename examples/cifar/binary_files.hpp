@@ -14,7 +14,8 @@ namespace cifar {
 /// Reads `folder`, which is cifar-10-batches-bin (cifar-100-binary) or its parent. CIFAR-100 by its fine labels.
 ///
 /// A file may hold fewer records than the official one, which leaves a note. Throws DataError for a missing folder or
-/// file, a file that is empty or does not end with a whole record, and a label out of range.
+/// file, a file that is empty, larger than the official one or does not end with a whole record, and a label out of
+/// range.
 [[nodiscard]] Data read_binary_files(const std::filesystem::path& folder, DatasetName dataset);
 
 }  // namespace cifar

@@ -126,6 +126,11 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv) {
   run->add_option("--seed", options.seed, "Same seed, device and threads: the same run")->type_name("N");
   run->add_option("--device", options.device, "cpu, cuda, cuda:1, or auto: cuda where there is one")->type_name("NAME");
   run->add_option("--threads", options.threads, "CPU threads; 0: LibTorch's choice")->type_name("N");
+  run->add_option(
+         "--workers", options.workers,
+         "Micro-batches at a time, each on one CPU thread; 0: one, on all threads; -1: as many as threads where "
+         "a step has several")
+      ->type_name("N");
   add_choice(run, "--layout", options.layout, layout_names, "Memory layout of images and convolutions");
 
   run->add_option_function<std::string>(

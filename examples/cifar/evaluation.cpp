@@ -33,15 +33,16 @@ double accuracy(ImageClassifier& model, const Images& images, const Normalizatio
 
 std::vector<double> measured_penalties(const std::shared_ptr<ImageClassifier>& model, const Images& images,
                                        const Normalization& normalization, std::int64_t micro_batch_size,
-                                       const std::vector<Monitor>& monitors, Layout layout,
+                                       std::int64_t workers, const std::vector<Monitor>& monitors, Layout layout,
                                        const std::shared_ptr<microreg::Communicator>& ranks) {
   const auto [begin, size] =
       ranks == nullptr ? microreg::Shard{0, images.size()} : microreg::shard(images.size(), micro_batch_size, *ranks);
   const torch::Tensor input = network_input(images.pixels.narrow(0, begin, size), normalization, layout);
   const torch::Tensor labels = images.labels.narrow(0, begin, size);
   const auto measured = [&](microreg::AnyPenalty<> penalty) {
-    const auto report = microreg::measure(model, torch::nn::CrossEntropyLoss(), std::move(penalty), input, labels,
-                                          {.micro_batch_size = micro_batch_size, .communicator = ranks});
+    const auto report =
+        microreg::measure(model, torch::nn::CrossEntropyLoss(), std::move(penalty), input, labels,
+                          {.micro_batch_size = micro_batch_size, .workers = workers, .communicator = ranks});
     return (ranks == nullptr ? report : microreg::reduced(report, *ranks)).penalties.front().value.item<double>();
   };
   std::vector<double> values{measured(microreg::GradientNorm{})};

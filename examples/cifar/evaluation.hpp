@@ -22,7 +22,7 @@ namespace cifar {
 /// BatchNorm statistics and random numbers stay as they are.
 [[nodiscard]] std::vector<double> measured_penalties(const std::shared_ptr<ImageClassifier>& model,
                                                      const Images& images, const Normalization& normalization,
-                                                     std::int64_t micro_batch_size,
+                                                     std::int64_t micro_batch_size, std::int64_t workers,
                                                      const std::vector<Monitor>& monitors = {},
                                                      Layout layout = Layout::contiguous,
                                                      const std::shared_ptr<microreg::Communicator>& ranks = nullptr);

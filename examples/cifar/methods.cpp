@@ -38,6 +38,7 @@ microreg::RegularizerOptions regularizer_options(const Options& options,
           .weighting = options.weighting == WeightingName::samples ? microreg::Weighting::samples
                                                                    : microreg::Weighting::reference,
           .check_finite = microreg::CheckFinite::always,
+          .workers = options.workers,
           .communicator = ranks};
 }
 

@@ -58,12 +58,20 @@ std::int64_t default_batch_size(Method method, std::int64_t micro_batch_size) no
   return method == Method::sgd ? micro_batch_size : Options{}.batch_size;
 }
 
+std::int64_t resolved_workers(const Options& options, bool on_cpu, int threads) noexcept {
+  if (options.workers >= 0) {
+    return options.workers;
+  }
+  return on_cpu && options.batch_size > options.micro_batch_size ? threads : 0;
+}
+
 void validate(const Options& options) {
   require_at_least("--batch-size", options.batch_size, 1);
   require_at_least("--micro-batch-size", options.micro_batch_size, 1);
   require_at_least("--steps", options.steps, 1);
   require_at_least("--seed", options.seed, 0);
   require_at_least("--threads", options.threads, 0);
+  require_at_least("--workers", options.workers, -1);
   require_at_least("--log-every", options.log_every, 1);
   require_at_least("--train-size", options.train_size, 0);
   require_at_least("--validation-size", options.validation_size, 0);

@@ -169,6 +169,7 @@ struct Options {
   std::int64_t seed = 0;
   std::string device = "auto";  ///< "auto": the first CUDA device, otherwise the CPU
   int threads = 0;              ///< 0: as many as LibTorch chooses
+  std::int64_t workers = -1;    ///< micro-batches at a time; -1: resolved_workers()
   Layout layout = Layout::contiguous;
   Distributed distributed = Distributed::none;
 
@@ -198,6 +199,10 @@ struct Options {
 
 /// The paper's strengths for ResNet-18 on CIFAR-10; 0 for the methods without a penalty.
 [[nodiscard]] double default_strength(Method method) noexcept;
+
+/// As many as threads on the CPU, where a step has several micro-batches; the networks here keep nothing outside of
+/// their buffers.
+[[nodiscard]] std::int64_t resolved_workers(const Options& options, bool on_cpu, int threads) noexcept;
 
 /// sgd takes batches of one micro-batch, as the paper's small-batch SGD; all others the large batch.
 [[nodiscard]] std::int64_t default_batch_size(Method method, std::int64_t micro_batch_size) noexcept;

@@ -3,9 +3,9 @@
 #include <fmt/format.h>
 
 #include <fstream>
-#include <nlohmann/json.hpp>
 
 #include "data.hpp"
+#include "json.hpp"
 
 namespace cifar {
 
@@ -18,12 +18,22 @@ RecordedNorms::RecordedNorms(const std::filesystem::path& run) {
   }
   std::string line;
   for (int number = 1; std::getline(stream, line); ++number) {
+    std::string problem;
     try {
-      const auto json = nlohmann::json::parse(line);
-      norms_[json.at("step").get<std::int64_t>()] = json.at("gradient_norm").get<double>();
-    } catch (const nlohmann::json::exception& error) {
+      const Json json = parsed(line);
+      const Json& step = json.at("step");
+      const auto norm = json.at("gradient_norm").get<double>();
+      if (step.is_number_integer() && step.get<std::int64_t>() >= 0 && norm >= 0) {
+        norms_[step.get<std::int64_t>()] = norm;
+      } else {
+        problem = fmt::format("step is {}, gradient_norm {}", step.dump(), norm);
+      }
+    } catch (const std::exception& error) {
+      problem = error.what();
+    }
+    if (!problem.empty()) {
       throw DataError(
-          fmt::format("{}: line {} has no step and gradient_norm to graft: {}", file.string(), number, error.what()));
+          fmt::format("{}: line {} has no step and gradient_norm to graft: {}", file.string(), number, problem));
     }
   }
   if (norms_.empty()) {

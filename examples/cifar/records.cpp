@@ -5,14 +5,12 @@
 #include <cerrno>
 #include <cstring>
 #include <microreg/version.hpp>
-#include <nlohmann/json.hpp>
 #include <system_error>
 
 #include "atomic_file.hpp"
+#include "json.hpp"
 
 namespace cifar {
-
-using Json = nlohmann::ordered_json;
 
 namespace {
 
@@ -86,6 +84,7 @@ std::string Records::config(const Options& options, const std::string& device, i
   config["device"] = device;
   config["threads"] = threads;
   config["ranks"] = ranks;
+  config["workers"] = options.workers;
   config["microreg_version"] = microreg::version;
   return config.dump(2);
 }
@@ -161,7 +160,15 @@ void Records::replace(const std::string& name, const std::string& text) const {
 }
 
 void check_same_run(const std::string& saved, const std::string& now, const Options& options) {
-  const Json before = Json::parse(saved);
+  const Json before = [&] {
+    try {
+      return parsed(saved);
+    } catch (const std::exception& error) {
+      throw UsageError(fmt::format(
+          "--resume: the options in the checkpoint cannot be read ({}); start anew with --overwrite instead",
+          error.what()));
+    }
+  }();
   const Json after = Json::parse(now);
   for (const auto& [name, value] : after.items()) {
     const Json old = before.contains(name) ? before.at(name) : Json();
@@ -169,7 +176,8 @@ void check_same_run(const std::string& saved, const std::string& now, const Opti
       continue;  // the same run, divided otherwise
     }
     const bool longer = name == "steps" && options.schedule == Schedule::constant && value > old;
-    if (value != old && name != "output" && !longer) {
+    const bool same_bits = name == "workers" && old.is_number() && value > 0 && old > 0;
+    if (value != old && name != "output" && !longer && !same_bits) {
       throw UsageError(
           fmt::format("--resume: {} is {}, but {} in the run to go on with; give the same options, or start "
                       "anew with --overwrite",

@@ -6,7 +6,7 @@ import pathlib
 import sys
 
 # What differs between runs of one setting: all that decides nothing, or only the random numbers.
-NOT_A_SETTING = ("seed", "output", "norms_from", "threads")
+NOT_A_SETTING = ("seed", "output", "norms_from", "threads", "workers")
 
 
 class RecordError(Exception):

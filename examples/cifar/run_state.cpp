@@ -1,6 +1,11 @@
 #include "run_state.hpp"
 
+#include <fmt/format.h>
+
+#include <cmath>
 #include <sstream>
+
+#include "checkpoint.hpp"
 
 namespace cifar {
 
@@ -21,11 +26,48 @@ T value_in(InputArchive& archive, const std::string& key) {
   return value.to<T>();
 }
 
-void read(InputArchive& archive, const std::string& key, RunningMean& mean) {
-  mean.count = value_in<std::int64_t>(archive, key + ".count");
+std::int64_t count_in(InputArchive& archive, const std::string& key) {
+  const auto value = value_in<std::int64_t>(archive, key);
+  if (value < 0) {
+    throw CheckpointError(fmt::format("{} is {}; it must be at least 0", key, value));
+  }
+  return value;
+}
+
+double number_in(InputArchive& archive, const std::string& key) {
+  const auto value = value_in<double>(archive, key);
+  if (!std::isfinite(value)) {
+    throw CheckpointError(fmt::format("{} is {}; it must be a finite number", key, value));
+  }
+  return value;
+}
+
+RunningMean mean_in(InputArchive& archive, const std::string& key) {
+  RunningMean mean;
+  mean.count = count_in(archive, key + ".count");
   torch::Tensor sum;
   archive.read(key + ".sum", sum);
+  if (!sum.defined() || sum.numel() != 1 || !sum.is_floating_point()) {
+    throw CheckpointError(key + ".sum is no scalar");
+  }
   mean.sum = mean.count > 0 ? sum : torch::Tensor();
+  return mean;
+}
+
+/// A list of tensors that are like `wanted`, one by one.
+std::vector<torch::Tensor> tensors_in(InputArchive& archive, const std::string& key,
+                                      const std::vector<torch::Tensor>& wanted) {
+  std::vector<torch::Tensor> tensors = value_in<c10::List<torch::Tensor>>(archive, key).vec();
+  if (tensors.size() != wanted.size()) {
+    throw CheckpointError(fmt::format("{} has {} tensors, the network {}", key, tensors.size(), wanted.size()));
+  }
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    if (!tensors[i].defined() || tensors[i].sizes() != wanted[i].sizes() ||
+        tensors[i].scalar_type() != wanted[i].scalar_type() || tensors[i].layout() != wanted[i].layout()) {
+      throw CheckpointError(fmt::format("tensor {} of {} is not like that of the network", i, key));
+    }
+  }
+  return tensors;
 }
 
 std::vector<torch::Tensor> detached(std::vector<torch::Tensor> tensors) {
@@ -35,10 +77,23 @@ std::vector<torch::Tensor> detached(std::vector<torch::Tensor> tensors) {
   return tensors;
 }
 
-InputArchive archive_in(const std::string& bytes) {
-  InputArchive archive;
-  archive.load_from(bytes.data(), bytes.size());
-  return archive;
+/// What `read` makes of the archive in `bytes`. Throws CheckpointError for whatever LibTorch's reader throws.
+template <class Read>
+auto from_archive(const std::string& bytes, const Read& read) {
+  const auto refuse = [](const std::string& why) -> CheckpointError {
+    return CheckpointError(fmt::format(
+        "the checkpoint's contents are not those of this run ({}); start anew with --overwrite instead of --resume",
+        why.substr(0, why.find('\n'))));
+  };
+  try {
+    InputArchive archive;
+    archive.load_from(bytes.data(), bytes.size());
+    return read(archive);
+  } catch (const c10::Error& error) {
+    throw refuse(error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    throw refuse(error.what());
+  }
 }
 
 }  // namespace
@@ -109,27 +164,39 @@ std::string serialized(const RunState& state, const std::string& config) {
 }
 
 std::string config_in(const std::string& bytes) {
-  InputArchive archive = archive_in(bytes);
-  return value_in<std::string>(archive, "config");
+  return from_archive(bytes, [](InputArchive& archive) { return value_in<std::string>(archive, "config"); });
 }
 
 void restore(RunState& state, const std::string& bytes) {
-  InputArchive archive = archive_in(bytes);
-  copy_tensors(tensors_of(*state.model), value_in<c10::List<torch::Tensor>>(archive, "model").vec());
+  const std::vector<torch::Tensor> wanted = tensors_of(*state.model);
+  std::vector<torch::Tensor> tensors;
   InputArchive optimizer;
-  archive.read("optimizer", optimizer);
+  // All of it is read before anything is set.
+  RunState read = from_archive(bytes, [&](InputArchive& archive) {
+    tensors = tensors_in(archive, "model", wanted);
+    archive.read("optimizer", optimizer);
+    torch::optim::SGD(state.model->parameters(), 1).load(optimizer);
+    RunState result;
+    result.model = state.model;
+    result.optimizer = state.optimizer;
+    result.step = count_in(archive, "step");
+    result.best = value_in<c10::List<torch::Tensor>>(archive, "best").empty() ? std::vector<torch::Tensor>()
+                                                                              : tensors_in(archive, "best", wanted);
+    result.summary = state.summary;
+    result.summary.best_accuracy = number_in(archive, "best_accuracy");
+    result.summary.best_step = count_in(archive, "best_step");
+    result.summary.final_accuracy = number_in(archive, "final_accuracy");
+    result.summary.seconds = number_in(archive, "seconds");
+    result.step_seconds = number_in(archive, "step_seconds");
+    result.loss = mean_in(archive, "loss");
+    result.gradient_norm = mean_in(archive, "gradient_norm");
+    result.penalty = mean_in(archive, "penalty");
+    result.metrics_bytes = count_in(archive, "metrics_bytes");
+    return result;
+  });
+  copy_tensors(wanted, tensors);
   state.optimizer->load(optimizer);
-  state.step = value_in<std::int64_t>(archive, "step");
-  state.best = value_in<c10::List<torch::Tensor>>(archive, "best").vec();
-  state.summary.best_accuracy = value_in<double>(archive, "best_accuracy");
-  state.summary.best_step = value_in<std::int64_t>(archive, "best_step");
-  state.summary.final_accuracy = value_in<double>(archive, "final_accuracy");
-  state.summary.seconds = value_in<double>(archive, "seconds");
-  state.step_seconds = value_in<double>(archive, "step_seconds");
-  read(archive, "loss", state.loss);
-  read(archive, "gradient_norm", state.gradient_norm);
-  read(archive, "penalty", state.penalty);
-  state.metrics_bytes = value_in<std::int64_t>(archive, "metrics_bytes");
+  state = std::move(read);
 }
 
 }  // namespace cifar

@@ -55,10 +55,12 @@ void copy_tensors(const std::vector<torch::Tensor>& to, const std::vector<torch:
 /// `state` and the run's config.json as bytes.
 [[nodiscard]] std::string serialized(const RunState& state, const std::string& config);
 
-/// The config.json in `bytes`.
+/// The config.json in `bytes`. Throws CheckpointError. The reader is LibTorch's, and made for files that one trusts:
+/// the checksum of a checkpoint tells a damaged one, not one that was made to do harm.
 [[nodiscard]] std::string config_in(const std::string& bytes);
 
-/// Sets `state`, which holds a model and an optimizer of the same kind, to what `bytes` say.
+/// Sets `state`, which holds a model and an optimizer of the same kind, to what `bytes` say. Throws CheckpointError,
+/// and has changed nothing then, where they are no run of that model. See config_in().
 void restore(RunState& state, const std::string& bytes);
 
 }  // namespace cifar

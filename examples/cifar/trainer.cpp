@@ -244,7 +244,7 @@ class Run {
 
   void record() {
     const std::vector<double> penalties =
-        measured_penalties(state_.model, measured_images(), normalization_, options_.micro_batch_size,
+        measured_penalties(state_.model, measured_images(), normalization_, options_.micro_batch_size, options_.workers,
                            options_.monitors, options_.layout, ranks_);
     gather_sums();
     Metrics metrics{.step = state_.step,
@@ -337,6 +337,7 @@ Summary train(const Options& options, Progress& progress, const std::shared_ptr<
   }
   const Data data = load_data(options);
   Options resolved = options;
+  resolved.workers = resolved_workers(options, device.is_cpu(), torch::get_num_threads());
   resolved.train_size = data.train.size();
   resolved.validation_size = options.split == Split::holdout ? data.validation.size() : 0;
   resolved.test_size = data.test.size();
@@ -359,7 +360,8 @@ Summary train(const Options& options, Progress& progress, const std::shared_ptr<
       fmt::format("{}, strength {}, batch {} in micro-batches of {}, learning rate {}, seed {}, {}, {} threads{}",
                   name_of(method_names, options.method), options.strength, options.batch_size, options.micro_batch_size,
                   options.learning_rate, options.seed, device.str(), torch::get_num_threads(),
-                  ranks == nullptr ? "" : fmt::format(", {} ranks", ranks->size())));
+                  (resolved.workers > 0 ? fmt::format(", {} workers", resolved.workers) : "") +
+                      (ranks == nullptr ? "" : fmt::format(", {} ranks", ranks->size()))));
   if (options.method == Method::external_grafting) {
     const std::int64_t recorded = RecordedNorms(options.norms_from).steps();
     progress.say(fmt::format("gradient norms of {}, {} steps{}", options.norms_from, recorded,

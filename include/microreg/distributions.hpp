@@ -8,6 +8,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/finite.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 
@@ -118,11 +119,12 @@ struct Bernoulli {
 
 /// Real labels from predicted means of any shape, each component independent with the same standard deviation.
 struct Gaussian {
-  double standard_deviation = 1.0;  ///< in the units of the output; must be positive
+  double standard_deviation = 1.0;  ///< in the units of the output; must be positive and finite
 
   [[nodiscard]] at::Tensor sample(const at::Tensor& mean, const std::optional<at::Generator>& generator) const {
-    if (!(standard_deviation > 0)) {
-      throw OptionError(detail::text({"standard_deviation is ", standard_deviation, "; it must be positive"}));
+    if (!(detail::is_finite(standard_deviation) && standard_deviation > 0)) {
+      throw OptionError(
+          detail::text({"standard_deviation is ", standard_deviation, "; it must be positive and finite"}));
     }
     const at::NoGradGuard no_grad;
     return mean.detach() + at::empty_like(mean).normal_(0, standard_deviation, generator);

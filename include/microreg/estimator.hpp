@@ -20,6 +20,15 @@ enum class Gates {
   free,    ///< they are made anew: on ReLU networks another regularizer, whose distance grows as the step shrinks
 };
 
+/// What a difference does where a torch::autograd::Function of the user's own, or a hook on a tensor, is in the graph.
+/// Nobody but its author knows what that decides: a kink between the points of a difference would make another
+/// regularizer, and so would a change to the gradient, on some micro-batches and not on others, so that no proof finds
+/// it in time.
+enum class OwnFunctions {
+  refused,  ///< GateError, by name
+  smooth,   ///< their author says that they have no kink and that hooks only look; proofs try, at longer distances too
+};
+
 /// The Hessian-vector product from two gradients,
 ///
 ///     H g ~ (grad s(w + e g) - grad s(w)) / e,   e = step / ||g||.
@@ -35,6 +44,7 @@ struct ForwardDifference {
   /// How far they may be apart, relative to the penalty's gradient; 0: chosen from the type of the parameters. With
   /// Gates::free, another regularizer on networks with kinks, nothing is compared at 0.
   double tolerance = 0;
+  OwnFunctions own_functions = OwnFunctions::refused;  ///< with Gates::free they are not asked for
 };
 
 /// The Hessian-vector product from two displaced gradients,
@@ -52,6 +62,7 @@ struct CentralDifference {
   /// How far they may be apart, relative to the penalty's gradient; 0: chosen from the type of the parameters. With
   /// Gates::free, another regularizer on networks with kinks, nothing is compared at 0.
   double tolerance = 0;
+  OwnFunctions own_functions = OwnFunctions::refused;  ///< with Gates::free they are not asked for
 };
 
 namespace detail {

@@ -9,6 +9,8 @@
 
 #include <string>
 
+/// @cond  Doxygen does not know the namespace that these stand in.
+
 /// `step 12: loss 1.8342, gradient_norm 0.3117 (x 0.01), |grad| 0.9921, 512 samples in 4 micro-batches`.
 template <>
 struct fmt::formatter<microreg::Report> {
@@ -38,3 +40,5 @@ struct fmt::formatter<microreg::Verification> {
     return fmt::format_to(context.out(), "{}", verification.text());
   }
 };
+
+/// @endcond

@@ -19,9 +19,10 @@ namespace microreg::inline MICROREG_ABI {
 /// - externally, from the record of a small-batch run;
 /// - or fixed ("normalized").
 ///
-/// `norm` is a scalar tensor; no device is synchronised. Parameters without a gradient are passed over; a gradient of
-/// zero stays zero. Returns the norm that was there before, a scalar. Cost: two passes over the gradients. Throws
-/// ModelError if no parameter has a gradient, OptionError if `norm` is no scalar.
+/// `norm` is a scalar tensor; no device is synchronised. Parameters without a gradient are passed over, one that stands
+/// there several times counts once; a gradient of zero stays zero, and NaN makes all of them NaN. Returns the norm that
+/// was there before, a scalar. Cost: two passes over the gradients. Throws, before anything is scaled, ModelError if no
+/// parameter has a gradient or one cannot be written to (sparse, expanded), OptionError if `norm` is no scalar.
 ///
 /// ```cpp
 /// auto report = regularizer.backward(images, labels);  // GradientNorm with strength 0: measured, not penalised

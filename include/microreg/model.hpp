@@ -198,7 +198,7 @@ class ScriptHandle {
     } else {
       arguments.push_back(as_script_value(input));
     }
-    const c10::IValue output = module_.forward(std::move(arguments));
+    const c10::IValue output = run(std::move(arguments));
     if (!output.isTensor()) {
       throw ModelError(text({"the scripted model returned a ", output.tagKind(),
                              ", a Tensor is needed; wrap it in a FunctionModel that picks the tensor"}));
@@ -209,6 +209,9 @@ class ScriptHandle {
   [[nodiscard]] std::vector<at::Tensor> buffers() const { return buffers_of(module_); }
 
  private:
+  /// Of an error of ours, which TorchScript turns into text of its own, it makes one again.
+  c10::IValue run(std::vector<c10::IValue> arguments);
+
   torch::jit::Module module_;
 };
 

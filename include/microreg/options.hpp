@@ -122,6 +122,21 @@ struct RegularizerOptions {
   /// Report the norm of the penalties' gradient over that of the loss gradient, by which a strength is chosen: a tenth
   /// to one is usual. Costs one backward pass more for each micro-batch.
   bool gradient_ratio = false;
+  /// How many micro-batches are worked on at a time, each by a thread of its own on which LibTorch runs its operations
+  /// on one thread. 0: one after the other, on this thread, with LibTorch's threads inside of each operation. On the
+  /// CPU operations of small networks do not fill several cores, and micro-batches do, also beside other processes.
+  ///
+  /// - Numbers: every N >= 1 gives the same bits, in `.grad`, report, buffers and random number generators, whatever
+  /// the
+  ///   timing: sums are taken in the order of the micro-batches. 0 gives them too where torch::get_num_threads() is 1.
+  /// - Memory: that of N micro-batches instead of one.
+  /// - Safety: model, loss and penalties are called in order, by one thread at a time (not always the same one), and
+  ///   micro-batches are differentiated beside that. Networks whose derivatives read what their forward pass writes to
+  ///   (spectral norms), and functions and hooks of one's own in the graph, run in order, N = 1. A model that writes,
+  ///   in its forward pass, to tensors that are no buffers and that graphs keep, needs 0.
+  /// - No effect on other devices, which have a parallelism of their own, and with a difference, which displaces the
+  ///   parameters that all micro-batches read: there all is as with 0.
+  std::int64_t workers = 0;
   /// Whether each call that succeeds counts as a step of the schedules. False where an iteration calls several times
   /// (the two networks of a GAN, an optimizer with a closure): call advance() once an iteration then.
   bool advance = true;
@@ -146,6 +161,7 @@ struct MeasureOptions {
   std::vector<at::Tensor> also_train = {};
   OtherLeaves other_leaves = OtherLeaves::refused;
   ShortLast short_last = ShortLast::kept;
+  std::int64_t workers = 0;
   std::shared_ptr<Communicator> communicator = nullptr;
 };
 

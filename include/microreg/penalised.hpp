@@ -37,7 +37,7 @@ struct PenalisedOptions {
   ParameterSelection select = {};
   std::optional<at::Generator> generator = std::nullopt;
   OtherLeaves other_leaves = OtherLeaves::ignored;  ///< the parameters are named here; `refused` finds forgotten ones
-  NonFinite non_finite = NonFinite::error;          ///< skip_penalty needs the form of backward() that takes a closure
+  NonFinite non_finite = NonFinite::error;  ///< skip_penalty keeps the graph of a given loss until the loss goes
   CheckFinite check_finite = CheckFinite::on_cpu;
   bool fused = true;
   LossScale loss_scale = 1;  ///< a number where a step of the optimizer has several parts
@@ -108,7 +108,7 @@ class Penalised {
   template <class Closure>
     requires std::invocable<Closure&>
   Report backward(const Part& part, Closure closure) {
-    return run(part, [&closure] { return tensors(closure()); });
+    return run(part, [&closure] { return tensors(closure()); }, /*keeps_graph=*/false);
   }
 
   /// How many steps were taken. A mini-batch of several parts is one step, counted with its last part.
@@ -134,7 +134,7 @@ class Penalised {
     }
   }
 
-  Report run(const Part& part, const std::function<PassTensors()>& pass);
+  Report run(const Part& part, const std::function<PassTensors()>& pass, bool keeps_graph);
 
   std::function<std::vector<NamedParameter>()> named_parameters_;
   std::function<std::vector<at::Tensor>()> buffers_;  // empty: not known

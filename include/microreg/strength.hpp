@@ -7,7 +7,6 @@
 #include <concepts>
 #include <cstdint>
 #include <functional>
-#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -49,7 +48,7 @@ class Strength {
   /// `value`, if it is one; `step` is -1 for a constant.
   static double checked(double value, std::int64_t step);
 
-  double constant_ = std::numeric_limits<double>::quiet_NaN();
+  double constant_ = 0;  // beside a schedule, not used
   std::function<double(std::int64_t)> schedule_;
 };
 

@@ -8,8 +8,6 @@
 #include <microreg/grafting.hpp>
 #include <microreg/microreg.hpp>
 
-#include <bit>
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -31,8 +29,9 @@ void check(bool holds, const char* what) {
   }
 }
 
-/// By its bits, since no arithmetic of a program with -ffast-math can be relied on to make one.
-double nan() { return std::bit_cast<double>(std::uint64_t{0x7FF8000000000000}); }
+// LibTorch makes them: what a compiler with -ffast-math makes of such a constant is anybody's guess.
+torch::Tensor endless() { return at::full({}, 1.0, at::kDouble).div(0); }
+double nan() { return endless().sub(endless()).item<double>(); }
 
 template <class Wanted, class Function>
 bool throws(const Function& function) {
@@ -125,8 +124,12 @@ void check_not_finite() {
   check(!network.layers->parameters()[0].grad().defined(), "nothing has reached .grad");
   const auto take = [](double strength) { Network().step({.strength = strength, .micro_batch_size = 2}); };
   check(throws<microreg::OptionError>([&] { take(nan()); }), "a strength of NaN is refused");
-  check(throws<microreg::OptionError>([&] { take(std::bit_cast<double>(std::uint64_t{0x7FF0000000000000})); }),
-        "an infinite strength is refused");
+  check(throws<microreg::OptionError>([&] { take(endless().item<double>()); }), "an infinite strength is refused");
+  check(throws<microreg::OptionError>(
+            [] { Network().step({.strength = 0.3, .micro_batch_size = 2, .sampling = {.share = nan()}}); }),
+        "a share of NaN is refused");
+  check(throws<microreg::OptionError>([] { (void)microreg::Gaussian{nan()}.sample({}, {}); }),
+        "a standard deviation of NaN is refused");
   Network other;
   other.step({.strength = 0.3, .micro_batch_size = 2});
   check(throws<microreg::Error>([&] { microreg::graft(other.layers->parameters(), nan()); }),
@@ -142,8 +145,18 @@ std::size_t gates_of(const torch::Tensor& x, const at::Scalar& order) {
 
 void check_gates() {
   const torch::Tensor x = numbers({5}).requires_grad_();
-  check(gates_of(x, std::bit_cast<double>(std::uint64_t{0x7FF0000000000000})) > 0, "a maximum norm has gates");
+  check(gates_of(x, endless().item()) > 0, "a maximum norm has gates");
   check(gates_of(x, 1) > 0, "a norm of order 1 has gates");
+
+  microreg::GateTape tape;
+  {
+    const microreg::RecordGates record(tape);
+    (void)x.clamp_min(0.1);
+  }
+  const microreg::ReplayGates replay(tape, microreg::Keep::no);
+  const torch::Tensor moved = (x + 0.5).clamp_min(0.1);
+  check(moved.allclose(at::where(x.gt(0.1), x + 0.5, at::full({}, 0.1, at::kDouble))),
+        "a clamp without an upper bound is frozen at its lower one");
 }
 
 /// Steps in the user's own parallel region, whatever runs it.
@@ -165,6 +178,7 @@ void check_threads() {
 }  // namespace
 
 int main() {
+  std::setvbuf(stdout, nullptr, _IONBF, 0);  // what was found before a crash
   check_numbers();
   check_not_finite();
   check_gates();

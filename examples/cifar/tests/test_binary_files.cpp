@@ -103,6 +103,10 @@ TEST_CASE("a damaged CIFAR-10 file is named with the offset and what was expecte
     std::filesystem::resize_file(file, 2 * 3073 + 1);
     CHECK_THAT(error_of(folder), Contains(file.string()) && Contains("offset 6146 stops after 1 bytes"));
   }
+  SECTION("larger than the official one") {
+    std::filesystem::resize_file(file, 10001 * 3073);
+    CHECK_THAT(error_of(folder), Contains(file.string()) && Contains("30733073 bytes, more than the official one"));
+  }
   SECTION("empty") {
     std::filesystem::resize_file(file, 0);
     CHECK_THAT(error_of(folder), Contains(file.string()) && Contains("is empty; expected whole records of 3073"));

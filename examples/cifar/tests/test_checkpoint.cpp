@@ -85,7 +85,8 @@ TEST_CASE("a run's state comes back from its bytes, bit by bit") {
     }
     state.optimizer = std::make_shared<torch::optim::SGD>(state.model->parameters(), 0.1);
     state.step = static_cast<std::int64_t>(seed);
-    state.best = {torch::randn({3}), torch::tensor(7)};
+    state.best = cifar::copies_of(*state.model);
+    state.best[0].add_(1);
     state.summary.best_accuracy = 0.1 * static_cast<double>(seed);
     state.summary.best_step = 3;
     state.loss.add(torch::randn({}));
@@ -106,12 +107,49 @@ TEST_CASE("a run's state comes back from its bytes, bit by bit") {
   CHECK(torch::equal(restored.loss.sum, saved.loss.sum));
   CHECK(restored.penalty.count == 0);
   CHECK_FALSE(restored.penalty.sum.defined());
-  REQUIRE(restored.best.size() == 2);
-  CHECK(torch::equal(restored.best[0], saved.best[0]));
-  CHECK(torch::equal(restored.best[1], saved.best[1]));
   const auto expected = cifar::tensors_of(*saved.model);
+  REQUIRE(restored.best.size() == expected.size());
+  CHECK(torch::equal(restored.best[0], expected[0] + 1));
+  CHECK(torch::equal(restored.best[1], expected[1]));
   const auto tensors = cifar::tensors_of(*restored.model);
   for (std::size_t i = 0; i < expected.size(); ++i) {
     CHECK(torch::equal(tensors[i], expected[i]));
   }
+}
+
+TEST_CASE("what is no state of the run's model is refused, and changes nothing") {
+  const auto state_of = [](std::int64_t width) {
+    cifar::RunState state;
+    state.model = cifar::make_cnn({.classes = 10, .image_size = 16, .width = width});
+    state.optimizer = std::make_shared<torch::optim::SGD>(state.model->parameters(), 0.1);
+    return state;
+  };
+  auto state = state_of(4);
+  const auto before = cifar::copies_of(*state.model);
+  std::string bytes = cifar::serialized(state_of(6), "{}");
+  std::string message = "tensor 0 of model is not like that of the network";
+  SECTION("a network of another width") {}
+  SECTION("a negative count") {
+    state.step = -1;
+    bytes = cifar::serialized(state, "{}");
+    state.step = 0;
+    message = "step is -1; it must be at least 0";
+  }
+  SECTION("the best weights of another network") {
+    state.best = {torch::ones({1})};
+    bytes = cifar::serialized(state, "{}");
+    state.best = {};
+    message = "best has 1 tensors";
+  }
+  SECTION("a part of it") {
+    bytes.resize(bytes.size() / 2);
+    message = "the checkpoint's contents are not those of this run";
+    CHECK_THROWS_AS(cifar::config_in(bytes), cifar::CheckpointError);
+  }
+  CHECK_THROWS_WITH(cifar::restore(state, bytes), Contains(message) && Contains("--overwrite"));
+  const auto after = cifar::tensors_of(*state.model);
+  for (std::size_t i = 0; i < before.size(); ++i) {
+    CHECK(torch::equal(after[i], before[i]));
+  }
+  CHECK(state.step == 0);
 }

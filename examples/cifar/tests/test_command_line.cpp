@@ -69,6 +69,8 @@ TEST_CASE("every option reaches its field") {
                               "runs/a",
                               "--threads",
                               "1",
+                              "--workers",
+                              "3",
                               "--overwrite",
                               "--split",
                               "reference",
@@ -114,6 +116,7 @@ TEST_CASE("every option reaches its field") {
   CHECK(options.log_every == 2);
   CHECK(options.output == "runs/a");
   CHECK(options.threads == 1);
+  CHECK(options.workers == 3);
   CHECK(options.overwrite);
   CHECK(options.split == cifar::Split::reference);
   CHECK(options.validation_size == 300);

@@ -104,9 +104,11 @@ TEST_CASE("records without norms are refused by file and line") {
   const TemporaryFolder folder;
   using Catch::Matchers::Contains;
   CHECK_THROWS_WITH(cifar::RecordedNorms(folder.path()), Contains("metrics.jsonl: cannot be read"));
-  const std::string line =
-      GENERATE("{\"step\": 10, \"gradient_n", "{\"step\": 10}", "[]", "{\"step\": 10, \"gradient_norm\": null}",
-               "{\"step\": 10, \"gradient_norm\": \"a\"}");
+  const std::string line = GENERATE(as<std::string>(), "{\"step\": 10, \"gradient_n", "{\"step\": 10}", "[]",
+                                    "{\"step\": 10, \"gradient_norm\": null}",
+                                    "{\"step\": 10, \"gradient_norm\": \"a\"}", "{\"step\": 10, \"gradient_norm\": -1}",
+                                    "{\"step\": 1e300, \"gradient_norm\": 1}", "{\"step\": -1, \"gradient_norm\": 1}",
+                                    "{\"step\": " + std::string(20, '[') + std::string(20, ']') + "}");
   std::ofstream(folder.path() / "metrics.jsonl") << "{\"step\": 5, \"gradient_norm\": 1.0}\n" << line << "\n";
   CHECK_THROWS_WITH(cifar::RecordedNorms(folder.path()), Contains("metrics.jsonl: line 2"));
 }

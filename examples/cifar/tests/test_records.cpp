@@ -98,4 +98,8 @@ TEST_CASE("a run goes on with the same options only") {
   options.learning_rate = 0.25;
   CHECK_THROWS_WITH(cifar::check_same_run(saved, config(options), options),
                     Contains("learning_rate is 0.25, but 0.1") && Contains("--overwrite"));
+  const std::string damaged =
+      GENERATE(as<std::string>(), "{\"steps\": ", "{\"steps\": " + std::string(20, '[') + std::string(20, ']') + "}");
+  CHECK_THROWS_AS(cifar::check_same_run(damaged, config(options), options), cifar::UsageError);
+  CHECK_THROWS_WITH(cifar::check_same_run(damaged, config(options), options), Contains("cannot be read"));
 }

@@ -137,7 +137,7 @@ TEST_CASE("measuring leaves weights, statistics and mode alone, and averages squ
   const cifar::Images images{torch::randint(256, {12, 3, 16, 16}).to(torch::kUInt8), torch::randint(10, {12})};
   const cifar::Normalization normalization{{0.5, 0.5, 0.5}, {0.25, 0.25, 0.25}};
   const auto before = cifar::copies_of(*model);
-  const double norm = cifar::measured_penalties(model, images, normalization, 6).at(0);
+  const double norm = cifar::measured_penalties(model, images, normalization, 6, /*workers=*/0).at(0);
   const double share = cifar::accuracy(*model, images, normalization);
   CHECK(model->is_training());
   const auto after = cifar::tensors_of(*model);

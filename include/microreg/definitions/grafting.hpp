@@ -11,6 +11,9 @@
 #include <microreg/grafting.hpp>
 #include <microreg/step/tensor_lists.hpp>
 
+#include <unordered_set>
+#include <vector>
+
 namespace microreg::inline MICROREG_ABI {
 
 namespace detail {
@@ -20,17 +23,25 @@ template <class Target>
 at::Tensor scale_gradients(const std::vector<at::Tensor>& parameters, const Target& target) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> gradients;
-  for (const at::Tensor& parameter : parameters) {
-    if (parameter.defined() && parameter.grad().defined()) {
-      gradients.push_back(parameter.grad());
+  std::unordered_set<const c10::TensorImpl*> seen;  // a parameter may stand in two modules
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    const at::Tensor& parameter = parameters[i];
+    if (!parameter.defined() || !parameter.grad().defined() || !seen.insert(parameter.unsafeGetTensorImpl()).second) {
+      continue;
     }
+    if (const char* const problem = problem_of_grad(parameter)) {
+      throw ModelError(text({".grad of parameters[", i, "] of shape ", parameter.sizes(), " is ", problem,
+                             ", so it cannot be scaled; make it dense, or clone() it"}));
+    }
+    gradients.push_back(parameter.grad());
   }
   if (gradients.empty()) {
     throw ModelError(text({"none of the ", parameters.size(),
                            " parameters has a gradient to graft onto; call backward() before graft()"}));
   }
   at::Tensor before = squared_norm(gradients, gradients.front().options()).sqrt_();
-  const at::Tensor factor = at::where(before > 0, target(before) / before, at::zeros_like(before));
+  // Of a norm that is NaN, so that nothing looks right that is not.
+  const at::Tensor factor = at::where(before == 0, at::zeros_like(before), target(before) / before);
   for (at::Tensor& gradient : gradients) {
     gradient.mul_(factor.to(gradient.device()));
   }

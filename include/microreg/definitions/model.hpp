@@ -7,6 +7,10 @@
 #include <microreg/error.hpp>
 #include <microreg/model.hpp>
 
+#include <exception>
+#include <string_view>
+#include <utility>
+
 namespace microreg::inline MICROREG_ABI {
 
 MICROREG_INLINE Modules::Modules(std::vector<std::shared_ptr<torch::nn::Module>> modules)
@@ -61,6 +65,27 @@ MICROREG_INLINE std::vector<NamedParameter> named_parameters_of(const std::vecto
     result.push_back({text({"parameters[", i, "]"}), tensors[i]});
   }
   return result;
+}
+
+MICROREG_INLINE c10::IValue ScriptHandle::run(std::vector<c10::IValue> arguments) {
+  try {
+    return module_.forward(std::move(arguments));
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    const std::string_view message = error.what();
+    for (const std::string_view ours :
+         {"the second pass does not repeat the first", "has a kink that cannot be frozen"}) {
+      if (const auto at = message.rfind(ours); at != std::string_view::npos) {
+        const auto begin =
+            message.find_last_of('\n', at) == std::string_view::npos ? 0 : message.find_last_of('\n', at) + 1;
+        throw GateError(text({"in a scripted model, which TorchScript may optimise between two passes: ",
+                              message.substr(begin, message.find('\n', at) - begin),
+                              "; use Exact, or Gates::free where the difference may be another regularizer"}));
+      }
+    }
+    throw;
+  }
 }
 
 MICROREG_INLINE std::vector<at::Tensor> buffers_of(const torch::jit::Module& module) {

@@ -20,7 +20,7 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
     throw OptionError(
         text({"micro_batch_size is ", options.micro_batch_size, "; it must be at least 1 (the paper uses 128)"}));
   }
-  if (!(options.sampling.share > 0 && options.sampling.share <= 1)) {
+  if (!(is_finite(options.sampling.share) && options.sampling.share > 0 && options.sampling.share <= 1)) {
     throw OptionError(text({"sampling.share is ", options.sampling.share,
                             "; it must be greater than 0 and at most 1 (for no penalty, set the strength to 0)"}));
   }
@@ -56,8 +56,8 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
   }
   if (options.loss_scale.dynamic.has_value()) {
     const DynamicLossScale& scale = *options.loss_scale.dynamic;
-    if (!(is_finite(scale.growth) && scale.growth >= 1 && scale.backoff > 0 && scale.backoff < 1 &&
-          scale.interval >= 1)) {
+    if (!(is_finite(scale.growth) && scale.growth >= 1 && is_finite(scale.backoff) && scale.backoff > 0 &&
+          scale.backoff < 1 && scale.interval >= 1)) {
       throw OptionError(text({"loss_scale has growth ", scale.growth, ", backoff ", scale.backoff, " and interval ",
                               scale.interval, "; growth must be at least 1, backoff in (0, 1), interval at least 1"}));
     }
@@ -66,6 +66,11 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
       !std::holds_alternative<Exact>(options.estimator)) {
     throw OptionError(text({"loss_scale is ", options.loss_scale.number,
                             " with a difference, which half types are too coarse for; use Exact"}));
+  }
+  if (options.workers < 0) {
+    throw OptionError(text({"workers is ", options.workers,
+                            "; it must be a number of threads, such as the processor has cores, or 0 for micro-batches "
+                            "one after the other"}));
   }
   for (std::size_t i = 0; i < options.also_train.size(); ++i) {
     if (!options.also_train[i].defined() || !options.also_train[i].requires_grad()) {
@@ -92,6 +97,7 @@ MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
                             .autocast = options.autocast,
                             .loss_scale = options.loss_scale,
                             .keep_outputs = options.keep_outputs,
+                            .workers = options.workers,
                             .communicator = std::move(options.communicator)};
   validate(result);
   return result;

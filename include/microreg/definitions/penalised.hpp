@@ -43,13 +43,14 @@ class GivenPass final : public MiniBatch {
   GivenPass(const std::function<std::vector<NamedParameter>()>& parameters,
             const std::function<std::vector<at::Tensor>()>& buffers, const AnyPenalty<>& penalty,
             const RegularizerOptions& options, const Part& part, const std::function<PassTensors()>& pass,
-            SnapshotMemory& memory)
+            bool keeps_graph, SnapshotMemory& memory)
       : parameters_(parameters),
         buffers_(buffers),
         penalty_(penalty),
         options_(options),
         part_(part),
         pass_(pass),
+        keeps_graph_(keeps_graph),
         memory_(memory) {}
 
   [[nodiscard]] std::vector<NamedParameter> parameters() const override { return parameters_(); }
@@ -69,7 +70,9 @@ class GivenPass final : public MiniBatch {
           "a difference of a penalty by the input needs the model called at another input, which Penalised cannot do; "
           "use Exact, or a Regularizer");
     }
-    return std::make_unique<GivenEvaluation>(penalty_, options_, pass_());
+    auto result = std::make_unique<GivenEvaluation>(penalty_, options_, pass_());
+    result->shares_graph = keeps_graph_;
+    return result;
   }
 
  private:
@@ -79,6 +82,7 @@ class GivenPass final : public MiniBatch {
   const RegularizerOptions& options_;
   Part part_;
   const std::function<PassTensors()>& pass_;
+  bool keeps_graph_;
   SnapshotMemory& memory_;
 };
 
@@ -109,16 +113,11 @@ MICROREG_INLINE Report Penalised::backward(const Part& part, const PassTensors& 
         "a difference needs the forward pass again: call backward([&] { return loss; }) with a closure that computes "
         "the loss, or use Exact");
   }
-  if (options_.non_finite == NonFinite::skip_penalty) {
-    throw OptionError(
-        "non_finite is NonFinite::skip_penalty, which needs the forward pass again: call backward([&] { return loss; "
-        "}) "
-        "with a closure that computes the loss");
-  }
-  return run(part, [&pass] { return pass; });
+  // The step may be made again, of the same graph.
+  return run(part, [&pass] { return pass; }, options_.non_finite == NonFinite::skip_penalty);
 }
 
-MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<PassTensors()>& pass) {
+MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<PassTensors()>& pass, bool keeps_graph) {
   if (!std::holds_alternative<Exact>(options_.estimator) && !buffers_) {
     throw OptionError(
         "a difference runs the closure again and has to put buffers (BatchNorm statistics) back, which a list of "
@@ -142,7 +141,7 @@ MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<Pass
   const AnyPenalty<> penalty = penalty_;
   const RegularizerOptions options = options_;
   const auto memory = memory_;
-  detail::GivenPass batch(parameters, buffers, penalty, options, part, pass, *memory);
+  detail::GivenPass batch(parameters, buffers, penalty, options, part, pass, keeps_graph, *memory);
   Report report = detail::take_step(batch, options, progress_);
   progress_.step += options.advance && part.index + 1 == part.count ? 1 : 0;
   return report;

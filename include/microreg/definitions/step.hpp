@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/UndefinedTensorImpl.h>
 #include <c10/util/intrusive_ptr.h>
@@ -13,27 +12,33 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/fused/scope.hpp>
+#include <microreg/gates/tape.hpp>
 #include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/report.hpp>
+#include <microreg/step/active_steps.hpp>
 #include <microreg/step/differences.hpp>
 #include <microreg/step/double_backward.hpp>
 #include <microreg/step/graph.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/objective.hpp>
+#include <microreg/step/own_draws.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/ranks.hpp>
 #include <microreg/step/recurrent.hpp>
 #include <microreg/step/sampling.hpp>
 #include <microreg/step/scaling.hpp>
+#include <microreg/step/side_by_side.hpp>
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/tensor_lists.hpp>
+#include <microreg/step/turns.hpp>
 
 #include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
@@ -134,18 +139,7 @@ inline void check_parameters(const Parameters& parameters) {
                              " is no leaf but computed from other tensors, so it would get no .grad; compute it "
                              "inside the model, and pass what it is computed from"}));
     }
-    const at::Tensor grad = parameter.grad();
-    if (!grad.defined()) {
-      continue;
-    }
-    const char* problem = grad.layout() != at::kStrided                   ? "sparse"
-                          : grad.is_inference()                           ? "an inference tensor"
-                          : grad.sizes() != parameter.sizes()             ? "of another shape than the parameter"
-                          : grad.scalar_type() != parameter.scalar_type() ? "of another type than the parameter"
-                          : grad.device() != parameter.device()           ? "on another device than the parameter"
-                          : !grad.is_non_overlapping_and_dense() && at::has_internal_overlap(grad) != at::MemOverlap::No
-                              ? "expanded, several elements in one place"
-                              : nullptr;
+    const char* const problem = problem_of_grad(parameter);
     if (problem != nullptr) {
       throw ModelError(text({".grad of parameter ", parameters.names[i], " is ", problem,
                              ", so nothing can be added to it; clear it with zero_grad(), or clone() it"}));
@@ -186,12 +180,19 @@ class GradUpdate {
   }
 
   void write() {
+    // Two threads may step on one model, and plain accumulation is safe there.
+    static std::mutex one_at_a_time;
+    const std::lock_guard lock(one_at_a_time);
     const at::NoGradGuard no_grad;
     if (!into_.empty()) {
       at::_foreach_add_(into_, from_);
     }
     for (auto& [parameter, gradient] : without_) {  // last, since nothing throws any more
-      parameter.mutable_grad() = std::move(gradient);
+      if (parameter.grad().defined()) {             // by the other thread, meanwhile
+        parameter.mutable_grad().add_(gradient);
+      } else {
+        parameter.mutable_grad() = std::move(gradient);
+      }
     }
   }
 
@@ -272,7 +273,9 @@ class Step {
         parameters_(trainable(all_parameters(batch, options), options.select)),
         parts_(batch.parts()),
         buffers_(batch.buffers()),
-        snapshot_(checked_snapshot()) {
+        snapshot_(checked_snapshot()),
+        sums_{std::vector<at::Tensor>(parameters_.tensors.size()),
+              std::vector<at::Tensor>(options.gradient_ratio ? parameters_.tensors.size() : 0)} {
     if (without_penalties) {
       strengths_.assign(strengths_.size(), 0.0);
     }
@@ -281,20 +284,29 @@ class Step {
   /// What `steps()` returns. If it throws, buffers and generators are put back, and parameters that the model writes
   /// to.
   template <class Steps>
-  Report guarded(const Steps& steps) const {
+  Report guarded(const Steps& steps) {
+    const ActiveStep active(parameters_, options_.estimator.differences() != nullptr);
+    SnapshotMemory* const memory = batch_.memory();
+    draws_.emplace(memory == nullptr || memory->draws, snapshot_.generators());
     try {
       const GuardedGradients guard(parameters_.tensors, parameters_.names);
       Report report = steps();
       remember_written();
+      if (memory != nullptr) {
+        memory->draws = snapshot_.generators().moved();
+      }
       return report;
     } catch (const SparseGradient& error) {
-      snapshot_.restore_after_error();
+      snapshot_.restore_after_error(draws_->alone());
       rethrow_named(error);
     } catch (...) {
-      snapshot_.restore_after_error();
+      snapshot_.restore_after_error(draws_->alone());
       throw;
     }
   }
+
+  /// Undoes what the steps did.
+  void restore() const { snapshot_.restore(draws_->alone()); }
 
   [[nodiscard]] const Parameters& parameters() const noexcept { return parameters_; }
   [[nodiscard]] const Snapshot& snapshot() const noexcept { return snapshot_; }
@@ -303,46 +315,24 @@ class Step {
   [[nodiscard]] const std::vector<at::Tensor>& buffers() const noexcept { return buffers_; }
   [[nodiscard]] const std::vector<double>& strengths() const noexcept { return strengths_; }
 
-  /// Calls `estimate(part, weights, keep)` for every micro-batch and collects the report. `estimate` shows its first
-  /// evaluation to `keep`, and returns the squared gradient norms, one a penalty, where weights.penalty is not 0.
+  /// Calls `estimate(part, weights, keep, go_on)` for every micro-batch, adds up what it returns and collects the
+  /// report. `estimate` shows its first evaluation to `keep`, and calls `go_on` with it and the probes when model, loss
+  /// and penalties have been called; that it need not call. It returns squared norms where weights.penalty is not 0.
   template <class Estimate>
   Report run(const Choice& choice, const Estimate& estimate) {
     const at::AutoGradMode enable_grad(true);
-    std::vector<std::vector<at::Tensor>> squared_norms;
-    for (const Part& part : parts_) {
-      const bool penalised = choice.chosen[static_cast<std::size_t>(part.index)];
-      Weights weights{part.weight * loss_scale(), penalised ? part.weight * choice.factor : 0.0, strengths_};
-      RecurrentCalls recurrent(parts_.size() > 1 && watches_recurrent(part));
-      const auto keep = [&](Evaluation& evaluation) {
-        if (evaluation.count.has_value()) {
-          counts_.push_back(*evaluation.count);
-          // Relative to the first, and not 0, by which a difference would divide; all of them are scaled at the end.
-          const double relative = std::max(*evaluation.count / std::max(counts_.front(), 1.0), 1e-30);
-          weights.loss = relative;
-          weights.penalty = penalised ? relative * choice.factor : 0.0;
-        }
-        if (batch_.memory() != nullptr && batch_.memory()->first) {
-          snapshot_.forget_unchanged_parameters();
-        }
-        if (options_.other_leaves == OtherLeaves::refused) {
-          untrained_.note(batch_, evaluation, parameters_);
-        }
-        losses_.push_back(evaluation.loss.detach());
-        loss_parts_.push_back(std::move(evaluation.loss_parts));
-        if (options_.keep_outputs) {
-          outputs_.push_back(std::move(evaluation.outputs));
-        }
-      };
-      auto squared = explained(part, [&] { return estimate(part, weights, keep); });
-      recurrent.require_samples_in_batch(part.size);
-      untrained_.require_none();
-      if (penalised) {
-        chosen_.push_back(part);
-        squared_norms.push_back(std::move(squared));
+    const std::int64_t workers = possible_workers();
+    if (workers > 0) {
+      std::vector<at::Tensor> state;
+      for (NamedParameter& each : all_parameters(batch_, options_)) {
+        state.push_back(std::move(each.tensor));
       }
+      side_by_side_.emplace(batch_, parameters_, std::move(state));
     }
+    in_turns(workers, static_cast<std::int64_t>(parts_.size()),
+             [&](std::int64_t i, Turns& turns) { estimate_part(i, turns, choice, estimate); });
     weigh_by_counts();
-    return report(choice, squared_norms);
+    return report(choice);
   }
 
   /// What the sums of this rank are to be multiplied by before they are added up with those of others, if by anything.
@@ -385,6 +375,13 @@ class Step {
     return result;
   }
 
+  /// The sums over micro-batches of the gradients, one a parameter: of the objective, and of the loss alone.
+  struct Sums {
+    std::vector<at::Tensor> objective;
+    std::vector<at::Tensor> loss;
+  };
+  [[nodiscard]] Sums& sums() noexcept { return sums_; }
+
   /// Rethrows the error that is being handled, with the name of the parameter.
   [[noreturn]] void rethrow_named(const SparseGradient& error) const {
     for (std::size_t i = 0; i < parameters_.tensors.size(); ++i) {
@@ -422,6 +419,65 @@ class Step {
   }
 
  private:
+  template <class Estimate>
+  void estimate_part(std::int64_t i, Turns& turns, const Choice& choice, const Estimate& estimate) {
+    const Part& part = parts_[static_cast<std::size_t>(i)];
+    const bool penalised = choice.chosen[static_cast<std::size_t>(part.index)];
+    Weights weights{part.weight * loss_scale(), penalised ? part.weight * choice.factor : 0.0, strengths_};
+    UntrainedLeaves untrained;
+    turns.await(Turns::Stage::forward, i);
+    const OwnDraws::Here draws(*draws_);
+    const RecurrentCalls recurrent(parts_.size() > 1 && watches_recurrent(part));
+    const NormCalls norms(side_by_side_.has_value() && i == 0);
+    if (side_by_side_.has_value()) {
+      side_by_side_->begin(i == 0);
+    }
+    const auto keep = [&](Evaluation& evaluation) {
+      if (evaluation.count.has_value()) {
+        counts_.push_back(*evaluation.count);
+        // Relative to the first, and not 0, by which a difference would divide; all of them are scaled at the end.
+        const double relative = std::max(*evaluation.count / std::max(counts_.front(), 1.0), 1e-30);
+        weights.loss = relative;
+        weights.penalty = penalised ? relative * choice.factor : 0.0;
+      }
+      if (batch_.memory() != nullptr && batch_.memory()->first) {
+        snapshot_.forget_unchanged_parameters();
+      }
+      if (options_.other_leaves == OtherLeaves::refused) {
+        untrained.note(batch_, evaluation, parameters_);
+      }
+      losses_.push_back(evaluation.loss.detach());
+      loss_parts_.push_back(std::move(evaluation.loss_parts));
+      if (options_.keep_outputs) {
+        outputs_.push_back(std::move(evaluation.outputs));
+      }
+    };
+    const auto go_on = [&](const Evaluation& evaluation, const std::vector<std::vector<at::Tensor>>& probes) {
+      if (side_by_side_.has_value() && side_by_side_->may_go_on(i == 0, norms, evaluation, probes)) {
+        turns.pass(Turns::Stage::forward, i);
+      }
+    };
+    Estimated estimated = explained(part, [&] { return estimate(part, weights, keep, go_on); });
+    recurrent.require_samples_in_batch(part.size);
+    untrained.require_none();
+    turns.await(Turns::Stage::sum, i);
+    add_scaled(sums_.objective, std::move(estimated.gradients));
+    add_scaled(sums_.loss, std::move(estimated.loss_gradient));
+    if (penalised) {
+      chosen_.push_back(part);
+      squared_norms_.push_back(std::move(estimated.squared_norms));
+    }
+  }
+
+  /// How many of them: 0 where a difference displaces the parameters, which all micro-batches read, where a device has
+  /// a parallelism of its own, and where somebody's scope on this thread wants to see all operations.
+  [[nodiscard]] std::int64_t possible_workers() const {
+    const auto device = common_device(parameters_.tensors);
+    const bool possible = options_.estimator.differences() == nullptr && device.has_value() && device->is_cpu() &&
+                          active_gate_session == nullptr;
+    return possible ? options_.workers : 0;
+  }
+
   /// |B| where the loss keeps the scale of a sum, otherwise 1.
   [[nodiscard]] double loss_scale() const {
     return options_.reduction == Reduction::total ? static_cast<double>(ranks_.samples()) : 1;
@@ -482,7 +538,7 @@ class Step {
     }
   }
 
-  Report report(const Choice& choice, const std::vector<std::vector<at::Tensor>>& squared_norms) {
+  Report report(const Choice& choice) {
     const at::NoGradGuard no_grad;
     Report result;
     result.step = step_;
@@ -520,7 +576,7 @@ class Step {
     for (std::size_t p = 0; p < batch_.terms(); ++p) {
       const TermInfo& term = batch_.term(p);
       std::vector<at::Tensor> values;
-      for (const std::vector<at::Tensor>& squared : squared_norms) {
+      for (const std::vector<at::Tensor>& squared : squared_norms_) {
         values.push_back(squared[p]);
       }
       const at::Tensor norms = values.empty()
@@ -600,10 +656,13 @@ class Step {
   std::vector<Part> parts_;
   std::vector<at::Tensor> buffers_;
   Snapshot snapshot_;
+  Sums sums_;
 
-  UntrainedLeaves untrained_;
-  std::vector<double> counts_;  // where the loss gives them
+  std::optional<OwnDraws> draws_;
+  std::optional<SideBySide> side_by_side_;  // where there are workers
+  std::vector<double> counts_;              // where the loss gives them
   std::vector<Part> chosen_;
+  std::vector<std::vector<at::Tensor>> squared_norms_;  // of the chosen ones
   std::vector<at::Tensor> losses_;
   std::vector<std::vector<at::Tensor>> loss_parts_;
   std::vector<std::vector<at::Tensor>> outputs_;
@@ -620,12 +679,11 @@ inline void require_plain_input(const MiniBatch& batch) {
   });
 }
 
-/// The gradient of weight * loss, added to `sums`.
-inline void add_loss_gradient(const at::Tensor& loss, double weight, const Scale& scale, const Parameters& parameters,
-                              bool retain_graph, std::vector<at::Tensor>& sums) {
-  add_scaled(
-      sums, gradients({loss}, parameters.tensors, {scale.seed(loss)}, retain_graph, /*create_graph=*/false, "the loss"),
-      scale.over(weight));
+/// The gradient of weight * loss.
+inline WeightedGradients loss_gradient(const at::Tensor& loss, double weight, const Scale& scale,
+                                       const Parameters& parameters, bool retain_graph) {
+  return {gradients({loss}, parameters.tensors, {scale.seed(loss)}, retain_graph, /*create_graph=*/false, "the loss"),
+          scale.over(weight)};
 }
 
 /// Throws NonFiniteError, which names a cause that plain training does not meet: all labels of a micro-batch ignored.
@@ -695,8 +753,8 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
   return loop.guarded([&] {
     const Parameters& parameters = loop.parameters();
     const Scale scale = scale_of(options.loss_scale, next.scale, parameters.tensors.front().device());
-    std::vector<at::Tensor> sums(parameters.tensors.size());
-    std::vector<at::Tensor> loss_sums(options.gradient_ratio ? sums.size() : 0);
+    std::vector<at::Tensor>& sums = loop.sums().objective;
+    std::vector<at::Tensor>& loss_sums = loop.sums().loss;
     std::unique_ptr<Differences> difference;
     if (options.estimator.differences() != nullptr) {
       require_plain_input(batch);
@@ -705,27 +763,36 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
     }
     const FusedScope fused(options.fused && difference == nullptr);
     const HalfRange range(scale, options.autocast, parameters);
-    Report report =
-        loop.run(choose_penalised(options.sampling, progress.step, loop.count()),
-                 [&](const Part& part, const Weights& weights, const auto& keep) -> std::vector<at::Tensor> {
-                   const auto keep_all = [&](Evaluation& evaluation) {
-                     keep(evaluation);
-                     if (options.gradient_ratio) {
-                       add_loss_gradient(evaluation.loss, weights.loss, scale, parameters,
-                                         /*retain_graph=*/true, loss_sums);
-                     }
-                   };
-                   if (difference != nullptr && weights.penalty != 0) {
-                     return (*difference)(batch, part, weights, loop.snapshot(), sums, keep_all);
-                   }
-                   const auto evaluation = batch.evaluate(part, {});
-                   keep_all(*evaluation);
-                   if (weights.penalty != 0) {
-                     return double_backward(batch, *evaluation, weights, parameters, range, sums);
-                   }
-                   add_loss_gradient(evaluation->loss, weights.loss, scale, parameters, evaluation->shares_graph, sums);
-                   return {};
-                 });
+    Report report = loop.run(
+        choose_penalised(options.sampling, progress.step, loop.count()),
+        [&](const Part& part, const Weights& weights, const auto& keep, const auto& go_on) -> Estimated {
+          const auto of_loss = [&](const Evaluation& evaluation, bool retain_graph) {
+            return loss_gradient(evaluation.loss, weights.loss, scale, parameters, retain_graph);
+          };
+          const auto ratio = [&](const Evaluation& evaluation) {
+            return options.gradient_ratio ? std::vector{of_loss(evaluation, /*retain_graph=*/true)}
+                                          : std::vector<WeightedGradients>();
+          };
+          if (difference != nullptr && weights.penalty != 0) {
+            Estimated result;
+            result.squared_norms =
+                (*difference)(batch, part, weights, loop.snapshot(), sums, [&](Evaluation& evaluation) {
+                  keep(evaluation);
+                  result.loss_gradient = ratio(evaluation);
+                });
+            return result;
+          }
+          const auto evaluation = batch.evaluate(part, {});
+          keep(*evaluation);
+          auto probes = weights.penalty != 0 ? all_probes(batch, *evaluation) : std::vector<std::vector<at::Tensor>>();
+          go_on(*evaluation, probes);
+          auto of_ratio = ratio(*evaluation);
+          Estimated result = weights.penalty != 0
+                                 ? double_backward(batch, *evaluation, std::move(probes), weights, parameters, range)
+                                 : Estimated{{}, {of_loss(*evaluation, evaluation->shares_graph)}};
+          result.loss_gradient = std::move(of_ratio);
+          return result;
+        });
     report.penalty_skipped = without_penalties;
     if (without_penalties) {
       report.penalised.clear();  // measured, maybe as infinite, and of no effect
@@ -747,7 +814,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
       }
     };
     const auto skipped = [&] {
-      loop.snapshot().restore();
+      loop.restore();
       report.skipped = true;
       ++progress.skipped;
       return report;
@@ -869,14 +936,17 @@ MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& 
     Step loop(batch, options, 0, ranks);
     return loop.guarded([&] {
       Report report =
-          loop.run(all_penalised(loop.count()), [&](const Part& part, const Weights& /*weights*/, const auto& keep) {
-            const auto evaluation = batch.evaluate(part, {});
-            keep(*evaluation);
-            return squared_norms(batch, *evaluation, loop.parameters(), options.loss_scale.number);
-          });
+          loop.run(all_penalised(loop.count()),
+                   [&](const Part& part, const Weights& /*weights*/, const auto& keep, const auto& go_on) -> Estimated {
+                     const auto evaluation = batch.evaluate(part, {});
+                     keep(*evaluation);
+                     const auto probes = all_probes(batch, *evaluation);
+                     go_on(*evaluation, probes);
+                     return {squared_norms(batch, *evaluation, probes, loop.parameters(), options.loss_scale.number)};
+                   });
       Ranks::Outcome outcome = loop.outcome({});
       ranks.agree(outcome);
-      loop.snapshot().restore();
+      loop.restore();
       ranks.check();
       if (outcome.counts.has_value()) {
         static_cast<void>(loop.scale(true));  // throws where there is none

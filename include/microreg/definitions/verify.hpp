@@ -20,6 +20,7 @@
 #include <microreg/gates/scope.hpp>
 #include <microreg/gates/unseen.hpp>
 #include <microreg/options.hpp>
+#include <microreg/step/active_steps.hpp>
 #include <microreg/step/comparison.hpp>
 #include <microreg/step/differences.hpp>
 #include <microreg/step/double_backward.hpp>
@@ -117,6 +118,7 @@ class Verifier {
   Verification run() {
     try {
       const at::AutoGradMode enable_grad(true);
+      const ActiveStep active(parameters_, /*moves=*/true);
       const GuardedGradients guard(parameters_.tensors, parameters_.names);
       describe();
       try_loss();
@@ -263,11 +265,12 @@ class Verifier {
       const double strongest = strengths.empty() ? 0.0 : *std::max_element(strengths.begin(), strengths.end());
       DoubleBackward step(*evaluation, parameters_, range(), strongest);
       for (std::size_t i = 0; i < strengths.size(); ++i) {
-        result.squared_norms.push_back(step.add(i, batch_.term(i), strengths[i]));
+        const TermInfo& term = batch_.term(i);
+        result.squared_norms.push_back(step.add(term, checked_probes(*evaluation, i, term), strengths[i]));
       }
       dead_ends = count(step.roots(), evaluation->loss, result);
       Gradient sums = empty();
-      step.finish(0, sums);
+      add_scaled(sums, step.finish(0));
       result.gradient = std::move(sums);
     } catch (const MissingDerivative& error) {
       dead_ends.insert(error.operation());
@@ -537,7 +540,9 @@ class Verifier {
         const FusedScope scope(fused());
         const auto evaluation = evaluate();
         Gradient sums = empty();
-        (void)double_backward(batch_, *evaluation, weights, parameters_, range(), sums);
+        add_scaled(sums,
+                   double_backward(batch_, *evaluation, all_probes(batch_, *evaluation), weights, parameters_, range())
+                       .gradients);
         return sums;
       });
     }

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <string>
-#include <typeindex>
+#include <typeinfo>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -29,8 +29,9 @@ enum class NodeKind {
 
 /// Asked by name once for each type of node, since names are made anew at each call.
 inline NodeKind kind_of(const torch::autograd::Node& node) {
-  thread_local std::unordered_map<std::type_index, NodeKind> known;
-  const auto [entry, fresh] = known.try_emplace(std::type_index(typeid(node)), NodeKind::plain);
+  // By address: one type may be known several times, and the hash of a std::type_index reads its whole name.
+  thread_local std::unordered_map<const std::type_info*, NodeKind> known;
+  const auto [entry, fresh] = known.try_emplace(&typeid(node), NodeKind::plain);
   if (fresh) {
     const std::string name = node.name();
     const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
@@ -54,6 +55,7 @@ template <class Visit>
 void for_each_node(const std::vector<torch::autograd::Node*>& roots, const Visit& visit) {
   std::vector<torch::autograd::Node*> open;
   std::unordered_set<const torch::autograd::Node*> seen;
+  seen.reserve(64);
   const auto push = [&](torch::autograd::Node* node) {
     if (node != nullptr && seen.insert(node).second) {
       open.push_back(node);

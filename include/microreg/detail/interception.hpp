@@ -6,19 +6,25 @@
 #pragma once
 
 #include <c10/core/DispatchKey.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <microreg/version.hpp>
+
+#include <utility>
 
 namespace microreg::inline MICROREG_ABI::detail {
 
 inline constexpr c10::DispatchKey interception_key = c10::DispatchKey::TESTING_ONLY_GenericMode;
 
 /// Includes the key on this thread. c10's own guard restores everything that was included at its beginning, and would
-/// leave the key behind where two scopes overlap without one holding the other; this one takes away what it brought.
+/// leave the key behind where two scopes overlap without one holding the other; this one takes away what it brought. So
+/// does an InferenceMode that began in a scope and ends after it; the next scope takes that away with what it brings.
 class Interception {
  public:
   explicit Interception(bool wanted = true)
-      : outermost_(wanted && !c10::impl::tls_is_dispatch_key_included(interception_key)) {
+      : outermost_(wanted &&
+                   (!c10::impl::tls_is_dispatch_key_included(interception_key) || std::exchange(stale(), false))),
+        inference_(c10::InferenceMode::is_enabled()) {
     if (outermost_) {
       c10::impl::tls_set_dispatch_key_included(interception_key, true);
     }
@@ -28,11 +34,19 @@ class Interception {
   ~Interception() {
     if (outermost_) {
       c10::impl::tls_set_dispatch_key_included(interception_key, false);
+      stale() = c10::InferenceMode::is_enabled() && !inference_;
     }
   }
 
  private:
+  /// Whether the key will come back on this thread without a scope.
+  static bool& stale() {
+    thread_local bool one = false;
+    return one;
+  }
+
   bool outermost_;
+  bool inference_;
 };
 
 /// Sends calls below to the stock kernels.

@@ -18,7 +18,8 @@ void register_fused_kernels();
 namespace microreg::inline MICROREG_ABI {
 
 /// While it lives, backward passes with create_graph on this thread are recorded so that differentiating them again is
-/// fast and exact.
+/// fast and exact. Throws Error where another version of microreg has intercepted LibTorch's operations in this
+/// process.
 class FusedScope {
  public:
   /// A scope that is not `wanted` does nothing, as all do where MICROREG_FUSED turns them off.

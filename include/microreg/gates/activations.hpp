@@ -3,10 +3,9 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/finite.hpp>
 #include <microreg/gates/history.hpp>
 #include <microreg/gates/rule.hpp>
-
-#include <limits>
 
 namespace microreg::inline MICROREG_ABI::detail::gating {
 
@@ -75,7 +74,7 @@ inline constexpr Rule activations[] = {
     {"threshold", "Tensor self, Scalar threshold, Scalar value", values, nullptr,
      [](const Arguments& in, const Gates& gates) {
        return Tensors{replay_between(in.tensor(0), gates[0], at::threshold(gates[0], in.scalar(1), in.scalar(2)),
-                                     in.scalar(1), std::numeric_limits<double>::infinity())};
+                                     in.scalar(1), unbounded())};
      }},
     // relu6 is one.
     {"hardtanh", "Tensor self, Scalar min_val, Scalar max_val", values, nullptr,

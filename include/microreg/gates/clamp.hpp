@@ -4,30 +4,28 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/finite.hpp>
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/rule.hpp>
 
-#include <cmath>
-#include <limits>
+#include <cstdint>
 #include <optional>
 
 namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// The next number beyond a bound, in the type that kernels compare in: strictly between these is between the bounds
 /// or at one.
-inline at::Scalar beyond(const at::Scalar& bound, double towards, at::ScalarType type) {
-  if (type == at::kDouble) {
-    return std::nextafter(bound.toDouble(), towards);
-  }
-  return std::nextafter(bound.toFloat(), static_cast<float>(towards));
+inline at::Scalar beyond(double bound, bool above, at::ScalarType type) {
+  return type == at::kDouble ? at::Scalar(next_to<double, std::uint64_t>(bound, above))
+                             : at::Scalar(next_to<float, std::uint32_t>(static_cast<float>(bound), above));
 }
 
-inline Tensors replay_clamp(const at::Tensor& self, const at::Tensor& first, const std::optional<at::Scalar>& min,
-                            const std::optional<at::Scalar>& max) {
-  constexpr double infinity = std::numeric_limits<double>::infinity();
+inline Tensors replay_clamp(const at::Tensor& self, const at::Tensor& first, const std::optional<double>& min,
+                            const std::optional<double>& max) {
+  const at::ScalarType type = self.scalar_type();
   return {replay_between(self, first, at::clamp(first, min, max),
-                         beyond(min.value_or(-infinity), -infinity, self.scalar_type()),
-                         beyond(max.value_or(infinity), infinity, self.scalar_type()))};
+                         min.has_value() ? beyond(*min, /*above=*/false, type) : at::Scalar(-unbounded()),
+                         max.has_value() ? beyond(*max, /*above=*/true, type) : at::Scalar(unbounded()))};
 }
 
 // Bounds that are tensors may be differentiated.
@@ -68,15 +66,15 @@ inline Tensors replay_bound(const Arguments& in, const Gates& gates) {
 inline constexpr Rule clamps[] = {
     {"clamp", "Tensor self, Scalar? min, Scalar? max", values, nullptr,
      [](const Arguments& in, const Gates& gates) {
-       return replay_clamp(in.tensor(0), gates[0], in.maybe_scalar(1), in.maybe_scalar(2));
+       return replay_clamp(in.tensor(0), gates[0], in.maybe_number(1), in.maybe_number(2));
      }},
     {"clamp_min", "Tensor self, Scalar min", values, nullptr,
      [](const Arguments& in, const Gates& gates) {
-       return replay_clamp(in.tensor(0), gates[0], in.scalar(1), std::nullopt);
+       return replay_clamp(in.tensor(0), gates[0], in.number(1), std::nullopt);
      }},
     {"clamp_max", "Tensor self, Scalar max", values, nullptr,
      [](const Arguments& in, const Gates& gates) {
-       return replay_clamp(in.tensor(0), gates[0], std::nullopt, in.scalar(1));
+       return replay_clamp(in.tensor(0), gates[0], std::nullopt, in.number(1));
      }},
     {"clamp.Tensor", "Tensor self, Tensor? min, Tensor? max", clamp_tensor_gates, nullptr, replay_clamp_tensor},
     {"clamp_min.Tensor", "Tensor self, Tensor min",
@@ -91,8 +89,8 @@ inline constexpr Rule clamps[] = {
     {"logit", "Tensor self, float? eps", [](const Arguments& in) { return Gates{in.tensor(0).detach().clone()}; },
      nullptr,
      [](const Arguments& in, const Gates& gates) {
-       const at::Scalar low = in.number(1);
-       return Tensors{at::logit(replay_clamp(in.tensor(0), gates[0], low, 1 - in.number(1)).front())};
+       const double low = in.number(1);
+       return Tensors{at::logit(replay_clamp(in.tensor(0), gates[0], low, 1 - low).front())};
      },
      [](const Arguments& in) { return in.given(1); }},
 };

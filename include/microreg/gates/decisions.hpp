@@ -128,8 +128,16 @@ inline void step(Call& call) {
 }
 
 inline void decide(Call& call, bool differentiates) {
+  const auto reproduced = [&] {
+    for (const c10::IValue& result : call.results()) {
+      if (result.isTensor()) {
+        call.session.reproduced(result.toTensor());
+      }
+    }
+  };
   if (!call.session.replays()) {
-    return record_results(call, differentiates);
+    record_results(call, differentiates);
+    return reproduced();
   }
   const auto gates = decided(call, differentiates);
   if (!gates) {
@@ -150,6 +158,7 @@ inline void decide(Call& call, bool differentiates) {
     }
   }
   call.give(std::move(results));
+  reproduced();
 }
 
 inline void decide(Call& call) { call.in.in_place() ? step(call) : decide(call, call.in.requires_grad()); }

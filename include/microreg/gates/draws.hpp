@@ -48,14 +48,18 @@ inline void draw(Call& call) {
   if (!call.session.replays()) {
     call.stock();
     const StockKernels exclude;
-    return call.record({call.results().front().toTensor().detach().clone()}, /*may_be_left_out=*/true, /*drawn=*/true);
+    const at::Tensor values = call.results().front().toTensor();
+    call.session.reproduced(values);
+    return call.record({values.detach().clone()}, /*may_be_left_out=*/true, /*drawn=*/true);
   }
   const auto values = drawn(call);
   if (!values) {
     return call.stock();
   }
   const StockKernels exclude;
-  call.give({values->front().clone()});
+  const at::Tensor again = values->front().clone();
+  call.session.reproduced(again);
+  call.give({again});
 }
 
 inline void draw_in_place(Call& call) {
@@ -66,6 +70,7 @@ inline void draw_in_place(Call& call) {
     call.stock();
     const StockKernels exclude;
     const at::Tensor values = call.results().front().toTensor().detach();
+    call.session.reproduced(values);
     // A byte an element for the masks of dropout.
     const bool is_mask = std::string_view(call.in.operation()) == "bernoulli_";
     return call.record({is_mask ? values.to(at::kBool) : values.clone()}, /*may_be_left_out=*/true, /*drawn=*/true);
@@ -77,6 +82,7 @@ inline void draw_in_place(Call& call) {
   const StockKernels exclude;
   const at::Tensor self = call.in.tensor(0);
   self.copy_(values->front());
+  call.session.reproduced(self);
   call.give({self});
 }
 

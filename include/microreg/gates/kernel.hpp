@@ -30,15 +30,18 @@ class Arguments {
   [[nodiscard]] const at::Tensor& tensor(std::size_t i) const { return values_[i].toTensor(); }
   [[nodiscard]] at::Scalar scalar(std::size_t i) const { return values_[i].toScalar(); }
   [[nodiscard]] std::int64_t integer(std::size_t i) const { return values_[i].toInt(); }
-  [[nodiscard]] double number(std::size_t i) const { return scalar(i).toDouble(); }
+  /// Not by the Scalar's own function, which under -ffast-math refuses infinity.
+  [[nodiscard]] double number(std::size_t i) const {
+    return values_[i].isDouble() ? values_[i].toDouble() : scalar(i).toDouble();
+  }
   [[nodiscard]] bool flag(std::size_t i) const { return values_[i].toBool(); }
   [[nodiscard]] std::vector<std::int64_t> integers(std::size_t i) const { return values_[i].toIntVector(); }
   [[nodiscard]] std::string_view text(std::size_t i) const { return values_[i].toStringView(); }
   [[nodiscard]] bool given(std::size_t i) const {
     return !values_[i].isNone() && !(values_[i].isTensor() && !values_[i].toTensor().defined());
   }
-  [[nodiscard]] std::optional<at::Scalar> maybe_scalar(std::size_t i) const {
-    return given(i) ? std::optional(scalar(i)) : std::nullopt;
+  [[nodiscard]] std::optional<double> maybe_number(std::size_t i) const {
+    return given(i) ? std::optional(number(i)) : std::nullopt;
   }
   [[nodiscard]] std::optional<at::Tensor> maybe_tensor(std::size_t i) const {
     return given(i) ? std::optional(tensor(i)) : std::nullopt;
@@ -147,6 +150,10 @@ class Call {
   void give(std::vector<c10::IValue> results) {
     torch::jit::drop(stack_, in.values().size());
     stack_.insert(stack_.end(), std::make_move_iterator(results.begin()), std::make_move_iterator(results.end()));
+  }
+  /// Hands it another argument.
+  void replace(std::size_t position, c10::IValue value) {
+    stack_[stack_.size() - in.values().size() + position] = std::move(value);
   }
   void record(Gates gates, bool may_be_left_out, bool drawn = false) {
     const auto [node, number] = node_of(results().front());

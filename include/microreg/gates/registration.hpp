@@ -12,6 +12,7 @@
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/arithmetic.hpp>
 #include <microreg/gates/clamp.hpp>
+#include <microreg/gates/constants.hpp>
 #include <microreg/gates/decisions.hpp>
 #include <microreg/gates/draws.hpp>
 #include <microreg/gates/extrema.hpp>
@@ -81,6 +82,7 @@ class Registration {
     add_all(steps, step);
     add_all(selections, select);
     add_all({"detach"}, hold);
+    add_all(with_constants, hold_constants);
     add_with_in_place("_to_copy", nullptr, convert);
     add_with_in_place("max_pool1d", nullptr, max_pool1d);
     pin_notice("gate_session", c10::IntType::get(), reinterpret_cast<std::int64_t>(slot_));
@@ -103,6 +105,7 @@ class Registration {
       add_draw(operation, draw_inside);
     }
     add_draw("native_dropout", native_dropout);
+    add_draw("embedding_renorm_", project_once);
     add_draw("rrelu_with_noise", rrelu);
     add_draw("rrelu_with_noise_", rrelu);
   }

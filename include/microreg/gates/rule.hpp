@@ -40,6 +40,7 @@ inline void record(const Rule& rule, Call& call) {
   Gates gates;
   if (rule.is_composed()) {
     const at::NoGradGuard no_grad;
+    const GateSession::Composing composing(call.session);
     rule.replay(call.in, {});
     gates.push_back(at::empty({0}));  // The operation's own entry, after theirs.
   } else if (rule.gates != nullptr) {
@@ -57,6 +58,7 @@ inline void record(const Rule& rule, Call& call) {
 inline void replay(const Rule& rule, Call& call) {
   Tensors results;
   if (rule.is_composed()) {
+    const GateSession::Composing composing(call.session);
     results = rule.replay(call.in, {});
     call.next();
   } else {

@@ -30,7 +30,8 @@
 ///
 /// Not seen: other threads, scripted graphs, a custom function's own backward, forward passes that run within a
 /// backward pass (checkpointing): see gates/unseen.hpp. Nor what runs without a graph on moved parameters, but for its
-/// decisions.
+/// decisions; an estimator's own sessions hold what comes of that into the graph again (gates/constants.hpp), and the
+/// projection of an Embedding's max_norm.
 #pragma once
 
 #include <microreg/detail/interception.hpp>
@@ -73,7 +74,8 @@ class GateScope {
 }  // namespace detail
 
 /// While it lives, forward passes on this thread write their gates to the tape, which is emptied first. The results
-/// are LibTorch's, bit by bit. Scopes nest: the innermost one holds.
+/// are LibTorch's, bit by bit. Scopes nest: the innermost one holds. Throws Error, as ReplayGates does, where another
+/// version of microreg has intercepted LibTorch's operations in this process.
 class RecordGates {
  public:
   explicit RecordGates(GateTape& tape) : scope_(tape, detail::GateSession::Pass::record, Keep::yes) {}

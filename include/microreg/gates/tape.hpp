@@ -12,6 +12,7 @@
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -68,7 +69,7 @@ using Gates = std::vector<at::Tensor>;
 
 /// What a session records and replays.
 enum class Frozen {
-  all,        ///< decisions and draws
+  all,        ///< decisions and draws, and what enters a graph without one
   decisions,  ///< and draws that choose: bernoulli, multinomial, the slopes of rrelu
   draws,      ///< random numbers alone; a tape with decisions may be replayed so too
 };
@@ -94,6 +95,30 @@ class GateSession {
   [[nodiscard]] bool replays() const noexcept { return pass_ == Pass::replay; }
   [[nodiscard]] bool holds_decisions() const noexcept { return frozen_ != Frozen::draws; }
   [[nodiscard]] bool holds_draws() const noexcept { return frozen_ != Frozen::decisions; }
+  [[nodiscard]] bool holds_constants() const noexcept { return frozen_ == Frozen::all && !composing_; }
+
+  /// Notes that a replay gives the values in this memory again.
+  void reproduced(const at::Tensor& tensor) {
+    if (frozen_ == Frozen::all && tensor.has_storage()) {
+      reproduced_.emplace(tensor.storage().unsafeGetStorageImpl(), tensor.storage().getWeakStorageImpl());
+    }
+  }
+  [[nodiscard]] bool reproduces(const at::Tensor& tensor) const {
+    return tensor.has_storage() && reproduced_.contains(tensor.storage().unsafeGetStorageImpl());
+  }
+
+  /// While it lives, an operation is being composed of others, in one pass with a graph and in the other without.
+  class Composing {
+   public:
+    explicit Composing(GateSession& session) : session_(session), before_(std::exchange(session.composing_, true)) {}
+    Composing(const Composing&) = delete;
+    Composing& operator=(const Composing&) = delete;
+    ~Composing() { session_.composing_ = before_; }
+
+   private:
+    GateSession& session_;
+    bool before_;
+  };
 
   void record(GateTape::Entry entry) {
     for (const at::Tensor& gate : entry.gates) {
@@ -102,16 +127,21 @@ class GateSession {
     tape_->entries_.push_back(std::move(entry));
   }
 
+  /// Throws GateError: the first pass had another operation there.
+  [[noreturn]] void fail(const char* operation, const std::vector<std::int64_t>& sizes) const {
+    const std::string found = describe_operation(operation, sizes);
+    const std::size_t size = tape_->entries_.size();
+    throw GateError("the second pass does not repeat the first: its operation " + std::to_string(position_) +
+                    " with gates is " + found + ", but the first pass had " +
+                    (position_ < size ? describe(position_) + " there"
+                                      : "no more than " + std::to_string(size) + " such operations") +
+                    advice);
+  }
+
   /// The gates of the next operation of the first pass, which has to be this one.
   Gates next(const char* operation, const std::vector<std::int64_t>& sizes) {
     if (!skip_to(operation, sizes)) {
-      const std::string found = describe_operation(operation, sizes);
-      const std::size_t size = tape_->entries_.size();
-      throw GateError("the second pass does not repeat the first: its operation " + std::to_string(position_) +
-                      " with gates is " + found + ", but the first pass had " +
-                      (position_ < size ? describe(position_) + " there"
-                                        : "no more than " + std::to_string(size) + " such operations") +
-                      advice);
+      fail(operation, sizes);
     }
     GateTape::Entry& entry = tape_->entries_[position_];
     if (entry.gates.empty()) {
@@ -179,6 +209,9 @@ class GateSession {
   Keep keep_;
   Frozen frozen_;
   std::size_t position_ = 0;
+  bool composing_ = false;
+  /// Held weakly, so that no other memory comes to have one's address meanwhile.
+  std::unordered_map<const c10::StorageImpl*, c10::weak_intrusive_ptr<c10::StorageImpl>> reproduced_;
 };
 
 /// What the kernels of this shared object look at; they may not be the registered ones: gate_session_of_kernels().

@@ -7,14 +7,27 @@
 
 #include <memory>
 #include <optional>
+#include <utility>
 
 namespace microreg::inline MICROREG_ABI::detail {
 
-/// While it lives and is `wanted`, Watch::note(const at::RecordFunction&) is called for each operation on this thread.
-/// Of two of a kind the inner one is told.
+/// While it lives and is `wanted`, Watch::note(const at::RecordFunction&) is called for each operation on this thread,
+/// and note_end() after it. Of two of a kind the inner one is told. A thread that has taken over this one's
+/// thread-local state tells it too while a Here lives there; Watch has to be safe to call from several then.
 template <class Watch>
 class CallWatch {
  public:
+  class Here {
+   public:
+    explicit Here(Watch& watch) : before_(std::exchange(current(), watch.handle_.has_value() ? &watch : nullptr)) {}
+    Here(const Here&) = delete;
+    Here& operator=(const Here&) = delete;
+    ~Here() { current() = before_; }
+
+   private:
+    Watch* before_;
+  };
+
   CallWatch(const CallWatch&) = delete;
   CallWatch& operator=(const CallWatch&) = delete;
 
@@ -23,10 +36,14 @@ class CallWatch {
     if (wanted) {
       before_ = current();
       current() = static_cast<Watch*>(this);
-      handle_ = at::addThreadLocalCallback(
-          at::RecordFunctionCallback(&tell).needsInputs(true).scopes({at::RecordScope::FUNCTION}));
+      handle_ = at::addThreadLocalCallback(at::RecordFunctionCallback(&tell, &tell_end)
+                                               .needsInputs(Watch::needs_inputs)
+                                               .scopes({at::RecordScope::FUNCTION}));
     }
   }
+  static constexpr bool needs_inputs = true;
+  void note_end(const at::RecordFunction& /*function*/) {}
+
   ~CallWatch() {
     if (handle_.has_value()) {
       at::removeCallback(*handle_);
@@ -44,6 +61,11 @@ class CallWatch {
       current()->note(function);
     }
     return nullptr;
+  }
+  static void tell_end(const at::RecordFunction& function, at::ObserverContext* /*context*/) {
+    if (current() != nullptr) {
+      current()->note_end(function);
+    }
   }
 
   std::optional<at::CallbackHandle> handle_;

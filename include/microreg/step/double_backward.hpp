@@ -73,17 +73,17 @@ class DoubleBackward {
         largest_(largest),
         apart_(range.narrow && largest > 0) {}
 
-  /// Differentiates penalty `index` with `factor` = strength * weight, and returns its squared gradient norm.
+  /// Differentiates a penalty by its probes with `factor` = strength * weight, and returns its squared gradient norm.
   ///
   /// The first pass gives the gradient g itself, which is what hooks and functions of the user's own see, at any
   /// strength. A squared norm needs no copy of g for the seeds: g is scaled in place where nobody else holds it.
-  at::Tensor add(std::size_t index, const TermInfo& term, double factor) {
+  at::Tensor add(const TermInfo& term, const std::vector<at::Tensor>& probes, double factor) {
     const bool wanted = factor > 0;
     at::Tensor squared;
     std::vector<at::Tensor> differentiable;
-    for (const at::Tensor& probe : checked_probes(evaluation_, index, term)) {
+    for (const at::Tensor& probe : probes) {
       auto g = probe_gradient(term, probe, wanted);
-      add_to(squared, scale_.over(1, 2).times(squared_norm(g, probe.options())));
+      add_to(squared, scale_.divided_out(squared_norm(g, probe.options())));
       if (apart_ && !term.by_input && probe.is_same(evaluation_.loss) && g.size() == parameters_.tensors.size()) {
         loss_gradient_ = detached(g);
       }
@@ -107,34 +107,34 @@ class DoubleBackward {
   /// The gradients of the probes, with their graph.
   [[nodiscard]] const std::vector<at::Tensor>& roots() const noexcept { return roots_; }
 
-  /// Adds the gradient of weight * loss and of all penalties to `sums`. The graph is gone afterwards.
-  void finish(double weight, std::vector<at::Tensor>& sums) {
+  /// The gradient of weight * loss and of all penalties. The graph is gone afterwards.
+  [[nodiscard]] std::vector<WeightedGradients> finish(double weight) {
     const bool penalised = !roots_.empty();
+    std::vector<WeightedGradients> result;
     std::vector<at::Tensor> starts;
     std::vector<at::Tensor> start_seeds;
     if (!loss_gradient_.empty() && (apart_ || !penalised)) {
-      add_scaled(sums, std::move(loss_gradient_), scale_.over(weight));
+      result.push_back({std::move(loss_gradient_), scale_.over(weight)});
     } else if (apart_ || !scale_.is_one()) {
-      add_scaled(sums,
-                 gradients({evaluation_.loss}, parameters_.tensors, {scale_.seed(evaluation_.loss)},
-                           penalised || evaluation_.shares_graph, /*create_graph=*/false, "the loss"),
-                 scale_.over(weight));
+      result.push_back({gradients({evaluation_.loss}, parameters_.tensors, {scale_.seed(evaluation_.loss)},
+                                  penalised || evaluation_.shares_graph, /*create_graph=*/false, "the loss"),
+                        scale_.over(weight)});
     } else {
       starts.push_back(evaluation_.loss);
-      start_seeds.push_back(at::full_like(evaluation_.loss, weight).detach());
+      start_seeds.push_back(at::full_like(evaluation_.loss, weight));
     }
     loss_gradient_.clear();
     if (penalised) {
       starts.push_back(seeded_roots(roots_, std::exchange(seeds_, {})));
-      start_seeds.push_back(at::ones_like(starts.back()).detach());
+      start_seeds.push_back(at::ones_like(starts.back()));
       roots_.clear();
     }
     if (!starts.empty()) {
-      add_scaled(sums,
-                 gradients(starts, parameters_.tensors, start_seeds, evaluation_.shares_graph, /*create_graph=*/false,
-                           penalised ? "the exact penalty" : "the loss", penalised),
-                 apart_ ? scale_.over(2 * largest_) : Factor(1));
+      result.push_back({gradients(starts, parameters_.tensors, start_seeds, evaluation_.shares_graph,
+                                  /*create_graph=*/false, penalised ? "the exact penalty" : "the loss", penalised),
+                        apart_ ? scale_.over(2 * largest_) : Factor(1)});
     }
+    return result;
   }
 
  private:
@@ -172,25 +172,25 @@ class DoubleBackward {
   std::vector<at::Tensor> loss_gradient_;
 };
 
-/// Adds grad(weights.loss * L_M + weights.penalty * sum of strength * R_M) to `sums` and returns the squared gradient
-/// norm of each penalty.
-inline std::vector<at::Tensor> double_backward(const MiniBatch& batch, const Evaluation& evaluation,
-                                               const Weights& weights, const Parameters& parameters,
-                                               const HalfRange& range, std::vector<at::Tensor>& sums) {
-  std::vector<at::Tensor> squared_norms;
+/// grad(weights.loss * L_M + weights.penalty * sum of strength * R_M), from the probes of each penalty.
+inline Estimated double_backward(const MiniBatch& batch, const Evaluation& evaluation,
+                                 std::vector<std::vector<at::Tensor>> probes, const Weights& weights,
+                                 const Parameters& parameters, const HalfRange& range) {
+  Estimated result;
   const double strongest =
       weights.strengths.empty() ? 0.0 : *std::max_element(weights.strengths.begin(), weights.strengths.end());
   DoubleBackward step(evaluation, parameters, range, strongest * weights.penalty);
   try {
     for (std::size_t i = 0; i < batch.terms(); ++i) {
-      squared_norms.push_back(step.add(i, batch.term(i), weights.strengths[i] * weights.penalty));
+      result.squared_norms.push_back(
+          step.add(batch.term(i), std::exchange(probes[i], {}), weights.strengths[i] * weights.penalty));
     }
-    step.finish(weights.loss, sums);
+    result.gradients = step.finish(weights.loss);
   } catch (const MissingDerivative& error) {
     const std::string place = place_of(error.operation(), evaluation.loss, parameters.tensors, parameters.names);
     throw ModelError(place.empty() ? std::string(error.what()) : text({error.what(), " (it stands ", place, ")"}));
   }
-  return squared_norms;
+  return result;
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail

@@ -19,6 +19,7 @@
 #include <microreg/step/displacement.hpp>
 #include <microreg/step/double_backward.hpp>
 #include <microreg/step/mini_batch.hpp>
+#include <microreg/step/own_code.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/suspects.hpp>
@@ -47,6 +48,7 @@ struct DifferenceSettings {
   bool central;
   std::int64_t check_every;
   double tolerance;
+  OwnFunctions own_functions;
 };
 
 /// The automatic step, as a multiple of the norm of what is displaced: where the error of the difference (which grows
@@ -103,7 +105,8 @@ class FiniteDifference final : public Differences {
                                      const Snapshot& snapshot, std::vector<at::Tensor>& sums,
                                      const std::function<void(Evaluation&)>& keep) override {
     const Untouched untouched(batch, parameters_);
-    Passes passes{batch, part, weights, snapshot.now(), {}, std::vector<Term>(batch.terms()), {}, 0, is_due(weights)};
+    Passes passes{batch, part, weights,        snapshot.buffers_now(), {}, std::vector<Term>(batch.terms()),
+                  {},    0,    is_due(weights)};
     first_pass(passes, sums, keep);
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       const std::size_t probes = passes.terms[i].probes.size();
@@ -111,8 +114,8 @@ class FiniteDifference final : public Differences {
       passes.left += passes.terms[i].left;
     }
     if (passes.left > 0) {
-      untouched.require();
-      const Snapshot after = snapshot.now();
+      untouched.require(passes.gates);
+      const Snapshot after = snapshot.buffers_now();
       if (passes.due) {
         add_proven(passes, sums);
       } else {
@@ -199,12 +202,37 @@ class FiniteDifference final : public Differences {
     return evaluate();
   }
 
-  [[nodiscard]] bool is_due(const Weights& weights) const {
+  [[nodiscard]] bool is_due(const Weights& weights) {
     const bool comparable = settings_.gates == microreg::Gates::frozen || settings_.tolerance > 0;
-    const bool differs =
-        std::any_of(weights.strengths.begin(), weights.strengths.end(), [](double strength) { return strength > 0; });
-    return settings_.check_every > 0 && !parameters_.tensors.front().is_meta() && comparable && differs &&
-           (!proof_.given || proof_.since >= settings_.check_every || has_seen_too_little(weights));
+    return settings_.check_every > 0 && !parameters_.tensors.front().is_meta() && comparable && differs(weights) &&
+           (!proof_.given || proof_.since >= settings_.check_every || has_seen_too_little(weights) ||
+            has_another_scale());
+  }
+
+  /// A displacement is proven at one scale of what it moves: biases that were zero, or a layer scale that has grown,
+  /// ask for another one. On a device, where reading would wait, the gap has to do.
+  [[nodiscard]] bool has_another_scale() {
+    const double now = moved_norm();
+    return settings_.step == 0 && (now > 2 * proof_.moved_norm || 2 * now < proof_.moved_norm);
+  }
+
+  /// Of the parameters that are displaced.
+  const at::Tensor& squared_parameter_norm() {
+    if (!squared_parameter_norm_.defined()) {
+      const std::vector<at::Tensor> moved = selected(parameters_.tensors, parameters_);
+      squared_parameter_norm_ = squared_norm(moved, moved.front().options());
+    }
+    return squared_parameter_norm_;
+  }
+
+  double moved_norm() {
+    return squared_parameter_norm().is_cpu() ? std::sqrt(squared_parameter_norm().item<double>()) : 0.0;
+  }
+
+  /// Whether there will be further passes.
+  static bool differs(const Weights& weights) {
+    return std::any_of(weights.strengths.begin(), weights.strengths.end(),
+                       [](double strength) { return strength > 0; });
   }
 
   /// A proof of a sum says nothing of a part that was too small to be seen in it, as at the beginning of a warm-up.
@@ -222,7 +250,8 @@ class FiniteDifference final : public Differences {
     proof_.given = true;
     proof_.since = 0;
     const bool seen = comparison.norm > 0 && comparison.distance <= tolerance() * comparison.norm;
-    proof_.gap = seen ? 0 : std::max<std::int64_t>(1, 2 * proof_.gap);
+    proof_.gap = seen && proof_.factor == 1 ? 0 : std::max<std::int64_t>(1, 2 * proof_.gap);
+    proof_.moved_norm = moved_norm();
     proof_.strengths.resize(weights.strengths.size());
     std::transform(weights.strengths.begin(), weights.strengths.end(), proof_.strengths.begin(),
                    proof_.strengths.begin(), [](double now, double then) { return std::max(now, then); });
@@ -230,7 +259,7 @@ class FiniteDifference final : public Differences {
 
   void first_pass(Passes& passes, std::vector<at::Tensor>& sums, const std::function<void(Evaluation&)>& keep) const {
     const auto evaluation = recorded(passes.gates, [&] { return passes.batch.evaluate(passes.part, {}); });
-    require_seen(evaluation->loss, "the loss", {&passes.gates});
+    require_seen(evaluation->loss, "the loss", {&passes.gates}, differs(passes.weights));
     passes.inputs = evaluation->inputs;
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       const TermInfo& info = passes.batch.term(i);
@@ -241,7 +270,7 @@ class FiniteDifference final : public Differences {
         result.value = probe.detach();
         result.is_loss = !info.by_input && probe.is_same(evaluation->loss);
         if (!result.is_loss) {
-          require_seen(probe, info.name, {&passes.gates, term.gates.get()});
+          require_seen(probe, info.name, {&passes.gates, term.gates.get()}, passes.weights.strengths[i] > 0);
           split(info, passes.weights.strengths[i] > 0, probe, counted_tensors(*evaluation, info, parameters_), result);
         }
       }
@@ -276,8 +305,8 @@ class FiniteDifference final : public Differences {
   }
 
   /// Throws where a scalar has kinks that the scopes did not see, and a further pass would make anew.
-  void require_seen(const at::Tensor& scalar, const std::string& what,
-                    const std::vector<const GateTape*>& tapes) const {
+  void require_seen(const at::Tensor& scalar, const std::string& what, const std::vector<const GateTape*>& tapes,
+                    bool displaced) const {
     if (settings_.gates == microreg::Gates::free) {
       return;
     }
@@ -288,6 +317,17 @@ class FiniteDifference final : public Differences {
                 unseen.size() > 1 ? text({" and ", unseen.size() - 1, " more"}) : std::string(),
                 ": it ran in another thread, a scripted model or a recomputation; use Exact, or Gates::free "
                 "where the difference may be another regularizer"}));
+    }
+    if (!displaced || settings_.own_functions == OwnFunctions::smooth) {
+      return;
+    }
+    if (const auto [function, hook] = own_code({scalar}, parameters_); !function.empty() || !hook.empty()) {
+      throw GateError(
+          text({what, function.empty() ? " has a hook at " : " has a function of one's own, ",
+                function.empty() ? hook : function,
+                ", of which nobody but its author knows whether it has a kink, which a difference would have to "
+                "freeze, or changes gradients; set .own_functions = OwnFunctions::smooth in the estimator if it does "
+                "neither, else use Exact"}));
     }
   }
 
@@ -451,6 +491,11 @@ class FiniteDifference final : public Differences {
       return result;
     };
     Trial best = trial(1);
+    if (proof_.factor != 1 && !agrees(passes, best.comparison)) {  // it was right once: all lengths anew
+      proof_.factor = 1;
+      passes.far = false;
+      best = trial(1);
+    }
     const Comparison first = best.comparison;
     const bool far = passes.far;
     double times = 1;
@@ -624,18 +669,17 @@ class FiniteDifference final : public Differences {
     const at::TensorOptions scalar = probe.squared_norm.options();
     if (term.by_input) {
       check_precision("input", inputs);
-      return automatic_length(inputs, scalar) * proof_.factor;
+      return automatic_length(inputs, squared_norm(inputs, scalar)) * proof_.factor;
     }
     if (!parameter_length_.defined()) {
       const std::vector<at::Tensor> moved = selected(parameters_.tensors, parameters_);
       check_precision("parameters", moved);
-      parameter_length_ = automatic_length(moved, scalar).clamp_max(largest_step(settings_.central));
+      parameter_length_ = automatic_length(moved, squared_parameter_norm()).clamp_max(largest_step(settings_.central));
     }
     return parameter_length_.to(scalar) * proof_.factor;
   }
 
-  at::Tensor automatic_length(const std::vector<at::Tensor>& moved, const at::TensorOptions& scalar) const {
-    const at::Tensor squared = squared_norm(moved, scalar);
+  at::Tensor automatic_length(const std::vector<at::Tensor>& moved, const at::Tensor& squared) const {
     // What is all zero has no scale: displace by the step itself then.
     return at::where(squared == 0, at::ones_like(squared), squared.sqrt()) * relative_step(moved, settings_.central);
   }
@@ -675,9 +719,14 @@ class FiniteDifference final : public Differences {
     return result;
   }
 
-  /// Two parameters on the same memory cannot be moved each by its own gradient.
+  /// Two parameters on the same memory cannot be moved each by its own gradient, nor two elements of one.
   void require_separate_memory() const {
     for (const std::size_t i : parameters_.selected) {
+      if (at::has_internal_overlap(parameters_.tensors[i]) == at::MemOverlap::Yes) {
+        throw ModelError(text({"parameter ", parameters_.names[i], " of shape ", parameters_.tensors[i].sizes(),
+                               " is expanded, several elements in one place, which a difference cannot move each by "
+                               "its own gradient; clone() it before requires_grad_(), or use Exact"}));
+      }
       for (std::size_t j = 0; j < parameters_.tensors.size(); ++j) {
         const auto overlap =
             i == j ? at::MemOverlapStatus::No : at::get_overlap_status(parameters_.tensors[i], parameters_.tensors[j]);
@@ -725,13 +774,15 @@ class FiniteDifference final : public Differences {
   bool differs_ = false;                      // some micro-batch was differentiated so
   at::Tensor excess_;                         // on a device: how far a probe was off, over the bound
   std::optional<Displaceable> displaceable_;  // the selected parameters; made when first needed, as is
+  at::Tensor squared_parameter_norm_;         // likewise
   at::Tensor parameter_length_;               // their automatic displacement
 };
 
 MICROREG_INLINE std::unique_ptr<Differences> make_differences(const DifferenceRequest& request) {
   const auto make = [&](const auto& chosen, bool central) {
-    return std::make_unique<FiniteDifference>(
-        DifferenceSettings{chosen.step, chosen.gates, central, chosen.check_every, chosen.tolerance}, request);
+    return std::make_unique<FiniteDifference>(DifferenceSettings{chosen.step, chosen.gates, central, chosen.check_every,
+                                                                 chosen.tolerance, chosen.own_functions},
+                                              request);
   };
   if (const auto* forward = std::get_if<ForwardDifference>(&request.estimator)) {
     return make(*forward, false);

@@ -74,8 +74,10 @@ class MiniBatch {
 struct Proof {
   bool given = false;      ///< once at least
   std::int64_t since = 0;  ///< penalised steps since the last one
-  double factor = 1;       ///< of the automatic step, where the first choice was found too coarse or too fine
-  /// Penalised steps until the next, where the penalties were too small beside the loss to be seen wrong; doubles.
+  double factor = 1;       ///< of the automatic step, where the first choice was found too coarse
+  double moved_norm = 0;   ///< of what was displaced then; not read from a device
+  /// Penalised steps until the next, doubling, where the penalties were too small beside the loss to be seen wrong, or
+  /// where the factor is none of those that are right for most.
   std::int64_t gap = 0;
   std::vector<double> strengths = {};  ///< with which it was given, of each penalty the largest
 };

@@ -34,6 +34,15 @@ inline std::vector<at::Tensor> checked_probes(const Evaluation& evaluation, std:
   return probes;
 }
 
+/// Those of every penalty.
+inline std::vector<std::vector<at::Tensor>> all_probes(const MiniBatch& batch, const Evaluation& evaluation) {
+  std::vector<std::vector<at::Tensor>> result;
+  for (std::size_t i = 0; i < batch.terms(); ++i) {
+    result.push_back(checked_probes(evaluation, i, batch.term(i)));
+  }
+  return result;
+}
+
 inline std::vector<at::Tensor> selected(const std::vector<at::Tensor>& tensors, const Parameters& parameters) {
   std::vector<at::Tensor> result;
   result.reserve(parameters.selected.size());
@@ -75,22 +84,30 @@ inline void require_dependence(const TermInfo& term, const std::vector<at::Tenso
 /// `sum` + `value`, where an undefined sum is zero.
 inline void add_to(at::Tensor& sum, const at::Tensor& value) { sum = sum.defined() ? sum + value : value; }
 
-/// The squared gradient norm of each penalty, without a graph for more.
+/// The squared gradient norm of each penalty, from its probes, without a graph for more.
 inline std::vector<at::Tensor> squared_norms(const MiniBatch& batch, const Evaluation& evaluation,
+                                             const std::vector<std::vector<at::Tensor>>& probes,
                                              const Parameters& parameters, const Scale& scale) {
   std::vector<at::Tensor> result(batch.terms());
   for (std::size_t i = 0; i < result.size(); ++i) {
     const TermInfo& term = batch.term(i);
     const auto counted = counted_tensors(evaluation, term, parameters);
-    for (const at::Tensor& probe : checked_probes(evaluation, i, term)) {
+    for (const at::Tensor& probe : probes[i]) {
       const auto g = gradients({probe}, counted, {scale.seed(probe)}, /*retain_graph=*/true,
                                /*create_graph=*/false, term.name);
       require_dependence(term, g, parameters);
-      add_to(result[i], scale.over(1, 2).times(squared_norm(g, probe.options())));
+      add_to(result[i], scale.divided_out(squared_norm(g, probe.options())));
     }
   }
   return result;
 }
+
+/// What one micro-batch gives to a step.
+struct Estimated {
+  std::vector<at::Tensor> squared_norms;              ///< of the gradient of each penalty
+  std::vector<WeightedGradients> gradients = {};      ///< of loss and penalties, to be added up
+  std::vector<WeightedGradients> loss_gradient = {};  ///< of the loss alone, where it is asked for
+};
 
 /// What one penalised micro-batch counts, and how strong each penalty is in this step.
 struct Weights {

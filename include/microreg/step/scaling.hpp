@@ -26,7 +26,7 @@ class Scale {
   /// What a backward pass from `like` starts with.
   [[nodiscard]] at::Tensor seed(const at::Tensor& like) const {
     return scalar_.defined() ? scalar_.to(like.device(), like.scalar_type()).expand_as(like).contiguous()
-                             : at::full_like(like, number_).detach();
+                             : at::full_like(like, number_);
   }
 
   /// numerator / S^power.
@@ -36,6 +36,11 @@ class Scale {
       divisor *= number_;
     }
     return scalar_.defined() ? Factor(numerator * scalar_.pow(-power)) : Factor(numerator / divisor);
+  }
+
+  /// squared / S^2: the squared norm of a gradient that is S times too large.
+  [[nodiscard]] at::Tensor divided_out(const at::Tensor& squared) const {
+    return is_one() ? squared : over(1, 2).times(squared);
   }
 
  private:

@@ -64,7 +64,7 @@ class GeneratorStates {
     return std::any_of(states_.begin(), states_.end(), [](const auto& saved) {
       at::Generator generator = saved.first;
       const std::scoped_lock lock(generator.mutex());
-      return !at::equal(generator.get_state(), saved.second);
+      return !same_bytes(generator.get_state(), saved.second);
     });
   }
 
@@ -186,12 +186,13 @@ class SavedTensor {
 };
 
 /// What stays between the steps of one object: copies of large tensors, which are taken again only where these have
-/// changed, and which parameters the model writes to in its forward pass.
+/// changed, which parameters the model writes to in its forward pass, and whether random numbers are drawn.
 struct SnapshotMemory {
   std::vector<SavedTensor> large;
   std::vector<at::Tensor> written;
   bool first = true;
   bool alike = false;  ///< on all ranks, where there are several
+  bool draws = true;   ///< whether generators moved during the last step
 };
 
 /// The devices of `tensors`, each once.
@@ -232,12 +233,15 @@ class Snapshot {
     }
   }
 
-  /// A copy of the same things as they are now.
-  [[nodiscard]] Snapshot now() const {
+  /// A copy of the same buffers and generators as they are now. Not of parameters: those that a first pass has
+  /// projected are to stay so in further ones.
+  [[nodiscard]] Snapshot buffers_now() const {
     const at::NoGradGuard no_grad;
     Snapshot result(generators_.now());
     for (const SavedTensor& saved : saved_) {
-      result.saved_.emplace_back(saved.tensor(), &saved);
+      if (!saved.tensor().requires_grad()) {
+        result.saved_.emplace_back(saved.tensor(), &saved);
+      }
     }
     return result;
   }
@@ -245,6 +249,18 @@ class Snapshot {
   void restore() const {
     restore_buffers();
     generators_.restore();
+  }
+
+  /// The same; but generators from which others have drawn stay as they are, so that nobody gets numbers twice.
+  void restore(bool alone) const {
+    restore_buffers();
+    if (alone) {
+      generators_.restore();
+    } else {
+      TORCH_WARN_ONCE(
+          "microreg does not put random number generators back, since another thread has drawn from them meanwhile and "
+          "would get the same numbers again");
+    }
   }
 
   void restore_buffers() const {
@@ -255,9 +271,9 @@ class Snapshot {
   }
 
   /// The same while an error is on its way, which no other one replaces.
-  void restore_after_error() const noexcept {
+  void restore_after_error(bool alone = true) const noexcept {
     try {
-      restore();
+      restore(alone);
     } catch (const std::exception& error) {
       TORCH_WARN("microreg could not put everything back after an error: ", error.what());
     }

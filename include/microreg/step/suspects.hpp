@@ -4,10 +4,10 @@
 
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/variable.h>
 #include <microreg/detail/graph_walk.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/parameters.hpp>
+#include <microreg/step/own_code.hpp>
 
 #include <cstdint>
 #include <string>
@@ -22,28 +22,10 @@ struct Suspects {
 /// Functions of the user's own, hooks, and nodes that are older than the pass, which began at sequence number
 /// `beginning`.
 inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, std::uint64_t beginning) {
-  using torch::autograd::Node;
-  for (std::size_t i = 0; i < parameters.tensors.size(); ++i) {
-    if (!torch::autograd::impl::hooks(parameters.tensors[i]).empty()) {
-      return {text({"there is a hook on ", parameters.names[i],
-                    ", which a difference applies to each of its gradients: apply it to .grad after the step"}),
-              false};
-    }
-  }
-  std::string function;
-  std::string hooked;
+  const OwnCode own = own_code({loss}, parameters);
   std::string old;
-  for_each_node(nodes_of({loss}), [&](Node& node, NodeKind kind) {
-    if (kind == NodeKind::leaf) {
-      return;  // what hangs on its node sees what is added to .grad, not the gradient (and may be ours)
-    }
-    if (kind == NodeKind::function) {
-      function = node.name();
-    }
-    if (!node.tensor_pre_hooks().empty() || !node.pre_hooks().empty() || !node.post_hooks().empty()) {
-      hooked = node.name();
-    }
-    if (node.sequence_nr() < beginning) {
+  for_each_node(nodes_of({loss}), [&](torch::autograd::Node& node, NodeKind kind) {
+    if (kind != NodeKind::leaf && node.sequence_nr() < beginning) {
       old = node.name();
     }
   });
@@ -51,15 +33,18 @@ inline Suspects suspects(const at::Tensor& loss, const Parameters& parameters, s
     return {text({"the graph has nodes that are older than the pass (", old,
                   "): weights that were made from parameters once, outside of forward(), do not move with them; make "
                   "them in each pass"}),
-            !function.empty()};
+            !own.function.empty()};
   }
-  if (!function.empty()) {
-    return {text({"there is a function of one's own, ", function,
+  if (!own.function.empty()) {
+    return {text({"there is a function of one's own, ", own.function,
                   ", whose backward decides for itself, or is not the derivative of its forward"}),
             true};
   }
-  if (!hooked.empty()) {
-    return {text({"there is a hook at ", hooked, ", which changes gradients"}), false};
+  if (!own.hook.empty()) {
+    return {text({"there is a hook at ", own.hook,
+                  ", which changes gradients, and which a difference applies to each of them: apply it to .grad after "
+                  "the step"}),
+            true};
   }
   return {};
 }

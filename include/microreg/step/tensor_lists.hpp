@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
@@ -79,7 +80,8 @@ inline std::string sentence_of(const std::exception& error) {
 
 /// Rethrows the error that is being handled: as MissingDerivative, with what can be done, if it says that there is no
 /// derivative, and as it is otherwise. `second`: a second derivative was asked for, so that first ones exist.
-[[noreturn]] inline void rethrow_with_remedy(const std::exception& error, std::string_view what, bool second) {
+[[noreturn]] inline void rethrow_with_remedy(const std::exception& error, std::string_view what, bool second,
+                                             bool with_graph) {
   const std::string sentence = sentence_of(error);
   const auto has = [&](const char* part) { return sentence.find(part) != std::string::npos; };
   if (has("backward through the graph a second time")) {
@@ -88,8 +90,10 @@ inline std::string sentence_of(const std::exception& error) {
                            "kept from one pass to the next (a state, an average, weights made once outside of "
                            "forward()); keep it detached, or make it in each pass"}));
   }
-  const bool missing = (has("derivative") && has("not implemented")) || has("not differentiable") ||
-                       has("differentiate twice") || has("once_differentiable") ||
+  // The backward pass of a function writes to tensors of its own (CrossMapLRN2d), which a graph cannot see.
+  second = second || (with_graph && has("functions with out="));
+  const bool missing = (second && has("functions with out=")) || (has("derivative") && has("not implemented")) ||
+                       has("not differentiable") || has("differentiate twice") || has("once_differentiable") ||
                        ((has("ouble backward") || has("ouble-backward") || has("econd derivative")) &&
                         (has("not support") || has("n't support") || has("not implemented") || has("unsupported")));
   if (!missing || dynamic_cast<const Error*>(&error) != nullptr ||
@@ -117,7 +121,7 @@ inline std::vector<at::Tensor> gradients(const std::vector<at::Tensor>& outputs,
   try {
     result = torch::autograd::grad(outputs, inputs, seeds, retain_graph, create_graph, /*allow_unused=*/true);
   } catch (const std::exception& error) {
-    rethrow_with_remedy(error, what, second);
+    rethrow_with_remedy(error, what, second, create_graph);
   }
   if (watched.has_value()) {
     watched->require_graphs();
@@ -165,7 +169,24 @@ inline at::Tensor squared_norm(const std::vector<at::Tensor>& tensors, const at:
       norm = norm.to(norms.front().device(), type);
     }
   }
-  return at::stack(norms).square_().sum();
+  const at::Tensor all = at::stack(norms);
+  return all.dot(all);
+}
+
+/// Why nothing can be added to the `.grad` of a parameter, or scaled in it; null where it can, or there is none.
+inline const char* problem_of_grad(const at::Tensor& parameter) {
+  const at::Tensor grad = parameter.grad();
+  if (!grad.defined()) {
+    return nullptr;
+  }
+  return grad.layout() != at::kStrided                   ? "sparse"
+         : grad.is_inference()                           ? "an inference tensor"
+         : grad.sizes() != parameter.sizes()             ? "of another shape than the parameter"
+         : grad.scalar_type() != parameter.scalar_type() ? "of another type than the parameter"
+         : grad.device() != parameter.device()           ? "on another device than the parameter"
+         : !grad.is_non_overlapping_and_dense() && at::has_internal_overlap(grad) != at::MemOverlap::No
+             ? "expanded, several elements in one place"
+             : nullptr;
 }
 
 /// A tensor that may be written to without changing another: `gradient` itself if nothing else refers to it.
@@ -221,6 +242,19 @@ inline void add_scaled(std::vector<at::Tensor>& sums, std::vector<at::Tensor> te
   }
   if (!into.empty()) {
     at::_foreach_add_(into, from, factor.number());
+  }
+}
+
+/// Gradients by all parameters, and what they count in a sum.
+struct WeightedGradients {
+  std::vector<at::Tensor> tensors;
+  Factor weight = 1.0;
+};
+
+/// Adds all of them to `sums`, one after the other.
+inline void add_scaled(std::vector<at::Tensor>& sums, std::vector<WeightedGradients> terms) {
+  for (WeightedGradients& term : terms) {
+    add_scaled(sums, std::move(term.tensors), term.weight);
   }
 }
 

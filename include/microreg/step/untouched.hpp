@@ -6,6 +6,7 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/detail/version_of.hpp>
 #include <microreg/error.hpp>
+#include <microreg/gates/constants.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/mini_batch.hpp>
 
@@ -24,8 +25,9 @@ class Untouched {
         of_batch_(versions_of(batch)),
         of_parameters_(versions_of(parameters)) {}
 
-  /// Throws DifferenceError that names what was written to since.
-  void require() const {
+  /// Throws DifferenceError that names what was written to since, but for projections that a further pass does not
+  /// repeat.
+  void require(const GateTape& tape) const {
     std::size_t i = 0;
     batch_.for_each_tensor([&](const at::Tensor& tensor, const std::string& path) {
       if (i < of_batch_.size() && version_of(tensor) != of_batch_[i]) {
@@ -38,9 +40,9 @@ class Untouched {
     });
     const std::vector<std::uint64_t> now = versions_of(parameters_);
     for (std::size_t p = 0; p < now.size(); ++p) {
-      if (now[p] != of_parameters_[p]) {
+      if (now[p] != of_parameters_[p] + projections_of(parameters_.tensors[p], tape)) {
         throw DifferenceError(text({"parameter ", parameters_.names[p], " of shape ", parameters_.tensors[p].sizes(),
-                                    " was written to in the forward pass (a projection, max_norm), which undoes the "
+                                    " was written to in the forward pass (a projection), which undoes the "
                                     "displacement of a difference; project after the optimizer's step, or use Exact"}));
       }
     }

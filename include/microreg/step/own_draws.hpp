@@ -1,0 +1,65 @@
+/// @file
+/// Whether the random numbers of a step were drawn by its own threads alone.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/enum_tag.h>
+#include <ATen/record_function.h>
+#include <microreg/step/call_watch.hpp>
+#include <microreg/step/snapshot.hpp>
+
+#include <mutex>
+#include <unordered_map>
+
+namespace microreg::inline MICROREG_ABI::detail {
+
+/// While it lives and is `wanted`, follows the state of generators from one operation of this thread that draws to the
+/// next. Where it was moved in between, somebody else has drawn from them, who would get the same numbers again if they
+/// were put back.
+class OwnDraws final : public CallWatch<OwnDraws> {
+ public:
+  static constexpr bool needs_inputs = false;
+
+  OwnDraws(bool wanted, const GeneratorStates& beginning) : CallWatch(wanted), wanted_(wanted), last_(beginning) {}
+
+  /// Whether it is so up to now; true where nobody looked.
+  [[nodiscard]] bool alone() const { return !wanted_ || (alone_ && !last_.moved()); }
+
+ private:
+  friend class CallWatch<OwnDraws>;
+
+  void note(const at::RecordFunction& function) {
+    const std::lock_guard lock(mutex_);
+    if (alone_ && draws(function)) {
+      alone_ = !last_.moved();
+    }
+  }
+  void note_end(const at::RecordFunction& function) {
+    const std::lock_guard lock(mutex_);
+    if (alone_ && draws(function)) {
+      last_ = last_.now();
+    }
+  }
+
+  /// Asked once for each operation: a schema keeps its name in one place.
+  bool draws(const at::RecordFunction& function) {
+    const char* const name = function.name();
+    if (const auto known = known_.find(name); known != known_.end()) {
+      return known->second;
+    }
+    const auto operation = function.operator_name();
+    if (!operation.has_value()) {
+      return false;
+    }
+    const auto handle = c10::Dispatcher::singleton().findSchema(*operation);
+    return known_[name] = handle.has_value() && handle->hasTag(at::Tag::nondeterministic_seeded);
+  }
+
+  std::mutex mutex_;
+  bool wanted_;
+  bool alone_ = true;
+  GeneratorStates last_;
+  std::unordered_map<const char*, bool> known_;
+};
+
+}  // namespace microreg::inline MICROREG_ABI::detail

@@ -1,0 +1,152 @@
+/// @file
+/// Several threads that work on the pieces of one list, with what has to happen in its order in its order.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ThreadLocalState.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/DeviceType.h>
+#include <microreg/version.hpp>
+
+#include <algorithm>
+#include <array>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <limits>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace microreg::inline MICROREG_ABI::detail {
+
+/// Who may do what by now. Every piece goes through two stages, which are entered one at a time and in the order of the
+/// pieces: the forward pass, and the sums. What lies between the two runs beside the stages of other pieces.
+class Turns {
+ public:
+  enum class Stage { forward, sum };
+
+  /// Thrown where it makes no sense to go on.
+  struct Stopped {};
+
+  /// Waits until all pieces before this one have passed the stage. Throws Stopped if one of them has failed.
+  void await(Stage stage, std::int64_t piece) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return next(stage) >= piece || failed_ < piece; });
+    if (failed_ < piece) {
+      throw Stopped{};
+    }
+  }
+
+  void pass(Stage stage, std::int64_t piece) {
+    const std::lock_guard lock(mutex_);
+    next(stage) = std::max(next(stage), piece + 1);
+    changed_.notify_all();
+  }
+
+  /// No piece behind this one goes on. Those before it do: the error of a step is that of the first piece that has one.
+  void stop(std::int64_t piece, std::exception_ptr error) {
+    const std::lock_guard lock(mutex_);
+    if (piece < failed_) {
+      failed_ = piece;
+      error_ = std::move(error);
+    }
+    changed_.notify_all();
+  }
+
+  void rethrow() const {
+    if (error_ != nullptr) {
+      std::rethrow_exception(error_);
+    }
+  }
+
+ private:
+  [[nodiscard]] std::int64_t& next(Stage stage) { return next_[static_cast<std::size_t>(stage)]; }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::array<std::int64_t, 2> next_{};
+  std::int64_t failed_ = std::numeric_limits<std::int64_t>::max();
+  std::exception_ptr error_;
+};
+
+/// Calls work(piece, turns) for pieces 0 .. count - 1: one after the other on this thread where `workers` is 0, or on
+/// that many threads, which see this one's thread-local state (scopes, gradient mode, autocast) and run LibTorch's
+/// operations on one thread each. A stage that `work` does not pass is passed when it returns.
+inline void in_turns(std::int64_t workers, std::int64_t count, const std::function<void(std::int64_t, Turns&)>& work) {
+  Turns turns;
+  const auto run = [&](std::int64_t piece) {
+    work(piece, turns);
+    turns.pass(Turns::Stage::forward, piece);
+    turns.pass(Turns::Stage::sum, piece);
+  };
+  if (workers == 0) {
+    for (std::int64_t piece = 0; piece < count; ++piece) {
+      run(piece);
+    }
+    return;
+  }
+
+  const at::ThreadLocalState state;
+  const auto half = at::autocast::get_autocast_dtype(c10::kCPU);
+  const bool caches = at::autocast::is_autocast_cache_enabled();
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::int64_t next = 0;
+  std::size_t ready = 0;
+  const auto work_off = [&] {
+    // LibTorch sets a thread's number when it first asks for it, to what all threads begin with: before, not later.
+    at::internal::lazy_init_num_threads();
+    (void)at::get_num_threads();
+    at::set_num_threads(1);
+    {
+      const std::lock_guard lock(mutex);
+      ++ready;
+      changed.notify_one();
+    }
+    const at::ThreadLocalStateGuard guard(state);
+    at::autocast::set_autocast_dtype(c10::kCPU, half);  // which not every LibTorch counts among that state
+    at::autocast::set_autocast_cache_enabled(caches);
+    for (;;) {
+      std::int64_t piece = 0;
+      {
+        const std::lock_guard lock(mutex);
+        piece = next++;
+      }
+      if (piece >= count) {
+        return;
+      }
+      try {
+        run(piece);
+      } catch (const Turns::Stopped&) {
+        return;
+      } catch (...) {
+        turns.stop(piece, std::current_exception());
+        return;
+      }
+    }
+  };
+  {
+    std::vector<std::jthread> threads;
+    try {
+      while (static_cast<std::int64_t>(threads.size()) < std::min(workers, count)) {
+        threads.emplace_back(work_off);
+      }
+    } catch (const std::system_error&) {  // the system has no more threads to give
+      if (threads.empty()) {
+        throw;
+      }
+    }
+    // at::set_num_threads() is also what threads that are still to come begin with.
+    const int before = at::get_num_threads();
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [&] { return ready == threads.size(); });
+    at::set_num_threads(before);
+  }
+  turns.rethrow();
+}
+
+}  // namespace microreg::inline MICROREG_ABI::detail

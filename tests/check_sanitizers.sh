@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Builds and runs the tests under sanitizers. LibTorch is not instrumented, so what is found is in our code, in LibTorch's
+# headers, or at their border.
+#     tests/check_sanitizers.sh            both
+#     tests/check_sanitizers.sh address    the whole test suite under address and undefined behaviour
+#     tests/check_sanitizers.sh thread     the tests with threads under the thread sanitizer
+# Leaks are not looked for: what LibTorch keeps until the process ends is no leak, and cannot be told from one. The test
+# `memory` watches for growth instead.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+
+address() {
+  export ASAN_OPTIONS="detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1"
+  export UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1"
+  microreg_build
+  ctest --test-dir "$microreg_build_dir" --output-on-failure --no-tests=error --parallel "$microreg_jobs"
+}
+
+thread() {
+  export TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1 suppressions=$root/tests/tsan.supp"
+  microreg_build microreg_thread_tests
+  OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive "$microreg_build_dir/tests/microreg_thread_tests"
+}
+
+check() (
+  microreg_preset="$2"
+  # The benchmarks' library is not instrumented, and their programs are no tests.
+  export MICROREG_CONFIGURE_OPTIONS="${MICROREG_CONFIGURE_OPTIONS:-} -DMICROREG_BUILD_BENCHMARKS=OFF"
+  source "$root/cmake/bootstrap.sh"
+  microreg_bootstrap
+  "$1"
+)
+
+case "${1:-both}" in
+  address) check address asan ;;
+  thread) check thread tsan ;;
+  both)
+    check address asan
+    check thread tsan
+    ;;
+  *)
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    [ "$1" = -h ] || [ "$1" = --help ]
+    ;;
+esac

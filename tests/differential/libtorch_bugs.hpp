@@ -1,0 +1,38 @@
+/// @file
+/// What the random networks avoid because LibTorch itself gets it wrong; docs/libtorch-bugs.md has them with versions.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace differential::libtorch_bugs {
+
+/// convolution_backward in float32 of a pointwise strided convolution in channels-last writes beyond its memory on CPUs
+/// that have AVX2 and no AVX-512, unless the channels come in eights.
+inline bool pointwise_strided_convolution(const std::vector<std::int64_t>& weight,
+                                          const std::vector<std::int64_t>& stride, bool transposed) {
+  const auto all = [](auto begin, auto end, std::int64_t one) {
+    return std::all_of(begin, end, [one](std::int64_t value) { return value == one; });
+  };
+  return !transposed && all(weight.begin() + 2, weight.end(), 1) && !all(stride.begin(), stride.end(), 1);
+}
+
+/// The backward of group_norm that does not need its input's gradient fails on a channels-last input.
+inline torch::Tensor first_layer_of_group_norm(const torch::Tensor& x) {
+  return x.requires_grad() ? x : x.contiguous();
+}
+
+/// The second derivative of torch::_weight_norm holds the norms constant.
+inline torch::Tensor weight_norm(const torch::Tensor& v, const torch::Tensor& g) {
+  return v * (g / v.flatten(1).norm(2, 1).view_as(g));
+}
+
+/// torch::hardsigmoid has no second derivative, and for a first one in float64 the float32 nearest to 1/6.
+inline torch::Tensor hardsigmoid(const torch::Tensor& x) {
+  const torch::Tensor y = (x + 3).clamp(0, 6);
+  return (y / 6).detach() + (y - y.detach()) * static_cast<double>(1.0F / 6.0F);
+}
+
+}  // namespace differential::libtorch_bugs

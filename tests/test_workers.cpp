@@ -1,0 +1,451 @@
+/// @file
+/// Micro-batches side by side: the same bits as one after the other, what runs beside what, and what is refused.
+
+#include "catch.hpp"
+#include "helpers.hpp"
+#include "networks.hpp"
+#include "own_functions.hpp"
+
+#include <ATen/record_function.h>
+#include <microreg/microreg.hpp>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+using namespace helpers;
+
+namespace {
+
+/// Batch normalisation, whose statistics move, and dropout, which draws.
+struct NoisyNetImpl : torch::nn::Module {
+  NoisyNetImpl() {
+    register_module("convolution", convolution);
+    register_module("norm", norm);
+    register_module("dropout", dropout);
+    register_module("output", output);
+  }
+  torch::Tensor forward(const torch::Tensor& x) {
+    return output(dropout(torch::relu(norm(convolution(x)))).mean({2, 3}));
+  }
+  torch::nn::Conv2d convolution{torch::nn::Conv2dOptions(2, 8, 3)};
+  torch::nn::BatchNorm2d norm{8};
+  torch::nn::Dropout dropout{0.3};
+  torch::nn::Linear output{8, networks::classes};
+};
+TORCH_MODULE(NoisyNet);
+
+/// Divides its weight by the largest singular value, which it finds by power iteration: the derivative reads what the
+/// next forward pass overwrites.
+struct SpectralNetImpl : torch::nn::Module {
+  SpectralNetImpl() {
+    register_module("output", output);
+    u = register_buffer("u", torch::nn::functional::normalize(torch::ones({networks::classes}),
+                                                              torch::nn::functional::NormalizeFuncOptions().dim(0)));
+  }
+  torch::Tensor forward(const torch::Tensor& x) {
+    torch::Tensor v;
+    {
+      const torch::NoGradGuard no_grad;
+      v = torch::mv(output->weight.t(), u);
+      v = v / v.norm();
+      const torch::Tensor next = torch::mv(output->weight, v);
+      u.copy_(next / next.norm());
+    }
+    return torch::nn::functional::linear(x, output->weight / torch::dot(u, torch::mv(output->weight, v)));
+  }
+  torch::nn::Linear output{6, networks::classes};
+  torch::Tensor u;
+};
+TORCH_MODULE(SpectralNet);
+
+/// Waits, in the first backward pass on any thread, until the model is called on another one.
+class Overlap {
+ public:
+  Overlap() {
+    self() = this;
+    handle_ = at::addGlobalCallback(
+        at::RecordFunctionCallback(&tell).scopes({at::RecordScope::FUNCTION, at::RecordScope::BACKWARD_FUNCTION}));
+  }
+  ~Overlap() {
+    at::removeCallback(handle_);
+    self() = nullptr;
+  }
+  /// Whether something else happened on another thread.
+  [[nodiscard]] bool seen() const { return seen_; }
+
+ private:
+  static Overlap*& self() {
+    static Overlap* one = nullptr;
+    return one;
+  }
+  static std::unique_ptr<at::ObserverContext> tell(const at::RecordFunction& function) {
+    self()->note(function.scope() == at::RecordScope::BACKWARD_FUNCTION);
+    return nullptr;
+  }
+  void note(bool backward) {
+    std::unique_lock lock(mutex_);
+    const auto thread = std::this_thread::get_id();
+    if (waits_for_others_.has_value() && *waits_for_others_ != thread && inside_) {
+      seen_ = true;
+      changed_.notify_all();
+    }
+    if (backward && !waits_for_others_.has_value()) {
+      waits_for_others_ = thread;
+      inside_ = true;
+      changed_.wait_for(lock, std::chrono::seconds(2), [&] { return seen_; });
+      inside_ = false;
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::optional<std::thread::id> waits_for_others_;
+  bool inside_ = false;
+  bool seen_ = false;
+  at::CallbackHandle handle_{};
+};
+
+/// Everything that a step leaves behind.
+std::vector<torch::Tensor> left_behind(const torch::nn::Module& module, const microreg::Report& report) {
+  std::vector<torch::Tensor> result;
+  for (const torch::Tensor& parameter : module.parameters()) {
+    result.push_back(parameter.grad().defined() ? parameter.grad().clone() : torch::Tensor());
+  }
+  for (const torch::Tensor& buffer : module.buffers()) {
+    result.push_back(buffer.clone());
+  }
+  result.push_back(at::globalContext().defaultGenerator(torch::kCPU).get_state());
+  result.push_back(report.loss);
+  result.push_back(report.micro_batch_losses);
+  result.push_back(report.gradient_norm);
+  result.push_back(report.gradient_ratio);
+  result.insert(result.end(), report.loss_parts.begin(), report.loss_parts.end());
+  for (const microreg::PenaltyReport& penalty : report.penalties) {
+    result.push_back(penalty.value);
+    result.push_back(penalty.micro_batch_norms);
+  }
+  for (const auto& outputs : report.micro_batch_outputs) {
+    result.insert(result.end(), outputs.begin(), outputs.end());
+  }
+  return result;
+}
+
+bool all_same_bits(const std::vector<torch::Tensor>& a, const std::vector<torch::Tensor>& b) {
+  bool same = a.size() == b.size();
+  for (std::size_t i = 0; same && i < a.size(); ++i) {
+    if (!same_bits(a[i], b[i])) {
+      UNSCOPED_INFO("tensor " << i << " of " << a.size() << " differs: " << relative_error(a[i], b[i]));
+      return false;
+    }
+  }
+  return same;
+}
+
+/// What two steps of one network leave behind.
+template <class Net, class Loss, class Penalty>
+std::vector<torch::Tensor> two_steps(const Loss& loss, const Penalty& penalty, microreg::RegularizerOptions options,
+                                     const torch::Tensor& input, const torch::Tensor& target) {
+  torch::manual_seed(3);
+  Net model;
+  microreg::Regularizer regularizer(model, loss, penalty, std::move(options));
+  (void)regularizer.backward(input, target);
+  return left_behind(*model, regularizer.backward(input, target));
+}
+
+/// LibTorch on one thread inside of operations, as a worker has it.
+class OneThread {
+ public:
+  OneThread() : before_(at::get_num_threads()) { at::set_num_threads(1); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+  ~OneThread() { at::set_num_threads(before_); }
+
+ private:
+  int before_;
+};
+
+}  // namespace
+
+TEST_CASE("any number of workers leaves the same bits behind as one, and as none on one thread", "[workers]") {
+  torch::manual_seed(1);
+  const torch::Tensor input = torch::randn({22, 2, 9, 9});
+  const torch::Tensor target = torch::randint(networks::classes, {22});
+  const auto mean = [](const torch::Tensor& output, const torch::Tensor& labels) {
+    return std::tuple(torch::cross_entropy_loss(output, labels), output.detach().square().mean());
+  };
+  const auto counted = [](const torch::Tensor& output, const torch::Tensor& labels) {
+    return microreg::CountedLoss{torch::cross_entropy_loss(output, labels, {}, at::Reduction::Sum, /*ignore_index=*/2),
+                                 (labels != 2).sum()};
+  };
+  const auto penalties = microreg::GradientNorm{} + 0.3 * microreg::FisherTrace{} +
+                         0.2 * microreg::Unsquared{microreg::UnitJacobian{}} + 0.1 * microreg::InputJacobian{};
+  const auto check = [&](const auto& loss, const microreg::RegularizerOptions& options) {
+    const auto step = [&](std::int64_t workers) {
+      auto with_workers = options;
+      with_workers.workers = workers;
+      return two_steps<NoisyNet>(loss, penalties, with_workers, input, target);
+    };
+    const auto one = step(1);
+    for (const std::int64_t workers : {2, 3, 16, 2, 3, 16}) {
+      CHECK(all_same_bits(step(workers), one));
+    }
+    const OneThread threads;
+    CHECK(all_same_bits(step(0), one));
+  };
+  SECTION("a ragged tail, outputs, parts of the loss") {
+    check(mean, {.strength = 0.1, .micro_batch_size = 5, .keep_outputs = true, .gradient_ratio = true});
+  }
+  SECTION("one micro-batch") { check(mean, {.strength = 0.1, .micro_batch_size = 32}); }
+  SECTION("a share of them penalised") {
+    check(mean, {.strength = 0.1, .micro_batch_size = 3, .sampling = {.share = 0.4}});
+  }
+  SECTION("a loss that counts") { check(counted, {.strength = 0.1, .micro_batch_size = 5}); }
+  SECTION("mixed precision, whose penalties are differentiated apart") {
+    check(mean, {.strength = 0.1, .micro_batch_size = 5, .autocast = torch::kHalf, .loss_scale = 16});
+  }
+  SECTION("a generator for what penalties draw") {
+    const at::Generator generator = at::detail::createCPUGenerator(5);
+    const auto step = [&](std::int64_t workers) {
+      at::Generator(generator).set_current_seed(5);
+      auto result = two_steps<NoisyNet>(
+          mean, penalties, {.strength = 0.1, .micro_batch_size = 5, .generator = generator, .workers = workers}, input,
+          target);
+      result.push_back(generator.get_state());
+      return result;
+    };
+    CHECK(all_same_bits(step(3), step(1)));
+  }
+  SECTION("a difference, which runs in order") {
+    const OneThread threads;  // a difference takes this thread's own
+    const auto smooth = microreg::GradientNorm{};
+    const auto step = [&](std::int64_t workers) {
+      return two_steps<NoisyNet>(
+          mean, smooth,
+          {.strength = 0.1, .micro_batch_size = 5, .estimator = microreg::ForwardDifference{}, .workers = workers},
+          input, target);
+    };
+    CHECK(all_same_bits(step(3), step(0)));
+  }
+}
+
+TEST_CASE("workers see the mixed precision and the gradient mode around the step", "[workers]") {
+  torch::manual_seed(1);
+  const torch::Tensor input = torch::randn({12, 2, 9, 9});
+  const torch::Tensor target = torch::randint(networks::classes, {12});
+  const auto step = [&](std::int64_t workers) {
+    const microreg::Autocast half(torch::kCPU, torch::kHalf);
+    return two_steps<NoisyNet>(cross_entropy, microreg::GradientNorm{},
+                               {.strength = 0.1, .micro_batch_size = 4, .workers = workers}, input, target);
+  };
+  const auto with = step(2);
+  const OneThread threads;
+  CHECK(all_same_bits(with, step(0)));
+  const auto without = two_steps<NoisyNet>(cross_entropy, microreg::GradientNorm{},
+                                           {.strength = 0.1, .micro_batch_size = 4}, input, target);
+  CHECK_FALSE(all_same_bits(with, without));
+}
+
+TEST_CASE("measure gives the same bits with workers, and leaves nothing behind", "[workers]") {
+  torch::manual_seed(1);
+  NoisyNet model;
+  const torch::Tensor input = torch::randn({22, 2, 9, 9});
+  const torch::Tensor target = torch::randint(networks::classes, {22});
+  const auto measured = [&](std::int64_t workers) {
+    torch::manual_seed(8);
+    const auto report = microreg::measure(model, cross_entropy, microreg::GradientNorm{} + microreg::FisherTrace{},
+                                          input, target, {.micro_batch_size = 5, .workers = workers});
+    return left_behind(*model, report);
+  };
+  const auto one = measured(1);
+  CHECK(all_same_bits(measured(2), one));
+  CHECK(all_same_bits(measured(3), one));
+  const OneThread threads;
+  CHECK(all_same_bits(measured(0), one));
+}
+
+TEST_CASE("a micro-batch is differentiated beside the next one, unless the two would meet", "[workers]") {
+  torch::manual_seed(1);
+  const auto overlaps = [](auto model, const auto& loss, const torch::Tensor& input, std::int64_t workers) {
+    microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{},
+                                      {.strength = 0.1, .micro_batch_size = 4, .workers = workers});
+    const torch::Tensor target = torch::randint(networks::classes, {input.size(0)});
+    const Overlap overlap;
+    (void)regularizer.backward(input, target);
+    return overlap.seen();
+  };
+  const torch::Tensor images = torch::randn({12, 2, 9, 9});
+  const torch::Tensor vectors = torch::randn({12, 6});
+  const auto reversed = [](const torch::Tensor& output, const torch::Tensor& target) {
+    return torch::cross_entropy_loss(Reversal::apply(output), target);
+  };
+  const auto hooked = [](const torch::Tensor& output, const torch::Tensor& target) {
+    output.register_hook([](const torch::Tensor& gradient) { return gradient * 2; });
+    return torch::cross_entropy_loss(output, target);
+  };
+  CHECK(overlaps(NoisyNet(), cross_entropy, images, 2));
+  CHECK_FALSE(overlaps(NoisyNet(), cross_entropy, images, 1));
+  CHECK_FALSE(overlaps(SpectralNet(), cross_entropy, vectors, 2));
+  CHECK_FALSE(overlaps(NoisyNet(), reversed, images, 2));
+  CHECK_FALSE(overlaps(NoisyNet(), hooked, images, 2));
+  {
+    NoisyNet model;
+    model->output->weight.register_hook([](const torch::Tensor& gradient) { return gradient; });
+    CHECK_FALSE(overlaps(model, cross_entropy, images, 2));
+  }
+  torch::nn::Linear encoder(6, 6);
+  SpectralNet other;
+  torch::nn::Linear plain(6, networks::classes);
+  CHECK(overlaps(plain, cross_entropy, vectors, 2));
+  microreg::Regularizer behind(plain, cross_entropy, microreg::GradientNorm{},
+                               {.micro_batch_size = 4, .also_train = encoder->parameters(), .workers = 2});
+  const Overlap overlap;
+  (void)behind.backward(encoder(vectors), torch::randint(networks::classes, {12}));
+  CHECK_FALSE(overlap.seen());
+}
+
+TEST_CASE("networks that run in order give the same bits with workers", "[workers]") {
+  torch::manual_seed(1);
+  const torch::Tensor input = torch::randn({22, 6});
+  const torch::Tensor target = torch::randint(networks::classes, {22});
+  const auto step = [&](std::int64_t workers) {
+    return two_steps<SpectralNet>(cross_entropy, microreg::GradientNorm{},
+                                  {.strength = 0.1, .micro_batch_size = 4, .workers = workers}, input, target);
+  };
+  const auto one = step(1);
+  CHECK(all_same_bits(step(3), one));
+  const OneThread threads;
+  CHECK(all_same_bits(step(0), one));
+}
+
+TEST_CASE("an error in any micro-batch is that of the first one, and nothing has changed", "[workers]") {
+  torch::manual_seed(1);
+  NoisyNet model;
+  const torch::Tensor input = torch::randn({24, 2, 9, 9});
+  const torch::Tensor target = torch::randint(networks::classes, {24});
+  std::atomic<int> calls{0};
+  std::set<int> failing;
+  const auto loss = [&](const torch::Tensor& output, const torch::Tensor& labels) {
+    const int call = calls++;
+    if (failing.contains(call)) {
+      throw std::runtime_error("call " + std::to_string(call));
+    }
+    return torch::cross_entropy_loss(output, labels);
+  };
+  for (const std::int64_t workers : {1, 2, 3, 8}) {
+    microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{},
+                                      {.strength = 0.1, .micro_batch_size = 4, .workers = workers});
+    for (int first = 0; first < 6; ++first) {
+      failing.clear();
+      for (int call = first; call < 6; ++call) {
+        failing.insert(call);
+      }
+      calls = 0;
+      const Watch watch(*model);
+      CHECK(message_of<std::runtime_error>([&] { (void)regularizer.backward(input, target); }) ==
+            "call " + std::to_string(first));
+      CHECK(calls == first + 1);
+      CHECK(watch.unchanged());
+      CHECK(regularizer.step() == 0);
+    }
+  }
+}
+
+TEST_CASE("an error while differentiating stops the others", "[workers]") {
+  torch::manual_seed(1);
+  NoisyNet model;
+  const torch::Tensor input = torch::randn({24, 2, 9, 9});
+  const torch::Tensor target = torch::randint(networks::classes, {24});
+  int calls = 0;
+  int from = 0;
+  const auto loss = [&](const torch::Tensor& output, const torch::Tensor& labels) {
+    const torch::Tensor plain = torch::cross_entropy_loss(output, labels);
+    // ctc_loss has no second derivative.
+    return calls++ < from
+               ? plain
+               : plain + torch::ctc_loss(torch::log_softmax(output, 1).unsqueeze(1), torch::ones({1, 2}, torch::kLong),
+                                         torch::full({1}, output.size(0)), torch::full({1}, 2));
+  };
+  for (from = 0; from < 6; ++from) {
+    calls = 0;
+    microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{},
+                                      {.strength = 0.1, .micro_batch_size = 4, .workers = 3});
+    const Watch watch(*model);
+    CHECK(has(message_of<microreg::ModelError>([&] { (void)regularizer.backward(input, target); }),
+              {"ctc_loss", "second derivative"}));
+    CHECK(calls <= from + 3);
+    CHECK(watch.unchanged());
+  }
+}
+
+TEST_CASE("what is no std::exception comes out of a worker too", "[workers]") {
+  torch::manual_seed(1);
+  NoisyNet model;
+  const auto loss = [](const torch::Tensor& output, const torch::Tensor& /*labels*/) {
+    return output.size(0) == 4 ? output.square().mean() : throw 42;
+  };
+  microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{}, {.micro_batch_size = 4, .workers = 2});
+  const torch::Tensor input = torch::randn({11, 2, 9, 9});
+  const torch::Tensor target = torch::randint(networks::classes, {11});
+  const Watch watch(*model);
+  CHECK_THROWS_AS(regularizer.backward(input, target), int);
+  CHECK(watch.unchanged());
+}
+
+TEST_CASE("a forward pass that writes to a parameter or buffer later than the first one is refused", "[workers]") {
+  torch::manual_seed(1);
+  torch::nn::Linear model(6, networks::classes);
+  const torch::Tensor scale = model->register_buffer("scale", torch::ones({networks::classes}));
+  int calls = 0;
+  int writes_at = 1;
+  microreg::Regularizer regularizer(model,
+                                    [&](const torch::Tensor& output, const torch::Tensor& labels) {
+                                      if (calls++ == writes_at) {
+                                        scale.mul_(2);
+                                      }
+                                      return torch::cross_entropy_loss(output * scale, labels);
+                                    },
+                                    microreg::GradientNorm{}, {.micro_batch_size = 4, .workers = 2});
+  const torch::Tensor input = torch::randn({12, 6});
+  const torch::Tensor target = torch::randint(networks::classes, {12});
+  const Watch watch(*model);
+  CHECK(has(message_of<microreg::ModelError>([&] { (void)regularizer.backward(input, target); }),
+            {"[5]", "workers = 0"}));
+  CHECK(watch.unchanged());
+  calls = 0;
+  writes_at = 0;  // from the first pass on: in order
+  CHECK_NOTHROW(regularizer.backward(input, target));
+}
+
+TEST_CASE("a step with workers leaves the number of threads alone", "[workers]") {
+  const int before = at::get_num_threads();
+  NoisyNet model;
+  std::set<int> inside;
+  const auto loss = [&](const torch::Tensor& output, const torch::Tensor& labels) {
+    inside.insert(at::get_num_threads());
+    return torch::cross_entropy_loss(output, labels);
+  };
+  microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{}, {.micro_batch_size = 4, .workers = 2});
+  (void)regularizer.backward(torch::randn({12, 2, 9, 9}), torch::randint(networks::classes, {12}));
+  CHECK(inside == std::set<int>{1});
+  CHECK(at::get_num_threads() == before);
+  int elsewhere = 0;
+  std::thread([&] { elsewhere = at::get_num_threads(); }).join();
+  CHECK(elsewhere == before);
+}
+
+TEST_CASE("a negative number of workers is refused", "[workers]") {
+  torch::nn::Linear model(6, networks::classes);
+  CHECK(has(message_of<microreg::OptionError>(
+                [&] { (void)microreg::Regularizer(model, cross_entropy, microreg::GradientNorm{}, {.workers = -1}); }),
+            {"workers is -1", "0"}));
+}
