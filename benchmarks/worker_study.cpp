@@ -38,7 +38,9 @@ class BusyProcesses {
       }
       if (child == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
-        for (volatile std::uint64_t n = 0;; n = n + 1) {
+        volatile std::uint64_t count_up = 0;
+        while (true) {
+          count_up = count_up + 1;
         }
       }
       children_.push_back(child);

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes README.md, docs/*.md and the other pages into a folder, for Doxygen: docs/reference_pages.py FOLDER.
 
-Doxygen gives headings other anchors than Markdown sites do, so each gets the one that links use, unique to its page, and
-links between pages are written as references to these. Links to files of the sources become their names.
+Doxygen gives headings other anchors than Markdown sites do, so each gets the one that links use, unique to its page,
+and links between pages are written as references to these. Links to files of the sources become their names.
 """
 
 import pathlib
@@ -11,6 +11,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)]*)\)")
 
 
 def label(page):
@@ -22,15 +23,15 @@ def anchor(heading):
     return re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-")
 
 
-def outside_of_code(line, change):
+def outside_of_code(text, change):
     """`change` applied to what does not stand between backticks; a link's text may have some."""
-    parts = re.split(r"(\[[^\]]*\]\([^)]*\)|`[^`]*`)", line)
+    parts = re.split(r"(\[[^\]]*\]\([^)]*\)|`[^`]*`)", text)
     return "".join(change(part) if not part.startswith("`") else part for part in parts)
 
 
 def converted(page):
     def link(match):
-        bang, text, target = match[1], match[2], match[3]
+        bang, text, target = match[1], " ".join(match[2].split()), match[3]
         if re.match("[a-z]+:", target):
             return match[0]
         path, _, heading = target.partition("#")
@@ -42,18 +43,25 @@ def converted(page):
         name = label(file) + ("_" + heading.replace("-", "_") if heading else "")
         return f'\\ref {name} "{text.replace("`", "")}"'
 
-    lines, code, first = [], False, True
+    lines, paragraph, code, first = [], [], False, True
+
+    def end_paragraph():
+        text = outside_of_code("\n".join(paragraph), lambda part: LINK.sub(link, part))
+        lines.extend(text.split("\n") if paragraph else [])
+        paragraph.clear()
+
     for line in page.read_text().splitlines():
-        if line.startswith("```"):
-            code = not code
-        elif not code and not line.startswith("    "):
-            heading = re.match("(#+) (.*)", line)
-            if heading:
+        code = code != line.startswith("```")
+        heading = re.match("(#+) (.*)", line)
+        if code or line.startswith(("```", "    ")) or not line or heading:
+            end_paragraph()
+            if heading and not code:
                 name = label(page) + ("" if first else "_" + anchor(heading[2]).replace("-", "_"))
                 line, first = f"{line.replace('`', '')} {{#{name}}}", False
-            else:
-                line = outside_of_code(line, lambda part: re.sub(r"(!?)\[([^\]]*)\]\(([^)]*)\)", link, part))
-        lines.append(line)
+            lines.append(line)
+        else:
+            paragraph.append(line)
+    end_paragraph()
     return "\n".join(lines) + "\n"
 
 

@@ -24,5 +24,5 @@ find "$microreg_build_dir" -name '*.gcda' -delete
 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive "$microreg_build_dir/tests/microreg_tests" | tail -n 3
 # A line in a template is run if it is in one of its instances.
 "$venv/bin/gcovr" --root "$microreg_root" --object-directory "$microreg_build_dir" --filter "$microreg_root/include/" \
-  --exclude-throw-branches --merge-mode-functions=merge-use-line-0 --gcov-ignore-parse-errors \
+  --merge-mode-functions=merge-use-line-0 --merge-lines --gcov-ignore-parse-errors \
   --txt "$microreg_build_dir/lines.txt" --print-summary --fail-under-line 95 "$microreg_build_dir"

@@ -24,6 +24,7 @@ microreg_require g++=c++ catch2 libfmt-dev libcli11-dev nlohmann-json3-dev libbe
 compiler="${CXX:-g++}"
 cache="${MICROREG_VERSIONS_DIR:-build/versions}"
 mkdir -p "$cache"
+cache="$(cd "$cache" && pwd -P)"
 
 python=python3
 if ! python3 -m pip --version >/dev/null 2>&1; then
@@ -109,7 +110,7 @@ cpu_seconds() {
 
 # check VERSION: prints a row of the table; fails unless everything compiled and all tests passed.
 check() {
-  local version="$1" folder="$PWD/$cache/$1" begin row abi remarks="" problem=""
+  local version="$1" folder="$cache/$1" begin row abi remarks="" problem=""
   begin="$(cpu_seconds)"
   row() { # compiled, passed, assertions, remarks
     printf '| %s | %s | %s | %s | %s | %s s | %s |\n' "$version" "$abi" "$1" "$2" "$3" \

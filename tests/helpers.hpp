@@ -31,6 +31,34 @@ inline torch::Tensor flat_grad(const std::vector<torch::Tensor>& parameters) {
   return torch::cat(parts);
 }
 
+/// Gradients by `parameters` in one float64 vector; zeros where one is undefined.
+inline torch::Tensor flattened(const std::vector<torch::Tensor>& gradients,
+                               const std::vector<torch::Tensor>& parameters) {
+  std::vector<torch::Tensor> parts;
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    const torch::Tensor part = gradients[i].defined() ? gradients[i] : torch::zeros_like(parameters[i]);
+    parts.push_back(part.detach().flatten().to(torch::kFloat64));
+  }
+  return torch::cat(parts);
+}
+
+/// || grad loss ||^2 in float64, with its graph, composed of LibTorch's operations: what penalties are compared with.
+inline torch::Tensor squared_norm_by_hand(const torch::Tensor& loss, const std::vector<torch::Tensor>& parameters) {
+  torch::Tensor sum = torch::zeros({}, torch::kFloat64);
+  for (const torch::Tensor& g : torch::autograd::grad({loss}, parameters, {}, true, true, true)) {
+    sum = g.defined() ? sum + (g * g.conj()).sum().to(torch::kFloat64) : sum;
+  }
+  return sum;
+}
+
+/// Its gradient, flat.
+inline torch::Tensor penalty_by_hand(const torch::Tensor& loss, const std::vector<torch::Tensor>& parameters) {
+  const torch::Tensor value = squared_norm_by_hand(loss, parameters);
+  return flattened(value.requires_grad() ? torch::autograd::grad({value}, parameters, {}, false, false, true)
+                                         : std::vector<torch::Tensor>(parameters.size()),
+                   parameters);
+}
+
 /// || a - b || / || b ||, in float64.
 inline double relative_error(const torch::Tensor& a, const torch::Tensor& b) {
   const torch::Tensor exact = b.detach().to(torch::kCPU, torch::kFloat64);

@@ -93,18 +93,7 @@ Tensor written_by_hand(const Fresh& fresh) {
   const Setup s = fresh();
   torch::manual_seed(11);
   (void)s.loss(s.model.function(data[0].x.clone()), data[0].y.clone());
-  const Tensor loss = s.loss(s.model.function(data[1].x.clone()), data[1].y.clone());
-  Tensor value = torch::zeros({}, torch::kFloat64);
-  for (const Tensor& g : torch::autograd::grad({loss}, s.model.parameters, {}, true, true, true)) {
-    value = g.defined() ? value + g.square().sum().to(torch::kFloat64) : value;
-  }
-  const auto result = torch::autograd::grad({value}, s.model.parameters, {}, false, false, true);
-  Tensors flat;
-  for (std::size_t i = 0; i < result.size(); ++i) {
-    flat.push_back(
-        (result[i].defined() ? result[i] : torch::zeros_like(s.model.parameters[i])).flatten().to(torch::kDouble));
-  }
-  return torch::cat(flat).detach();
+  return penalty_by_hand(s.loss(s.model.function(data[1].x.clone()), data[1].y.clone()), s.model.parameters);
 }
 
 /// The penalty's part of .grad in the second step.

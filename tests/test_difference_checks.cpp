@@ -68,18 +68,7 @@ Tensor penalty_part(const Model& model, const Loss& loss, const Tensor& x, const
 /// The same by hand.
 Tensor by_hand(const Model& model, const Loss& loss, const Tensor& x, const Tensor& y) {
   torch::manual_seed(11);
-  const Tensor value = loss(model.function(x.clone()), y.clone());
-  Tensor sum = torch::zeros({}, torch::kFloat64);
-  for (const Tensor& g : torch::autograd::grad({value}, model.parameters, {}, true, true, true)) {
-    sum = g.defined() ? sum + g.square().sum().to(torch::kFloat64) : sum;
-  }
-  const auto result = torch::autograd::grad({sum}, model.parameters, {}, false, false, true);
-  std::vector<Tensor> flat;
-  for (std::size_t i = 0; i < result.size(); ++i) {
-    flat.push_back(
-        (result[i].defined() ? result[i] : torch::zeros_like(model.parameters[i])).flatten().to(torch::kFloat64));
-  }
-  return torch::cat(flat).detach();
+  return penalty_by_hand(loss(model.function(x.clone()), y.clone()), model.parameters);
 }
 
 /// What an error of this library says, or nothing where there is none.

@@ -142,6 +142,9 @@ TEST_CASE("one logit a sample is one event", "[distributions]") {
 TEST_CASE("distributions reject what they cannot read", "[distributions]") {
   CHECK(has(message_of<microreg::ModelError>([] { (void)microreg::Categorical{}.sample(torch::ones({4}), {}); }),
             {"Categorical", "[4]", "Bernoulli"}));
+  // Of one class every label is certain: the trace would be 0, whatever the network.
+  CHECK(has(message_of<microreg::ModelError>([] { (void)microreg::Categorical{}.sample(torch::ones({4, 1}), {}); }),
+            {"Categorical", "[4, 1]", "Bernoulli"}));
   for (const double deviation : {0.0, -1.0, std::nan("")}) {
     CHECK(has(
         message_of<microreg::OptionError>([&] { (void)microreg::Gaussian{deviation}.sample(torch::ones({4}), {}); }),

@@ -29,16 +29,9 @@ Tensor cross_entropy_of(const Tensor& o, const Tensor& y) { return torch::cross_
 /// The gradient of loss + strength * || grad loss ||^2, composed of LibTorch's operations, and the value of the
 /// penalty.
 std::pair<Tensor, double> textbook(const Tensor& loss, const Tensors& parameters, double strength) {
-  Tensor value = torch::zeros({}, torch::kFloat64);
-  for (const Tensor& g : torch::autograd::grad({loss}, parameters, {}, true, true, true)) {
-    value = g.defined() ? value + g.square().sum() : value;
-  }
-  Tensors flat;
+  const Tensor value = squared_norm_by_hand(loss, parameters);
   const auto gradients = torch::autograd::grad({loss + strength * value}, parameters, {}, false, false, true);
-  for (std::size_t i = 0; i < parameters.size(); ++i) {
-    flat.push_back((gradients[i].defined() ? gradients[i] : torch::zeros_like(parameters[i])).flatten());
-  }
-  return {torch::cat(flat), value.item<double>()};
+  return {flattened(gradients, parameters), value.item<double>()};
 }
 
 /// `.grad` of one step, and the reported value of the penalty.

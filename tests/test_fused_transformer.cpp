@@ -143,6 +143,19 @@ TEST_CASE("fused softmax equals stock over shapes and types", "[fused]") {
   }
 }
 
+TEST_CASE("rows shorter than a vector, in channels-last", "[fused]") {
+  for (const torch::Dtype type : {torch::kFloat64, torch::kFloat32}) {
+    INFO(type);
+    const auto map = [](const torch::Tensor& t) {
+      return t.detach().contiguous(torch::MemoryFormat::ChannelsLast).requires_grad_();
+    };
+    auto inputs = normalised({2, 3, 4, 3}, 1, type, true, false, {true, true, true});
+    inputs[0] = map(inputs[0]);
+    CHECK(fused_error(layer_norm(1), inputs) < tolerance(type));
+    CHECK(fused_error(softmax(-1), {inputs[0]}) < tolerance(type));
+  }
+}
+
 TEST_CASE("inside a scope layer normalisation, GELU and softmax are ours", "[fused]") {
   const auto has_node = [](const Function& function, const std::vector<torch::Tensor>& inputs, bool fused,
                            const char* name) {

@@ -2,6 +2,7 @@
 #include "fused_helpers.hpp"
 #include "networks.hpp"
 
+#include <ATen/autocast_mode.h>
 #include <microreg/autocast.hpp>
 #include <microreg/microreg.hpp>
 

@@ -330,8 +330,10 @@ TEST_CASE("a Regularizer that its own loss assigns to ends its step first", "[re
   microreg::Regularizer<> regularizer;
   const auto loss = [&](const torch::Tensor& output, const torch::Tensor& y) {
     regularizer = microreg::Regularizer<>();
+    regularizer.set_step(7);
     return torch::cross_entropy_loss(output, y);
   };
   regularizer = {model, loss, microreg::GradientNorm{}, {.micro_batch_size = 4}};
   CHECK(regularizer.backward(batch.input, batch.target).micro_batches() == 2);
+  CHECK(regularizer.step() == 8);  // the new one's, and one more
 }

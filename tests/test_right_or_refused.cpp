@@ -38,19 +38,7 @@ Tensor random_leaf(at::IntArrayRef shape, double scale = 0.5, torch::ScalarType 
 Tensor written_by_hand(const MakeModel& make, const Loss& loss, const Tensor& x, const Tensor& y) {
   const Model model = make();
   torch::manual_seed(11);
-  Tensor value = torch::zeros({}, torch::kFloat64);
-  for (const Tensor& g :
-       torch::autograd::grad({loss(model.function(x.clone()), y.clone())}, model.parameters, {}, true, true, true)) {
-    value = g.defined() ? value + (g * g.conj()).sum().to(torch::kFloat64) : value;
-  }
-  const auto result = value.requires_grad() ? torch::autograd::grad({value}, model.parameters, {}, false, false, true)
-                                            : Tensors(model.parameters.size());
-  Tensors flat;
-  for (std::size_t i = 0; i < result.size(); ++i) {
-    flat.push_back(
-        (result[i].defined() ? result[i] : torch::zeros_like(model.parameters[i])).flatten().to(torch::kFloat64));
-  }
-  return torch::cat(flat).detach();
+  return penalty_by_hand(loss(model.function(x.clone()), y.clone()), model.parameters);
 }
 
 /// The penalty's part of .grad by one estimator.

@@ -37,25 +37,15 @@ struct ByHand {
 ByHand by_hand(const Forward& forward, const Loss& loss, const Tensors& weights, const Tensor& x, const Tensor& y,
                std::int64_t size) {
   ByHand result;
-  const auto add = [&](Tensor& sum, const Tensors& gradients, double weight) {
-    Tensors flat;
-    for (std::size_t i = 0; i < weights.size(); ++i) {
-      flat.push_back((gradients[i].defined() ? gradients[i] : torch::zeros_like(weights[i])).detach().flatten());
-    }
-    const Tensor term = torch::cat(flat).to(torch::kFloat64) * weight;
-    sum = sum.defined() ? sum + term : term;
+  const auto add = [](Tensor& sum, const Tensor& gradients, double weight) {
+    sum = (sum.defined() ? sum : torch::zeros({}, torch::kFloat64)) + gradients * weight;
   };
   for (std::int64_t begin = 0; begin < x.size(0); begin += size) {
     const std::int64_t count = std::min(size, x.size(0) - begin);
     const double weight = static_cast<double>(count) / static_cast<double>(x.size(0));
-    const Tensors g = torch::autograd::grad({loss(forward(x.narrow(0, begin, count)), y.narrow(0, begin, count))},
-                                            weights, {}, true, true, true);
-    Tensor squares = torch::zeros({}, weights.front().options().requires_grad(false));
-    for (const Tensor& each : g) {
-      squares = each.defined() ? squares + each.square().sum() : squares;
-    }
-    add(result.of_loss, g, weight);
-    add(result.of_penalty, torch::autograd::grad({squares}, weights, {}, false, false, true), weight);
+    const Tensor value = loss(forward(x.narrow(0, begin, count)), y.narrow(0, begin, count));
+    add(result.of_loss, flattened(torch::autograd::grad({value}, weights, {}, true, false, true), weights), weight);
+    add(result.of_penalty, penalty_by_hand(value, weights), weight);
   }
   return result;
 }
@@ -212,7 +202,7 @@ TEST_CASE("situations: layers, routing and noise", "[situations]") {
                  {w, codes, o},
                  normal({10, 6}),
                  torch::randint(5, {10}),
-                 [](const Tensor& o, const Tensor& y) { return entropy_loss(o.tanh(), y) + o.square().mean(); }};
+                 [](const Tensor& out, const Tensor& y) { return entropy_loss(out.tanh(), y) + out.square().mean(); }};
        }},
       {"a network that differentiates itself",
        []() -> Situation {

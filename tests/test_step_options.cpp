@@ -30,16 +30,9 @@ Tensor combined(const TensorList& losses, const std::vector<double>& weights,
                 const std::vector<double>& penalty_weights, double strength, const TensorList& parameters) {
   Tensor sum = torch::zeros({}, torch::kFloat64);
   for (std::size_t i = 0; i < losses.size(); ++i) {
-    sum = sum + weights[i] * losses[i];
-    for (const Tensor& g : torch::autograd::grad({losses[i]}, parameters, {}, true, true, true)) {
-      sum = g.defined() ? sum + penalty_weights[i] * strength * g.square().sum() : sum;
-    }
+    sum = sum + weights[i] * losses[i] + penalty_weights[i] * strength * squared_norm_by_hand(losses[i], parameters);
   }
-  TensorList flat;
-  for (const Tensor& g : torch::autograd::grad({sum}, parameters)) {
-    flat.push_back(g.flatten());
-  }
-  return torch::cat(flat);
+  return flattened(torch::autograd::grad({sum}, parameters), parameters);
 }
 
 Tensor label_loss(const Tensor& o, const Tensor& y) { return torch::cross_entropy_loss(o, y); }
@@ -222,6 +215,10 @@ TEST_CASE("a loss that says what it is a mean over", "[step options]") {
     CHECK(relative_error(flat_grad(model->parameters()), expected) < 1e-6);
     CHECK(report.loss.item<double>() == Approx(sum(0, 10).item<double>() / 4).epsilon(1e-12));
   }
+  Regularizer alike(model, counted, GradientNorm{},
+                    {.micro_batch_size = 4, .weighting = microreg::Weighting::reference});
+  CHECK(has(message_of<OptionError>([&] { (void)alike.backward(batch.input, labels); }),
+            {"Weighting::reference", "CountedLoss"}));
   labels.fill_(-100);
   Regularizer r(model, counted, GradientNorm{}, {.micro_batch_size = 4});
   CHECK(has(message_of<ModelError>([&] { (void)r.backward(batch.input, labels); }), {"counts", "0"}));

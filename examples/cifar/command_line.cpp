@@ -179,6 +179,10 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv) {
       "Example:\n"
       "  microreg_cifar --method gradient-norm --image-size 16 --steps 300 --output runs/gradient-norm");
 
+  // CLI11 2.1 takes one for the name of an option group, which has none, and never ends.
+  if (std::any_of(argv, argv + argc, [](const char* argument) { return *argument == '\0'; })) {
+    throw UsageError("an argument is empty; leave it out, with the option before it if it is that one's value");
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -2,6 +2,8 @@
 
 #include <microreg/distributed/report.hpp>
 
+#include <algorithm>
+#include <cstdint>
 #include <utility>
 
 #include "random_streams.hpp"
@@ -38,7 +40,7 @@ microreg::RegularizerOptions regularizer_options(const Options& options,
           .weighting = options.weighting == WeightingName::samples ? microreg::Weighting::samples
                                                                    : microreg::Weighting::reference,
           .check_finite = microreg::CheckFinite::always,
-          .workers = options.workers,
+          .workers = std::max<std::int64_t>(options.workers, 0),  // unresolved: micro-batches in order
           .communicator = ranks};
 }
 

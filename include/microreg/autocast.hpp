@@ -2,11 +2,9 @@
 /// Autocast: mixed precision for forward passes, which LibTorch has in C++ without a guard.
 #pragma once
 
-#include <ATen/autocast_mode.h>
 #include <c10/core/DeviceType.h>
 #include <c10/core/ScalarType.h>
-#include <microreg/detail/text.hpp>
-#include <microreg/error.hpp>
+#include <microreg/version.hpp>
 
 namespace microreg::inline MICROREG_ABI {
 
@@ -23,27 +21,10 @@ namespace microreg::inline MICROREG_ABI {
 class Autocast {
  public:
   /// Throws OptionError if `type` is neither kBFloat16 nor kHalf.
-  explicit Autocast(c10::DeviceType device, at::ScalarType type = at::kBFloat16)
-      : device_(device),
-        was_enabled_(at::autocast::is_autocast_enabled(device)),
-        type_before_(at::autocast::get_autocast_dtype(device)) {
-    if (type != at::kBFloat16 && type != at::kHalf) {
-      throw OptionError(detail::text({"the type of Autocast is ", type, "; it must be BFloat16 or Half"}));
-    }
-    at::autocast::set_autocast_enabled(device, true);
-    at::autocast::set_autocast_dtype(device, type);
-    at::autocast::increment_nesting();
-  }
+  explicit Autocast(c10::DeviceType device, at::ScalarType type = at::kBFloat16);
   Autocast(const Autocast&) = delete;
   Autocast& operator=(const Autocast&) = delete;
-  ~Autocast() {
-    // The copies of weights that it keeps are of these weights: the next scope may find others.
-    if (at::autocast::decrement_nesting() == 0) {
-      at::autocast::clear_cache();
-    }
-    at::autocast::set_autocast_dtype(device_, type_before_);
-    at::autocast::set_autocast_enabled(device_, was_enabled_);
-  }
+  ~Autocast();
 
  private:
   c10::DeviceType device_;
@@ -52,3 +33,7 @@ class Autocast {
 };
 
 }  // namespace microreg::inline MICROREG_ABI
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/autocast.hpp>
+#endif

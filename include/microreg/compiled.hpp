@@ -6,6 +6,7 @@
 /// without the definition including this header does nothing.
 #pragma once
 
+#include <microreg/definitions/autocast.hpp>
 #include <microreg/definitions/batch.hpp>
 #include <microreg/definitions/distributed.hpp>
 #include <microreg/definitions/estimator.hpp>

@@ -37,7 +37,8 @@ inline at::Tensor event_sum(const at::Tensor& per_component) {
 }
 }  // namespace detail
 
-/// Class labels from logits [M, C, ...] by softmax over dimension 1, or over `.class_dimension`: -1 for [M, T, C].
+/// Class labels from logits [M, C, ...], C at least 2, by softmax over dimension 1, or over `.class_dimension`: -1 for
+/// [M, T, C].
 struct Categorical {
   std::int64_t class_dimension = 1;  ///< where the classes lie; negative: counted from the end
 
@@ -95,7 +96,7 @@ struct Categorical {
   /// The logits as [M, C, ...].
   [[nodiscard]] at::Tensor checked(const at::Tensor& logits) const {
     if (logits.dim() < 2 || class_dimension == 0 || class_dimension >= logits.dim() ||
-        class_dimension <= -logits.dim()) {
+        class_dimension <= -logits.dim() || logits.size(class_dimension) == 1) {
       throw ModelError(
           detail::text({"Categorical needs logits of shape [M, C, ...], got ", logits.sizes(),
                         " with classes along dimension ", class_dimension, "; for one logit a sample use Bernoulli"}));

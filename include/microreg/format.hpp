@@ -25,6 +25,9 @@ struct fmt::formatter<microreg::Report> {
     if (report.gradient_norm.defined()) {
       out = fmt::format_to(out, ", |grad| {:.6g}", report.gradient_norm.item<double>());
     }
+    if (report.samples == 0) {
+      return out;  // a loss that Penalised was handed does not say of how many
+    }
     return fmt::format_to(out, ", {} samples in {} micro-batch{}", report.samples, report.micro_batches(),
                           report.micro_batches() == 1 ? "" : "es");
   }

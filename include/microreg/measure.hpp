@@ -26,15 +26,8 @@ namespace microreg::inline MICROREG_ABI {
 template <class M, class Loss, class PenaltyOrSum, class Input, class Target>
 [[nodiscard]] Report measure(M&& model, Loss loss, PenaltyOrSum penalty, const Input& input, const Target& target,
                              MeasureOptions options = {}) {
-  using Inputs = detail::Owned<Input>;  // of std::tie, a tuple of values
-  using Targets = detail::Owned<Target>;
-  const auto objective =
-      detail::make_objective<Inputs, Targets>(std::forward<M>(model), std::move(loss), std::move(penalty));
-  const RegularizerOptions as_in_a_step = detail::options_of(std::move(options));
-  const Inputs& inputs = input;
-  const Targets& targets = target;
-  detail::ObjectiveOnBatch<Inputs, Targets> batch(*objective, as_in_a_step, inputs, targets);
-  return detail::measure_step(batch, as_in_a_step);
+  return detail::on_one_batch(std::forward<M>(model), std::move(loss), std::move(penalty), input, target,
+                              detail::options_of(std::move(options)), &detail::measure_step);
 }
 
 }  // namespace microreg::inline MICROREG_ABI

@@ -39,16 +39,11 @@ Verification verify_step(MiniBatch& batch, const RegularizerOptions& options);
 /// ```
 template <class M, class Loss, class PenaltyOrSum, class Input, class Target>
 [[nodiscard]] Verification verify(M&& model, Loss loss, PenaltyOrSum penalty, const Input& input, const Target& target,
-                                  const RegularizerOptions& options = {}) {
-  using Inputs = detail::Owned<Input>;  // of std::tie, a tuple of values
-  using Targets = detail::Owned<Target>;
+                                  RegularizerOptions options = {}) {
   detail::validate(options);
-  const auto objective =
-      detail::make_objective<Inputs, Targets>(std::forward<M>(model), std::move(loss), std::move(penalty));
-  const Inputs& inputs = input;
-  const Targets& targets = target;
-  detail::ObjectiveOnBatch<Inputs, Targets> batch(*objective, options, inputs, targets);
-  return detail::verify_step(batch, options);
+  options.communicator = nullptr;  // of this process alone
+  return detail::on_one_batch(std::forward<M>(model), std::move(loss), std::move(penalty), input, target, options,
+                              &detail::verify_step);
 }
 
 }  // namespace microreg::inline MICROREG_ABI

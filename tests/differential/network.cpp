@@ -29,6 +29,7 @@ class Builder {
     head();
     network_.kind = kind_;
     network_.classes = x_.size(1);
+    network_.outputs = x_.numel() / x_.size(0);
     return std::move(network_);
   }
 

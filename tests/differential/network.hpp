@@ -33,6 +33,7 @@ struct Network {
   std::string description;
   Kind kind = Kind::features;  // of the output
   std::int64_t classes = 0;    // [M, classes, ...]
+  std::int64_t outputs = 0;    // values for each sample
   bool stock_refuses = false;  // LibTorch has no second derivative, or a wrong one, which microreg refuses
 
   [[nodiscard]] Tensor operator()(const Tensor& x, const State& of) const;

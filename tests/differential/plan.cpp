@@ -107,7 +107,9 @@ void choose_penalties(Random& random, Plan& plan) {
     PenaltyTerm term{random.once_in(2) ? PenaltyName::gradient_norm
                                        : static_cast<PenaltyName>(random.below(std::size(penalty_names))),
                      count == 1 ? 1.0 : random.of({0.1, 1.0, 3.0})};
-    if (term.name == PenaltyName::input_jacobian && !plan.input.is_floating_point()) {
+    constexpr std::int64_t most_probes = 12;  // one for each output
+    if ((term.name == PenaltyName::input_jacobian && !plan.input.is_floating_point()) ||
+        (term.name == PenaltyName::jacobian_norm && plan.network.outputs > most_probes)) {
       term.name = PenaltyName::average_jacobian;
     }
     plan.penalties.push_back(term);
@@ -179,9 +181,9 @@ Plan make_plan(std::uint64_t seed) {
   plan.options.gradient_ratio = random.once_in(6);
   plan.options.keep_outputs = random.once_in(6);
   plan.options.loss_scale = random.once_in(6) ? 1024 : 1;
-  plan.description +=
-      c10::str(", weighting ", int(plan.options.weighting), plan.options.gradient_ratio ? ", gradient ratio" : "",
-               plan.options.keep_outputs ? ", keep outputs" : "", plan.options.loss_scale != 1 ? ", loss scale" : "");
+  plan.description += c10::str(
+      ", weighting ", int(plan.options.weighting), plan.options.gradient_ratio ? ", gradient ratio" : "",
+      plan.options.keep_outputs ? ", keep outputs" : "", plan.options.loss_scale.number != 1 ? ", loss scale" : "");
   return plan;
 }
 

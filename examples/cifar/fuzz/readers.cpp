@@ -89,8 +89,9 @@ std::string spoiled_archive(std::string_view bytes) {
     }  // else it is missing
   };
   constexpr double infinity = std::numeric_limits<double>::infinity();
-  constexpr std::int64_t least = std::numeric_limits<std::int64_t>::min();
-  const std::vector<c10::IValue> counts{std::int64_t(3), std::int64_t(-1), least, -least / 2, 0.5};
+  constexpr std::int64_t least = std::numeric_limits<std::int64_t>::min(),
+                         most = std::numeric_limits<std::int64_t>::max();
+  const std::vector<c10::IValue> counts{std::int64_t(3), std::int64_t(-1), least, most, 0.5};
   const std::vector<c10::IValue> numbers{0.5, std::nan(""), infinity, std::int64_t(3)};
   const std::vector<c10::IValue> scalars{torch::ones({}), torch::ones({2}), torch::ones({}, torch::kInt64),
                                          torch::zeros({0}), std::int64_t(3)};

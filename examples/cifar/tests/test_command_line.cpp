@@ -156,6 +156,7 @@ TEST_CASE("requests that cannot be run are refused by name") {
   CHECK_THROWS_WITH(parse({"--image-size", "24"}), Contains("--image-size"));
   CHECK_THROWS_WITH(parse({"--steps", "many"}), Contains("--steps"));
   CHECK_THROWS_AS(parse({"--unknown"}), cifar::UsageError);
+  CHECK_THROWS_WITH(parse({"--steps", "3", ""}), Contains("an argument is empty"));
 }
 
 TEST_CASE("learning rate schedules") {

@@ -73,6 +73,36 @@ MICROREG_INLINE at::Tensor checked_loss(const at::Tensor& value, Reduction reduc
   return reduction == Reduction::mean ? scalar : scalar / size;
 }
 
+MICROREG_INLINE void take_loss(Evaluation& evaluation, LossValue loss, Reduction reduction, std::int64_t size) {
+  evaluation.loss = checked_loss(loss.value, loss.count.has_value() ? Reduction::mean : reduction, size);
+  evaluation.count = loss.count;
+  evaluation.loss_parts = std::move(loss.parts);
+}
+
+MICROREG_INLINE void throw_changed_output(const std::string& who) {
+  throw ModelError(text({who,
+                         " reads the model's output, which the loss has changed in place: use the operation out of "
+                         "place there, or clone() first"}));
+}
+
+MICROREG_INLINE void require_loss_alone(const std::vector<at::Tensor>& probes, const at::Tensor& loss,
+                                        const std::string& who) {
+  if (std::any_of(probes.begin(), probes.end(), [&](const at::Tensor& probe) { return !probe.is_same(loss); })) {
+    throw_changed_output(who);
+  }
+}
+
+MICROREG_INLINE void add_parameters_of_loss(const torch::nn::Module& loss, std::vector<NamedParameter>& parameters) {
+  for (auto& [name, tensor] : named_parameters_of(loss)) {
+    parameters.push_back({"loss." + name, tensor});
+  }
+}
+
+MICROREG_INLINE void add_buffers_of_loss(const torch::nn::Module& loss, std::vector<at::Tensor>& buffers) {
+  const std::vector<at::Tensor> own = loss.buffers();
+  buffers.insert(buffers.end(), own.begin(), own.end());
+}
+
 MICROREG_INLINE LossValue mean_of(const CountedLoss& loss) {
   if (!loss.sum.defined() || !loss.count.defined() || loss.count.numel() != 1) {
     throw ModelError("a CountedLoss needs a sum and a count, each a tensor of one value");
@@ -272,6 +302,7 @@ class Step {
         strengths_(strengths_at(batch, options, step)),
         parameters_(trainable(all_parameters(batch, options), options.select)),
         parts_(batch.parts()),
+        active_(parameters_, options.estimator.differences() != nullptr),
         buffers_(batch.buffers()),
         snapshot_(checked_snapshot()),
         sums_{std::vector<at::Tensor>(parameters_.tensors.size()),
@@ -285,7 +316,6 @@ class Step {
   /// to.
   template <class Steps>
   Report guarded(const Steps& steps) {
-    const ActiveStep active(parameters_, options_.estimator.differences() != nullptr);
     SnapshotMemory* const memory = batch_.memory();
     draws_.emplace(memory == nullptr || memory->draws, snapshot_.generators());
     try {
@@ -423,7 +453,7 @@ class Step {
   void estimate_part(std::int64_t i, Turns& turns, const Choice& choice, const Estimate& estimate) {
     const Part& part = parts_[static_cast<std::size_t>(i)];
     const bool penalised = choice.chosen[static_cast<std::size_t>(part.index)];
-    Weights weights{part.weight * loss_scale(), penalised ? part.weight * choice.factor : 0.0, strengths_};
+    Weights weights{part.weight * total_scale(), penalised ? part.weight * choice.factor : 0.0, strengths_};
     UntrainedLeaves untrained;
     turns.await(Turns::Stage::forward, i);
     const OwnDraws::Here draws(*draws_);
@@ -434,6 +464,12 @@ class Step {
     }
     const auto keep = [&](Evaluation& evaluation) {
       if (evaluation.count.has_value()) {
+        if (options_.weighting == Weighting::reference) {
+          throw OptionError(
+              "weighting is Weighting::reference, which counts micro-batches alike, and the loss returns a "
+              "CountedLoss, "
+              "by whose counts they weigh; return the mean from the loss, or leave weighting at Weighting::samples");
+        }
         counts_.push_back(*evaluation.count);
         // Relative to the first, and not 0, by which a difference would divide; all of them are scaled at the end.
         const double relative = std::max(*evaluation.count / std::max(counts_.front(), 1.0), 1e-30);
@@ -479,14 +515,15 @@ class Step {
   }
 
   /// |B| where the loss keeps the scale of a sum, otherwise 1.
-  [[nodiscard]] double loss_scale() const {
+  [[nodiscard]] double total_scale() const {
     return options_.reduction == Reduction::total ? static_cast<double>(ranks_.samples()) : 1;
   }
 
   /// Whether recurrent networks are looked for in this micro-batch: always if a module is one, once if nobody knows.
   [[nodiscard]] bool watches_recurrent(const Part& part) const {
     return std::any_of(parameters_.names.begin(), parameters_.names.end(), [&](const std::string& name) {
-      return name.find("weight_ih") != std::string::npos || (part.index == 0 && name.starts_with("parameters["));
+      return name.find("weight_ih") != std::string::npos ||
+             (part.index == parts_.front().index && name.starts_with("parameters["));
     });
   }
 
@@ -513,12 +550,7 @@ class Step {
     check_devices(batch_, options_, parameters_.tensors);
     check_parameters(parameters_);
     SnapshotMemory* const memory = batch_.memory();
-    Hash objective;
-    for (std::size_t i = 0; i < batch_.terms(); ++i) {
-      objective.add(batch_.term(i).name);
-      objective.add(strengths_[i]);
-    }
-    ranks_.enter({options_, parameters_, buffers_, objective.value(), memory}, parts_);
+    ranks_.enter({options_, parameters_, buffers_, batch_, strengths_, memory}, parts_);
     std::vector<at::Tensor> tensors = buffers_;
     const std::vector<at::Tensor>& written =
         memory != nullptr && !memory->first ? memory->written : parameters_.tensors;
@@ -558,7 +590,7 @@ class Step {
     }
     result.micro_batch_losses = at::stack(losses_);
     result.loss = weighted_sum(losses_, parts_);
-    if (const double scale = counts_.empty() ? loss_scale() : 1; scale != 1) {
+    if (const double scale = counts_.empty() ? total_scale() : 1; scale != 1) {
       result.loss = result.loss * scale;
     }
     require_equal_parts();
@@ -654,6 +686,7 @@ class Step {
   std::vector<double> strengths_;
   Parameters parameters_;
   std::vector<Part> parts_;
+  ActiveStep active_;  // before anything is copied that another thread may be moving
   std::vector<at::Tensor> buffers_;
   Snapshot snapshot_;
   Sums sums_;
@@ -682,7 +715,7 @@ inline void require_plain_input(const MiniBatch& batch) {
 /// The gradient of weight * loss.
 inline WeightedGradients loss_gradient(const at::Tensor& loss, double weight, const Scale& scale,
                                        const Parameters& parameters, bool retain_graph) {
-  return {gradients({loss}, parameters.tensors, {scale.seed(loss)}, retain_graph, /*create_graph=*/false, "the loss"),
+  return {gradients({loss}, parameters.tensors, scale.seeds(loss), retain_graph, /*create_graph=*/false, "the loss"),
           scale.over(weight)};
 }
 
@@ -880,7 +913,8 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
       }
     }
     update.write();
-    progress = next;
+    progress.proof = next.proof;  // and no more: a callable may have set or replaced the rest
+    progress.scale = next.scale;
     return report;
   });
 }

@@ -8,8 +8,8 @@
 #include <c10/core/Allocator.h>
 #include <c10/util/Exception.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
-#include <torch/csrc/autograd/node.h>
 #include <microreg/definitions/step.hpp>
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/finite.hpp>

@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/libtorch.hpp>
 
 #include <functional>

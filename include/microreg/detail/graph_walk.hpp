@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/tensor.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/version.hpp>
 
 #include <algorithm>

@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/interception.hpp>
 #include <microreg/detail/notice_board.hpp>
 #include <microreg/detail/text.hpp>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/fused/norm_kernels.hpp>
 #include <microreg/fused/normalisation.hpp>
 #include <microreg/fused/rule.hpp>

@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/fused/rule.hpp>
 #include <microreg/fused/weight_gradient.hpp>
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/interceptors.hpp>
 #include <microreg/fused/norm_kernels.hpp>
 #include <microreg/fused/normalisation.hpp>

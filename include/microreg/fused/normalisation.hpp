@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/fused/rule.hpp>
 
 #include <algorithm>

@@ -136,10 +136,11 @@ class RowTensors {
         d_dy_(at::empty_like(x_)),
         d_x_(at::empty_like(x_)) {}
 
-  /// A tensor with as many elements in its last dimension as those of the call have now.
+  /// A tensor with as many elements in its last dimension as those of the call have now. Padding keeps the layout, so
+  /// that of channels-last is no sequence of rows yet.
   static at::Tensor padded(const at::Tensor& tensor) {
     const std::int64_t missing = Lanes<T>::count - tensor.size(-1);
-    return missing > 0 ? at::constant_pad_nd(tensor, {0, missing}) : tensor.contiguous();
+    return (missing > 0 ? at::constant_pad_nd(tensor, {0, missing}) : tensor).contiguous();
   }
   [[nodiscard]] at::Tensor unpadded(const at::Tensor& tensor) const {
     return tensor.size(-1) == length_ ? tensor : tensor.narrow(-1, 0, length_).contiguous();

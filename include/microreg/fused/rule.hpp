@@ -13,6 +13,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/interception.hpp>
 #include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/plain_tensors.hpp>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/fused/rule.hpp>
 
 #include <cstdint>

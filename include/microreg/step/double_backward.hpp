@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/graph_node.hpp>
 #include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
@@ -116,7 +117,7 @@ class DoubleBackward {
     if (!loss_gradient_.empty() && (apart_ || !penalised)) {
       result.push_back({std::move(loss_gradient_), scale_.over(weight)});
     } else if (apart_ || !scale_.is_one()) {
-      result.push_back({gradients({evaluation_.loss}, parameters_.tensors, {scale_.seed(evaluation_.loss)},
+      result.push_back({gradients({evaluation_.loss}, parameters_.tensors, scale_.seeds(evaluation_.loss),
                                   penalised || evaluation_.shares_graph, /*create_graph=*/false, "the loss"),
                         scale_.over(weight)});
     } else {
@@ -142,7 +143,7 @@ class DoubleBackward {
   /// differentiated by all parameters and kept, since that may be all that is needed.
   std::vector<at::Tensor> probe_gradient(const TermInfo& term, const at::Tensor& probe, bool wanted) {
     const auto differentiate = [&](const std::vector<at::Tensor>& inputs) {
-      return gradients({probe}, inputs, seeds_of(probe), /*retain_graph=*/true, /*create_graph=*/wanted, term.name);
+      return gradients({probe}, inputs, scale_.seeds(probe), /*retain_graph=*/true, /*create_graph=*/wanted, term.name);
     };
     std::vector<at::Tensor> counted;
     if (!term.by_input && !wanted && probe.is_same(evaluation_.loss)) {
@@ -153,10 +154,6 @@ class DoubleBackward {
     }
     require_dependence(term, counted, parameters_);
     return defined(counted);
-  }
-
-  [[nodiscard]] std::vector<at::Tensor> seeds_of(const at::Tensor& probe) const {
-    return scale_.is_one() ? std::vector<at::Tensor>() : std::vector<at::Tensor>{scale_.seed(probe)};
   }
 
   /// From S g to the seed: apart, it is g itself for the strongest penalty, and 2 * largest / S is left to the end.

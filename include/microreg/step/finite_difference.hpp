@@ -210,7 +210,7 @@ class FiniteDifference final : public Differences {
   }
 
   /// A displacement is proven at one scale of what it moves: biases that were zero, or a layer scale that has grown,
-  /// ask for another one. On a device, where reading would wait, the gap has to do.
+  /// ask for another one. On a device, where reading would wait, and where nothing is looked at, the gap has to do.
   [[nodiscard]] bool has_another_scale() {
     const double now = moved_norm();
     return settings_.step == 0 && (now > 2 * proof_.moved_norm || 2 * now < proof_.moved_norm);
@@ -226,7 +226,8 @@ class FiniteDifference final : public Differences {
   }
 
   double moved_norm() {
-    return squared_parameter_norm().is_cpu() ? std::sqrt(squared_parameter_norm().item<double>()) : 0.0;
+    const bool looks = looks_ != CheckFinite::never && squared_parameter_norm().is_cpu();
+    return looks ? std::sqrt(squared_parameter_norm().item<double>()) : 0.0;
   }
 
   /// Whether there will be further passes.

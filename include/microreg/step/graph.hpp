@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/variable.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/graph_walk.hpp>
 #include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/text.hpp>

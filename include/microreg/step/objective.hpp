@@ -75,6 +75,18 @@ struct LossValue {
 /// sum / count, and the count. Throws ModelError for one that is no number above or at 0.
 LossValue mean_of(const CountedLoss& loss);
 
+/// The checked loss of `size` samples, its parts and its count, as the evaluation's own.
+void take_loss(Evaluation& evaluation, LossValue loss, Reduction reduction, std::int64_t size);
+
+/// Throws ModelError: `who` would read an output that is no longer the model's.
+[[noreturn]] void throw_changed_output(const std::string& who);
+/// Throws the same if one of `probes` is another tensor than the loss.
+void require_loss_alone(const std::vector<at::Tensor>& probes, const at::Tensor& loss, const std::string& who);
+
+/// The parameters and buffers of a loss that is a module, behind those of the model.
+void add_parameters_of_loss(const torch::nn::Module& loss, std::vector<NamedParameter>& parameters);
+void add_buffers_of_loss(const torch::nn::Module& loss, std::vector<at::Tensor>& buffers);
+
 template <class Value>
 LossValue loss_value(Value&& value) {
   if constexpr (std::is_convertible_v<Value, at::Tensor>) {
@@ -179,9 +191,8 @@ class PassEvaluation final : public Evaluation {
   [[nodiscard]] std::vector<at::Tensor> probes(std::size_t term, Draws* draws) const override {
     const OptionalAutocast half(options_.autocast, loss.device().type());
     auto result = penalty_.terms()[term].probes({input_, output_, target_, loss, options_.generator, draws});
-    if (output_was_changed_ &&
-        std::any_of(result.begin(), result.end(), [&](const at::Tensor& probe) { return !probe.is_same(loss); })) {
-      throw_changed(penalty_.terms()[term].name);
+    if (output_was_changed_) {
+      require_loss_alone(result, loss, penalty_.terms()[term].name);
     }
     return result;
   }
@@ -202,7 +213,7 @@ class PassEvaluation final : public Evaluation {
   void compare_output_version(std::uint64_t before) {
     output_was_changed_ = output_version() != before;
     if (output_was_changed_ && options_.keep_outputs) {
-      throw_changed("the option keep_outputs");
+      throw_changed_output("the option keep_outputs");
     }
   }
 
@@ -213,12 +224,6 @@ class PassEvaluation final : public Evaluation {
   Output output_;
   Target target_;
   bool output_was_changed_ = false;
-
-  [[noreturn]] static void throw_changed(const std::string& who) {
-    throw ModelError(text({who,
-                           " reads the model's output, which the loss has changed in place: use the operation out of "
-                           "place there, or clone() first"}));
-  }
 };
 
 template <class Handle, class Loss, class Input, class Target>
@@ -233,17 +238,14 @@ class TypedObjective final : public Objective<Input, Target> {
   [[nodiscard]] std::vector<NamedParameter> parameters() const override {
     std::vector<NamedParameter> result = handle_.parameters();
     if constexpr (is_module_holder<Loss>) {
-      for (auto& [name, tensor] : named_parameters_of(*loss_.ptr())) {
-        result.push_back({"loss." + name, tensor});
-      }
+      add_parameters_of_loss(*loss_.ptr(), result);
     }
     return result;
   }
   [[nodiscard]] std::vector<at::Tensor> buffers() const override {
     std::vector<at::Tensor> result = handle_.buffers();
     if constexpr (is_module_holder<Loss>) {
-      const std::vector<at::Tensor> of_loss = loss_.ptr()->buffers();
-      result.insert(result.end(), of_loss.begin(), of_loss.end());
+      add_buffers_of_loss(*loss_.ptr(), result);
     }
     return result;
   }
@@ -261,9 +263,7 @@ class TypedObjective final : public Objective<Input, Target> {
     const std::uint64_t version = result->output_version();
     LossValue loss = call_loss(loss_, result->output(), result->target());
     result->compare_output_version(version);
-    result->loss = checked_loss(loss.value, loss.count.has_value() ? Reduction::mean : options.reduction, size);
-    result->count = loss.count;
-    result->loss_parts = std::move(loss.parts);
+    take_loss(*result, std::move(loss), options.reduction, size);
     if constexpr (Batch<Output>) {
       if (options.keep_outputs) {
         for_each_tensor(result->output(), "output", [&](const at::Tensor& tensor, const std::string& /*path*/) {
@@ -383,6 +383,19 @@ class ObjectiveOnBatch final : public MiniBatch {
   bool input_gradient_ = false;
   c10::DeviceType device_ = c10::kCPU;
 };
+
+/// What `look` finds on one mini-batch with an objective of its own.
+template <class Found, class M, class Loss, class PenaltyOrSum, class Input, class Target>
+Found on_one_batch(M&& model, Loss loss, PenaltyOrSum penalty, const Input& input, const Target& target,
+                   const RegularizerOptions& options, Found (*look)(MiniBatch&, const RegularizerOptions&)) {
+  using Inputs = Owned<Input>;  // of std::tie, a tuple of values
+  using Targets = Owned<Target>;
+  const auto objective = make_objective<Inputs, Targets>(std::forward<M>(model), std::move(loss), std::move(penalty));
+  const Inputs& inputs = input;
+  const Targets& targets = target;
+  ObjectiveOnBatch<Inputs, Targets> batch(*objective, options, inputs, targets);
+  return look(batch, options);
+}
 
 }  // namespace detail
 

@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/parameters.hpp>
@@ -93,7 +94,7 @@ inline std::vector<at::Tensor> squared_norms(const MiniBatch& batch, const Evalu
     const TermInfo& term = batch.term(i);
     const auto counted = counted_tensors(evaluation, term, parameters);
     for (const at::Tensor& probe : probes[i]) {
-      const auto g = gradients({probe}, counted, {scale.seed(probe)}, /*retain_graph=*/true,
+      const auto g = gradients({probe}, counted, scale.seeds(probe), /*retain_graph=*/true,
                                /*create_graph=*/false, term.name);
       require_dependence(term, g, parameters);
       add_to(result[i], scale.divided_out(squared_norm(g, probe.options())));

@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/util/Exception.h>
 #include <microreg/detail/hash.hpp>
 #include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
@@ -11,6 +12,7 @@
 #include <microreg/error.hpp>
 #include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
+#include <microreg/step/mini_batch.hpp>
 #include <microreg/step/snapshot.hpp>
 
 #include <algorithm>
@@ -26,6 +28,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <variant>
 #include <vector>
 
 namespace microreg::inline MICROREG_ABI::detail {
@@ -60,8 +63,9 @@ class Ranks {
     const RegularizerOptions& options;
     const Parameters& parameters;
     const std::vector<at::Tensor>& buffers;
-    std::uint64_t objective;  ///< a hash of what is penalised, and how much
-    SnapshotMemory* memory;   ///< null where parameters need not be made equal
+    const MiniBatch& batch;
+    const std::vector<double>& strengths;
+    SnapshotMemory* memory;  ///< null where parameters need not be made equal
   };
 
   /// Tells the others, and learns where `parts` stand among the micro-batches of all. In the first step, overwrites
@@ -90,7 +94,10 @@ class Ranks {
     set(Entry::samples, samples);
     set(Entry::step, static_cast<double>(step_));
     set(Entry::shapes, shapes_of(task));
-    set(Entry::options, options_of(task));
+    const std::vector<Setting> settings = settings_of(task);
+    for (std::size_t i = 0; i < settings.size(); ++i) {
+      own[static_cast<std::size_t>(Entry::settings) + i] = settings[i].value;
+    }
     set(Entry::first, first ? 1 : 0);
     set(Entry::sum, sum);
     set(Entry::magnitude, magnitude);
@@ -104,7 +111,7 @@ class Ranks {
     phase_ = Phase::away;  // what is thrown here is thrown by all
     const auto of = [&](std::size_t rank, Entry entry) { return entered_[rank][static_cast<std::size_t>(entry)]; };
     for (std::size_t r = 1; r < size_; ++r) {
-      require_same_task(r, of);
+      require_same_task(r, of, settings);
     }
     std::int64_t before = 0;
     bool any_first = false;
@@ -158,7 +165,7 @@ class Ranks {
     }
     Words own(static_cast<std::size_t>(Passed::words));
     const auto set = [&](Passed entry, double value) { own[static_cast<std::size_t>(entry)] = value; };
-    set(Passed::fared, static_cast<double>(outcome.fared));
+    own.front() = static_cast<double>(outcome.fared);
     set(Passed::factor, outcome.factor);
     set(Passed::counts, outcome.counts.value_or(0));
     set(Passed::counted, outcome.counts.has_value() ? 1 : 0);
@@ -272,7 +279,7 @@ class Ranks {
     if (alone()) {
       return fared == Fared::to_be_skipped;
     }
-    gather({static_cast<double>(fared)}, {});
+    gather({static_cast<double>(fared), 0}, {});
     return settle(Phase::away);
   }
 
@@ -284,6 +291,9 @@ class Ranks {
     }
     const Phase phase = std::exchange(phase_, Phase::away);
     const Fared fared = not_finite ? Fared::not_finite : Fared::failed;
+    if (const auto* const found = dynamic_cast<const NonFiniteError*>(&error)) {
+      micro_batch_ = found->micro_batch();
+    }
     try {
       message_ = error.what();
       message_ = message_.substr(0, message_.find('\n'));
@@ -293,7 +303,7 @@ class Ranks {
       }
       const std::size_t words = phase == Phase::entering    ? static_cast<std::size_t>(Entry::words)
                                 : phase == Phase::computing ? static_cast<std::size_t>(Passed::words)
-                                                            : 1;
+                                                            : head;
       Words own(words);
       own.front() = static_cast<double>(fared);
       gather(own, phase == Phase::computing ? no_flags(lists_) : Words());
@@ -318,26 +328,26 @@ class Ranks {
   /// Until when `leave` has something to say, and in which exchange.
   enum class Phase { entering, computing, reducing, committing, away };
 
+  static constexpr std::size_t head = 2;  ///< each exchange begins with how a rank fared, and in which micro-batch
   static constexpr std::size_t watched_generators = 4;
+  static constexpr std::size_t compared_settings = 22;
   static constexpr std::size_t bucket_bytes = std::size_t{25} << 20;
 
   enum class Entry : std::size_t {
-    fared,
-    micro_batches,
+    micro_batches = head,
     samples,
     step,
     shapes,
-    options,
     first,
     sum,
     magnitude,
-    states,
+    settings,
+    states = settings + compared_settings,
     generators = states + watched_generators,
     words = generators + watched_generators
   };
   enum class Passed : std::size_t {
-    fared,
-    factor,
+    factor = head,
     counts,
     counted,
     uncounted,
@@ -376,27 +386,63 @@ class Ranks {
     return as_word(hash.value());
   }
 
-  static double options_of(const Task& task) {
+  /// What has to be the same on all ranks, in words for who reads of a difference.
+  struct Setting {
+    std::string_view name;
+    double value;
+    bool is_number = false;  ///< otherwise a hash, or the number of a name
+  };
+  [[nodiscard]] std::vector<Setting> settings_of(const Task& task) const {
     const RegularizerOptions& options = task.options;
-    Hash hash;
-    hash.add(task.objective);
-    hash.add(options.micro_batch_size);
-    hash.add(options.estimator.index());
-    hash.add(options.sampling.share);
-    hash.add(options.sampling.every);
-    hash.add(options.sampling.seed);
-    hash.add(options.weighting);
-    hash.add(options.reduction);
-    hash.add(options.non_finite);
-    hash.add(options.check_finite);
-    hash.add(options.gradient_ratio);
-    hash.add(options.loss_scale.number);
-    hash.add(options.loss_scale.dynamic.has_value());
-    hash.add(options.rank_buffers);
-    for (const std::size_t i : task.parameters.selected) {
-      hash.add(i);
+    const auto hash_of = [](const auto&... values) {
+      Hash hash;
+      (hash.add(values), ...);
+      return as_word(hash.value());
+    };
+    const auto number = [](auto value) { return static_cast<double>(value); };
+    Hash penalties, strengths, selected;
+    for (std::size_t i = 0; i < task.batch.terms(); ++i) {
+      penalties.add(task.batch.term(i).name);
+      strengths.add(task.strengths[i]);
     }
-    return as_word(hash.value());
+    for (const std::size_t i : task.parameters.selected) {
+      selected.add(i);
+    }
+    const auto& dynamic = options.loss_scale.dynamic;
+    std::vector<Setting> result{
+        {"calls (backward() or measure())", number(lists_ > 0)},
+        {"micro_batch_size", number(options.micro_batch_size), true},
+        {"penalties", as_word(penalties.value())},
+        {"strength", task.strengths.empty() ? 0 : task.strengths.front(), true},
+        {"strengths", as_word(strengths.value())},
+        {"parameters in select", as_word(selected.value())},
+        {"estimator", number(options.estimator.index())},
+        {"estimator",
+         std::visit(
+             [&](const auto& kind) {
+               if constexpr (requires { kind.check_every; }) {
+                 return hash_of(kind.step, kind.gates, kind.check_every, kind.tolerance, kind.own_functions);
+               } else {
+                 return 0.0;
+               }
+             },
+             static_cast<const std::variant<Exact, ForwardDifference, CentralDifference>&>(options.estimator))},
+        {"sampling.share", options.sampling.share, true},
+        {"sampling.every", number(options.sampling.every), true},
+        {"sampling.seed", hash_of(options.sampling.seed)},
+        {"weighting", number(options.weighting)},
+        {"reduction", number(options.reduction)},
+        {"short_last", number(options.short_last)},
+        {"non_finite", number(options.non_finite)},
+        {"check_finite", number(options.check_finite)},
+        {"autocast", options.autocast.has_value() ? number(*options.autocast) : -1},
+        {"loss_scale", options.loss_scale.number, true},
+        {"loss_scale", dynamic ? hash_of(dynamic->growth, dynamic->backoff, dynamic->interval) : 0},
+        {"gradient_ratio", number(options.gradient_ratio)},
+        {"rank_buffers", number(options.rank_buffers)},
+        {"advance", number(options.advance)}};
+    TORCH_INTERNAL_ASSERT(result.size() == compared_settings);
+    return result;
   }
 
   /// The sum of a few values of each parameter and buffer on the CPU, and that of their magnitudes.
@@ -425,7 +471,7 @@ class Ranks {
   }
 
   template <class Of>
-  void require_same_task(std::size_t r, const Of& of) const {
+  void require_same_task(std::size_t r, const Of& of, const std::vector<Setting>& settings) const {
     if (of(r, Entry::step) != of(0, Entry::step)) {
       throw OptionError(
           text({"rank ", r, " takes step ", of(r, Entry::step), " where rank 0 takes step ", of(0, Entry::step),
@@ -437,9 +483,16 @@ class Ranks {
           text({"rank ", r, " has parameters or buffers of other number, shape or type than rank 0 in step ", step_,
                 "; make the same model on every rank, with the same parameters frozen"}));
     }
-    if (of(r, Entry::options) != of(0, Entry::options)) {
-      throw OptionError(text({"rank ", r, " has other options, penalties or strengths than rank 0 in step ", step_,
-                              "; make the same Regularizer on every rank"}));
+    for (std::size_t i = 0; i < settings.size(); ++i) {
+      const auto value = [&](std::size_t rank) {
+        return entered_[rank][static_cast<std::size_t>(Entry::settings) + i];
+      };
+      if (value(r) != value(0)) {
+        const std::string numbers =
+            settings[i].is_number ? text({": ", value(r), " where rank 0 has ", value(0)}) : std::string();
+        throw OptionError(text({"rank ", r, " is not about the same as rank 0 in step ", step_, ", but has other ",
+                                settings[i].name, numbers, "; make the same Regularizer on every rank"}));
+      }
     }
   }
 
@@ -493,13 +546,16 @@ class Ranks {
     at::Tensor all = at::zeros({static_cast<std::int64_t>(size_ * own.size() + shared.size())}, at::kDouble);
     double* const data = all.mutable_data_ptr<double>();
     std::copy(own.begin(), own.end(), data + rank_ * own.size());
+    data[rank_ * own.size() + 1] = static_cast<double>(micro_batch_);
     std::copy(shared.begin(), shared.end(), data + size_ * own.size());
     together([&] { communicator_->all_reduce(all)(); });
     Table table;
     fared_.clear();
+    micro_batches_of_ranks_.clear();
     for (std::size_t r = 0; r < size_; ++r) {
       table.emplace_back(data + r * own.size(), data + (r + 1) * own.size());
       fared_.push_back(static_cast<Fared>(static_cast<int>(table.back().front())));
+      micro_batches_of_ranks_.push_back(static_cast<std::int64_t>(table.back()[1]));
     }
     shared_.assign(data + size_ * own.size(), data + all.numel());
     return table;
@@ -518,7 +574,8 @@ class Ranks {
                       {static_cast<std::int64_t>(failed)});
     }
     if (not_finite < size_) {
-      throw NonFiniteError(text({"on rank ", not_finite, ": ", message_of(not_finite)}), 0);
+      throw NonFiniteError(text({"on rank ", not_finite, ": ", message_of(not_finite)}),
+                           micro_batches_of_ranks_[not_finite]);
     }
     phase_ = next;
     return first(Fared::to_be_skipped) < size_;
@@ -616,6 +673,8 @@ class Ranks {
   std::optional<GeneratorStates> generators_;
   Table entered_;
   std::vector<Fared> fared_;
+  std::vector<std::int64_t> micro_batches_of_ranks_;  ///< in which each has met NaN or infinity
+  std::int64_t micro_batch_ = 0;                      ///< the same of this rank
   Words shared_;
   std::vector<std::vector<bool>> taking_part_;
   std::string message_;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/record_function.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/step/call_watch.hpp>

@@ -2,6 +2,7 @@
 /// Which micro-batches of a step are penalised, and how much they count then.
 #pragma once
 
+#include <microreg/detail/config.hpp>
 #include <microreg/options.hpp>
 
 #include <cmath>

@@ -23,10 +23,13 @@ class Scale {
 
   [[nodiscard]] bool is_one() const { return !scalar_.defined() && number_ == 1; }
 
-  /// What a backward pass from `like` starts with.
-  [[nodiscard]] at::Tensor seed(const at::Tensor& like) const {
-    return scalar_.defined() ? scalar_.to(like.device(), like.scalar_type()).expand_as(like).contiguous()
-                             : at::full_like(like, number_);
+  /// What a backward pass from `root` starts with; nothing, LibTorch's word for 1, where it is that.
+  [[nodiscard]] std::vector<at::Tensor> seeds(const at::Tensor& root) const {
+    if (is_one()) {
+      return {};
+    }
+    return {scalar_.defined() ? scalar_.to(root.device(), root.scalar_type()).expand_as(root).contiguous()
+                              : at::full_like(root, number_)};
   }
 
   /// numerator / S^power.

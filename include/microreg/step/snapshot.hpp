@@ -8,6 +8,7 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/core/Device.h>
 #include <c10/util/Exception.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/hash.hpp>
 #include <microreg/detail/version_of.hpp>
 

@@ -8,6 +8,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <microreg/detail/config.hpp>
 #include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
@@ -170,7 +171,7 @@ inline at::Tensor squared_norm(const std::vector<at::Tensor>& tensors, const at:
     }
   }
   const at::Tensor all = at::stack(norms);
-  return all.dot(all);
+  return all.is_meta() ? all.square().sum() : all.dot(all);  // which the meta device does not have
 }
 
 /// Why nothing can be added to the `.grad` of a parameter, or scaled in it; null where it can, or there is none.
