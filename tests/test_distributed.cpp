@@ -2,6 +2,7 @@
 #include <microreg/distributed/report.hpp>
 #include <microreg/distributed/shard.hpp>
 #include <microreg/microreg.hpp>
+#include <microreg/verify.hpp>
 
 #include <mutex>
 
@@ -548,6 +549,376 @@ TEST_CASE("Sums go in buckets of 25 MiB") {
     CHECK(torch::allclose(c.grad(), torch::full({2, 2}, 1.5)));
     CHECK(torch::allclose(a.grad(), torch::full({4'000'000}, 1.5 / 4'000'000, torch::kFloat64)));
   });
+}
+
+namespace {
+
+/// The step of `options` on two ranks of which the second one does something else; what each of them threw. Before it,
+/// both took a step, whose gradient has to be left alone.
+std::vector<std::exception_ptr> errors_of_second_rank(
+    const std::function<torch::Tensor(const torch::Tensor& output, bool wrong)>& change,
+    const microreg::RegularizerOptions& options = {.micro_batch_size = 4}) {
+  const Cut cut{{8, 4}};
+  const Samples all = samples_of(12);
+  return try_ranks(2, [&](const Ranks& ranks) {
+    auto net = mlp();
+    bool wrong = false;
+    microreg::FunctionModel model{[&](const torch::Tensor& x) { return change(net->forward(x), wrong); },
+                                  net->parameters()};
+    auto own = options;
+    own.communicator = ranks;
+    microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{}, own);
+    const Samples mine = cut.of(all, ranks);
+    regularizer.backward(mine.x, mine.y);
+    const torch::Tensor before = helpers::flat_grad(net->parameters());
+    wrong = ranks->rank() == 1;
+    std::exception_ptr error;
+    try {
+      regularizer.backward(mine.x, mine.y);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    const std::lock_guard lock(making);
+    CHECK(error != nullptr);
+    CHECK(regularizer.step() == 1);
+    CHECK(torch::equal(helpers::flat_grad(net->parameters()), before));
+    if (error) {
+      std::rethrow_exception(error);
+    }
+  });
+}
+
+/// The identity, whose derivative throws.
+struct ThrowingDerivative : torch::autograd::Function<ThrowingDerivative> {
+  static torch::Tensor forward(torch::autograd::AutogradContext* /*context*/, const torch::Tensor& x) {
+    return x.clone();
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* /*context*/,
+                                                 const torch::autograd::variable_list& /*gradients*/) {
+    throw std::runtime_error("the derivative of rank 1");
+  }
+};
+
+/// Fails in the collective number `at`, as where memory runs out.
+class FailingCommunicator final : public microreg::Communicator {
+ public:
+  FailingCommunicator(Ranks inner, int at) : inner_(std::move(inner)), left_(at) {}
+  [[nodiscard]] std::int64_t rank() const override { return inner_->rank(); }
+  [[nodiscard]] std::int64_t size() const override { return inner_->size(); }
+  void abandon(const std::string& why) noexcept override { inner_->abandon(why); }
+
+ private:
+  std::function<void()> begin_all_reduce(const torch::Tensor& flat) override {
+    if (left_-- == 0) {
+      throw std::runtime_error("no memory for a bucket");
+    }
+    return inner_->all_reduce(flat);
+  }
+  void do_broadcast(const torch::Tensor& flat, std::int64_t root) override { inner_->broadcast(flat, root); }
+
+  Ranks inner_;
+  int left_;
+};
+
+}  // namespace
+
+TEST_CASE("What is thrown in a forward pass, in a derivative, or as no exception of the standard's") {
+  for (const std::int64_t workers : {0, 2}) {
+    INFO("workers " << workers);
+    const microreg::RegularizerOptions options{.micro_batch_size = 4, .workers = workers};
+    auto errors = errors_of_second_rank(
+        [](const torch::Tensor& output, bool wrong) {
+          return wrong ? throw std::runtime_error("the forward pass of rank 1") : output;
+        },
+        options);
+    CHECK(words_of(errors[1]) == "the forward pass of rank 1");
+    CHECK(helpers::has(words_of(errors[0]), {"rank 1 has failed in step 1: the forward pass of rank 1"}));
+    errors = errors_of_second_rank(
+        [](const torch::Tensor& output, bool wrong) { return wrong ? ThrowingDerivative::apply(output) : output; },
+        options);
+    CHECK(helpers::has(words_of(errors[1]), {"the derivative of rank 1"}));
+    CHECK(helpers::has(words_of(errors[0]), {"rank 1 has failed in step 1", "the derivative of rank 1"}));
+    errors = errors_of_second_rank([](const torch::Tensor& output, bool wrong) { return wrong ? throw 42 : output; },
+                                   options);
+    CHECK(is<int>(errors[1]));
+    CHECK(helpers::has(words_of(errors[0]), {"rank 1 has failed in step 1", "no std::exception"}));
+  }
+}
+
+TEST_CASE("A difference that is refused on one rank is refused on all") {
+  double calls = 0;  // of rank 1
+  const auto errors = errors_of_second_rank(
+      [&](const torch::Tensor& output, bool wrong) { return wrong ? output * (1 + 0.3 * ++calls) : output; },
+      {.micro_batch_size = 4, .estimator = microreg::ForwardDifference{.check_every = 1}});
+  CHECK(is<microreg::DifferenceError>(errors[1]));
+  CHECK(is<microreg::RankError>(errors[0]));
+  CHECK(helpers::has(words_of(errors[0]), {"rank 1 has failed in step 1"}));
+}
+
+TEST_CASE("What fails in the midst of a reduction ends the step of all, and .grad is what it was") {
+  const Samples all = samples_of(8);
+  // Of the second step: enter, agree, two buckets (of two types), commit.
+  for (const int at : {5, 6, 7, 8, 9}) {
+    INFO("collective " << at);
+    std::vector<std::string> words(2);
+    const auto errors = try_ranks(2, [&](const Ranks& inner) {
+      const Ranks ranks = inner->rank() == 1 ? std::make_shared<FailingCommunicator>(inner, at) : inner;
+      const torch::Tensor a = torch::full({6, networks::classes}, 0.1, torch::kFloat64).requires_grad_();
+      const torch::Tensor b = torch::ones({networks::classes}).requires_grad_();
+      microreg::FunctionModel model{[&](const torch::Tensor& x) { return x.matmul(a) * b; }, {a, b}};
+      microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                          {.micro_batch_size = 4, .communicator = ranks});
+      const Samples mine = all.narrow(4 * ranks->rank(), 4);
+      regularizer.backward(mine.x, mine.y);
+      const torch::Tensor before = a.grad().clone();
+      try {
+        regularizer.backward(mine.x, mine.y);
+      } catch (const std::exception& error) {
+        const std::lock_guard lock(making);
+        words[static_cast<std::size_t>(ranks->rank())] = error.what();
+        CHECK(torch::equal(a.grad(), before));
+        throw;
+      }
+    });
+    CHECK(words[1] == "no memory for a bucket");
+    CHECK(helpers::has(words[0], {"rank 1: no memory for a bucket (step 1)"}));
+  }
+}
+
+TEST_CASE("A number that is not finite is found in one micro-batch by all ranks") {
+  const Cut cut{{8, 8}};
+  Samples all = samples_of(16);
+  all.x[13].fill_(std::nan(""));  // micro-batch 3, on rank 1
+  std::vector<std::int64_t> found(2);
+  const auto errors = try_ranks(2, [&](const Ranks& ranks) {
+    const Samples mine = cut.of(all, ranks);
+    microreg::Regularizer<> regularizer(mlp(), cross_entropy, microreg::GradientNorm{},
+                                        {.micro_batch_size = 4, .communicator = ranks});
+    try {
+      regularizer.backward(mine.x, mine.y);
+    } catch (const microreg::NonFiniteError& error) {
+      found[static_cast<std::size_t>(ranks->rank())] = error.micro_batch();
+    }
+  });
+  CHECK(words_of(errors[0]).empty());
+  CHECK(words_of(errors[1]).empty());
+  CHECK(found == std::vector<std::int64_t>{3, 3});
+}
+
+TEST_CASE("A dynamic loss scale that overflows on one rank leaves the step out on all, and falls on all") {
+  const Cut cut{{8, 4}};
+  const Samples all = samples_of(12);
+  run_ranks(2, [&](const Ranks& ranks) {
+    auto model = mlp();
+    bool overflows = false;
+    // The penalty's probe is too large on rank 1, in the first micro-batch alone.
+    const microreg::SquaredGradientNorm penalty{
+        [&](const torch::Tensor& o) { return overflows ? o.sum() * 1e300 * 1e300 : o.mean(); }};
+    microreg::Regularizer<> regularizer(
+        model, cross_entropy, penalty,
+        {.micro_batch_size = 4, .loss_scale = microreg::DynamicLossScale{.start = 1024}, .communicator = ranks});
+    const Samples mine = cut.of(all, ranks);
+    const microreg::Report good = regularizer.backward(mine.x, mine.y);
+    const torch::Tensor before = helpers::flat_grad(model->parameters());
+    overflows = ranks->rank() == 1;
+    const microreg::Report bad = regularizer.backward(mine.x, mine.y);
+    const torch::Tensor after = helpers::flat_grad(model->parameters());
+    overflows = false;
+    regularizer.backward(mine.x, mine.y);
+    const std::lock_guard lock(making);
+    CHECK_FALSE(good.skipped);
+    CHECK(bad.skipped);
+    CHECK(bad.overflow.item<bool>());
+    CHECK(torch::equal(after, before));
+    CHECK(regularizer.skipped() == 1);
+    CHECK(regularizer.loss_scale().item<double>() == 512);
+    CHECK(relative_error(helpers::flat_grad(model->parameters()), 2 * before) < 1e-12);
+  });
+}
+
+TEST_CASE("Ranks work on their micro-batches side by side, by workers, to the same bits") {
+  const Cut cut{{16, 7, 0, 12}};
+  const Samples all = samples_of(35);
+  for (const auto& penalty : {microreg::AnyPenalty<>(microreg::GradientNorm{}),
+                              microreg::AnyPenalty<>(microreg::FisherTrace{} + 0.1 * microreg::UnitJacobian{})}) {
+    microreg::RegularizerOptions options{.strength = 0.3, .micro_batch_size = 4, .sampling = {.share = 0.7}};
+    options.workers = 1;
+    const torch::Tensor one = grad_on_ranks(cut, all, penalty, options);
+    options.workers = 3;
+    CHECK(torch::equal(grad_on_ranks(cut, all, penalty, options), one));
+    options.workers = 0;
+    CHECK(relative_error(one, grad_on_ranks(cut, all, penalty, options)) < 1e-12);
+  }
+}
+
+TEST_CASE("One rank alone is one process; half types are added up in float32") {
+  const Samples all = samples_of(13);
+  const microreg::RegularizerOptions options{.strength = 0.3, .micro_batch_size = 4};
+  CHECK(torch::equal(grad_on_ranks({{13}}, all, microreg::GradientNorm{}, options),
+                     grad_of_one(all, microreg::GradientNorm{}, options)));
+  const auto in_half = [&](const Ranks& ranks) {
+    auto model = mlp();
+    model->to(torch::kBFloat16);
+    auto own = options;
+    own.communicator = ranks;
+    microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{}, own);
+    const Samples mine = ranks ? all.narrow(8 * ranks->rank(), ranks->rank() == 0 ? 8 : 5) : all;
+    regularizer.backward(mine.x.to(torch::kBFloat16), mine.y);
+    return helpers::flat_grad(model->parameters()).to(torch::kFloat64);
+  };
+  const torch::Tensor alone = in_half(nullptr);
+  run_ranks(2, [&](const Ranks& ranks) {
+    const torch::Tensor grad = in_half(ranks);
+    const std::lock_guard lock(making);
+    CHECK(relative_error(grad, alone) < 0.01);
+  });
+}
+
+TEST_CASE("Running statistics are those of the ranks that have samples") {
+  auto generator = seeded(5);
+  const torch::Tensor x = torch::randn({8, 2, 6, 6}, generator, torch::kFloat64);
+  const torch::Tensor y = torch::randint(0, networks::classes, {8}, generator, torch::kInt64);
+  const auto cnn = [] {
+    const std::lock_guard lock(making);
+    torch::manual_seed(1);
+    networks::Cnn model(networks::Norm::batch);
+    model->to(torch::kFloat64);
+    return model;
+  };
+  auto one = cnn();
+  microreg::Regularizer<>(one, cross_entropy, microreg::GradientNorm{}, {.micro_batch_size = 4}).backward(x, y);
+  for (const auto how : {microreg::RankBuffers::averaged, microreg::RankBuffers::first_rank}) {
+    run_ranks(3, [&](const Ranks& ranks) {
+      auto model = cnn();
+      microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                          {.micro_batch_size = 4, .communicator = ranks, .rank_buffers = how});
+      const std::int64_t size = ranks->rank() == 1 ? 8 : 0;
+      regularizer.backward(x.narrow(0, 0, size), y.narrow(0, 0, size));
+      const std::lock_guard lock(making);
+      for (std::size_t i = 0; i < one->buffers().size(); ++i) {
+        CHECK(torch::allclose(model->buffers()[i], one->buffers()[i], 1e-12, 1e-12));
+      }
+      CHECK(relative_error(helpers::flat_grad(model->parameters()), helpers::flat_grad(one->parameters())) < 1e-12);
+    });
+  }
+}
+
+TEST_CASE("Two regularizers share a communicator, one is moved meanwhile, and verify() asks nobody") {
+  const Cut cut{{8, 4}};
+  const Samples all = samples_of(12);
+  const torch::Tensor expected = textbook(cut, all, 4, 0.3, false) + textbook(cut, all, 2, 0.1, false);
+  run_ranks(2, [&](const Ranks& ranks) {
+    auto model = mlp();
+    const auto make = [&](double strength, std::int64_t size) {
+      return microreg::Regularizer<>(model, cross_entropy, microreg::GradientNorm{},
+                                     {.strength = strength, .micro_batch_size = size, .communicator = ranks});
+    };
+    microreg::Regularizer<> first = make(0.3, 4), second = make(0.1, 2);
+    const Samples mine = cut.of(all, ranks);
+    for (int step = 0; step < 3; ++step) {
+      model->zero_grad();
+      first.backward(mine.x, mine.y);
+      microreg::Regularizer<> moved(std::move(first));
+      first = std::move(moved);
+      second.backward(mine.x, mine.y);
+      if (ranks->rank() == 1) {
+        const auto found = microreg::verify(model, cross_entropy, microreg::GradientNorm{}, mine.x, mine.y,
+                                            {.micro_batch_size = 4, .communicator = ranks});
+        const std::lock_guard lock(making);
+        CHECK(found.problems.empty());
+      }
+    }
+    const std::lock_guard lock(making);
+    CHECK(first.step() == 3);
+    CHECK(relative_error(helpers::flat_grad(model->parameters()), expected) < 1e-12);
+  });
+}
+
+TEST_CASE("A report that is reduced on one rank alone, or of another step, is refused, and the next step goes on") {
+  const Samples all = samples_of(8);
+  run_ranks(2, [&](const Ranks& ranks) {
+    microreg::Regularizer<> regularizer(mlp(), cross_entropy, microreg::GradientNorm{},
+                                        {.micro_batch_size = 4, .communicator = ranks});
+    const Samples mine = all.narrow(4 * ranks->rank(), 4);
+    const microreg::Report first = regularizer.backward(mine.x, mine.y);
+    const auto thrown = [](const auto& work) {
+      try {
+        work();
+      } catch (const microreg::OptionError& error) {
+        return std::string(error.what());
+      }
+      return std::string();
+    };
+    const std::string alone = thrown([&] {
+      if (ranks->rank() == 0) {
+        static_cast<void>(microreg::reduced(first, *ranks));
+      } else {
+        regularizer.backward(mine.x, mine.y);
+      }
+    });
+    const microreg::Report second = regularizer.backward(mine.x, mine.y);
+    const std::string other =
+        thrown([&] { static_cast<void>(microreg::reduced(ranks->rank() == 0 ? first : second, *ranks)); });
+    const microreg::Report both = microreg::reduced(second, *ranks);
+    const std::lock_guard lock(making);
+    CHECK(helpers::has(alone, {"rank 1 calls backward() where rank 0 calls reduced()"}));
+    CHECK(helpers::has(other, {"rank 0 of step 0, another one of step 1"}));
+    CHECK(both.samples == 8);
+  });
+}
+
+TEST_CASE("Each option that has to be the same on all ranks is named where it is not") {
+  using Options = microreg::RegularizerOptions;
+  const std::vector<std::pair<std::string, std::function<void(Options&)>>> changes{
+      {"micro_batch_size: 3 where rank 0 has 4", [](Options& o) { o.micro_batch_size = 3; }},
+      {"other strength: 2 where rank 0 has 1", [](Options& o) { o.strength = 2; }},
+      {"other parameters in select",
+       [](Options& o) {
+         o.select = [](const std::string& name, const at::Tensor& /*parameter*/) { return name.starts_with("output"); };
+       }},
+      {"other estimator", [](Options& o) { o.estimator = microreg::ForwardDifference{}; }},
+      {"sampling.share: 0.5 where rank 0 has 1", [](Options& o) { o.sampling.share = 0.5; }},
+      {"sampling.every: 2 where rank 0 has 1", [](Options& o) { o.sampling.every = 2; }},
+      {"sampling.seed", [](Options& o) { o.sampling.seed = 1; }},
+      {"weighting", [](Options& o) { o.weighting = microreg::Weighting::reference; }},
+      {"reduction", [](Options& o) { o.reduction = microreg::Reduction::sum; }},
+      {"short_last", [](Options& o) { o.short_last = microreg::ShortLast::merged; }},
+      {"non_finite", [](Options& o) { o.non_finite = microreg::NonFinite::skip_step; }},
+      {"check_finite", [](Options& o) { o.check_finite = microreg::CheckFinite::never; }},
+      {"autocast", [](Options& o) { o.autocast = torch::kBFloat16; }},
+      {"loss_scale: 8 where rank 0 has 1", [](Options& o) { o.loss_scale = 8; }},
+      {"gradient_ratio", [](Options& o) { o.gradient_ratio = true; }},
+      {"rank_buffers", [](Options& o) { o.rank_buffers = microreg::RankBuffers::first_rank; }},
+      {"advance", [](Options& o) { o.advance = false; }}};
+  const Samples all = samples_of(8);
+  for (const auto& [words, change] : changes) {
+    INFO(words);
+    const auto errors = try_ranks(2, [&](const Ranks& ranks) {
+      Options options{.micro_batch_size = 4, .communicator = ranks};
+      if (ranks->rank() == 1) {
+        change(options);
+      }
+      const Samples mine = all.narrow(4 * ranks->rank(), 4);
+      microreg::Regularizer<>(mlp(), cross_entropy, microreg::GradientNorm{}, options).backward(mine.x, mine.y);
+    });
+    for (const auto& error : errors) {
+      CHECK(is<microreg::OptionError>(error));
+      CHECK(helpers::has(words_of(error), {"rank 1", "rank 0 in step 0", words.c_str()}));
+    }
+  }
+  const auto errors = try_ranks(2, [&](const Ranks& ranks) {
+    auto model = mlp();
+    if (ranks->rank() == 1) {
+      static_cast<void>(microreg::measure(model, cross_entropy, microreg::GradientNorm{}, all.x, all.y,
+                                          {.micro_batch_size = 4, .communicator = ranks}));
+    } else {
+      microreg::Regularizer<>(model, cross_entropy, microreg::GradientNorm{},
+                              {.micro_batch_size = 4, .communicator = ranks})
+          .backward(all.x, all.y);
+    }
+  });
+  CHECK(helpers::has(words_of(errors[0]), {"rank 1 calls measure() where rank 0 calls backward()"}));
+  CHECK(words_of(errors[0]) == words_of(errors[1]));
 }
 
 #if defined(MICROREG_TESTS_GLOO)

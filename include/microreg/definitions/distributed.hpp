@@ -10,6 +10,7 @@
 #include <microreg/distributed/report.hpp>
 #include <microreg/distributed/shard.hpp>
 #include <microreg/error.hpp>
+#include <microreg/step/ranks.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -48,15 +49,22 @@ MICROREG_INLINE Report reduced(const Report& report, Communicator& communicator)
   const at::TensorOptions scalar = report.loss.options();
   const std::int64_t all = report.all_micro_batches;
   const std::int64_t here = report.micro_batches();
-  // What a rank without a sample does not know: how many numbers the loss has beside its value.
-  at::Tensor parts_of_ranks = at::zeros({communicator.size()}, at::kDouble);
   std::int64_t parts = 0;
   for (const at::Tensor& part : report.loss_parts) {
     parts += part.numel();
   }
-  parts_of_ranks[communicator.rank()] = static_cast<double>(parts);
-  communicator.all_reduce(parts_of_ranks)();
-  const auto all_parts = parts_of_ranks.max().item<std::int64_t>();
+  detail::Ranks ranks(&communicator, report.step);
+  const auto shapes = ranks.meet_for_report({static_cast<double>(report.step), static_cast<double>(all),
+                                             static_cast<double>(report.penalties.size()), static_cast<double>(parts)});
+  std::int64_t all_parts = 0;  // which a rank without a sample does not know
+  for (const std::vector<double>& shape : shapes) {
+    if (!std::equal(shape.begin(), shape.begin() + 3, shapes.front().begin())) {
+      throw OptionError(detail::text({"the ranks have reports of different steps (rank 0 of step ", shapes.front()[0],
+                                      ", another one of step ", shape[0],
+                                      "); call reduced() with the reports of one step on every rank"}));
+    }
+    all_parts = std::max(all_parts, static_cast<std::int64_t>(shape[3]));
+  }
 
   detail::ReducedRow row;
   row.write(static_cast<double>(report.samples));

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -156,7 +157,7 @@ class MpiCommunicator final : public Communicator {
 
   /// Tells all others that this rank is there, and why it has failed, if it has.
   void answer(const std::string& why) noexcept {
-    static std::vector<std::string> kept;  // until the messages have gone, which nobody waits for
+    static std::deque<std::string> kept;  // where they are, until the messages have gone, which nobody waits for
     kept.push_back(why + '\0');
     for (int r = 0; r < size_; ++r) {
       MPI_Request request = MPI_REQUEST_NULL;

@@ -27,6 +27,7 @@
 #include <random>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -106,9 +107,7 @@ class Ranks {
       own[static_cast<std::size_t>(Entry::states) + i] = as_word(digests[i].state);
       own[static_cast<std::size_t>(Entry::generators) + i] = identity_of(digests[i].generator);
     }
-    entered_ = gather(own, {});
-    settle(Phase::computing);
-    phase_ = Phase::away;  // what is thrown here is thrown by all
+    meet(std::move(own), lists_ > 0 ? Call::backward : Call::measure);
     const auto of = [&](std::size_t rank, Entry entry) { return entered_[rank][static_cast<std::size_t>(entry)]; };
     for (std::size_t r = 1; r < size_; ++r) {
       require_same_task(r, of, settings);
@@ -132,6 +131,7 @@ class Ranks {
                         : 1 / static_cast<double>(micro_batches_);
     }
     if (any_first) {
+      phase_ = Phase::reducing;
       make_equal(task);
     } else {
       for (std::size_t r = 1; r < size_; ++r) {
@@ -142,6 +142,20 @@ class Ranks {
       task.memory->alike = true;
     }
     phase_ = Phase::computing;
+  }
+
+  /// For reduced(), which takes no step: the numbers of each rank.
+  std::vector<std::vector<double>> meet_for_report(const std::vector<double>& numbers) {
+    Words own(static_cast<std::size_t>(Entry::words));
+    const auto first = static_cast<std::size_t>(Entry::settings);
+    std::copy(numbers.begin(), numbers.end(), own.begin() + static_cast<std::ptrdiff_t>(first));
+    meet(std::move(own), Call::reduced);
+    std::vector<std::vector<double>> result;
+    for (const Words& words : entered_) {
+      const auto begin = words.begin() + static_cast<std::ptrdiff_t>(first);
+      result.emplace_back(begin, begin + static_cast<std::ptrdiff_t>(numbers.size()));
+    }
+    return result;
   }
 
   /// What the passes of this rank came to.
@@ -330,11 +344,12 @@ class Ranks {
 
   static constexpr std::size_t head = 2;  ///< each exchange begins with how a rank fared, and in which micro-batch
   static constexpr std::size_t watched_generators = 4;
-  static constexpr std::size_t compared_settings = 22;
+  static constexpr std::size_t compared_settings = 21;
   static constexpr std::size_t bucket_bytes = std::size_t{25} << 20;
 
   enum class Entry : std::size_t {
-    micro_batches = head,
+    call = head,
+    micro_batches,
     samples,
     step,
     shapes,
@@ -410,7 +425,6 @@ class Ranks {
     }
     const auto& dynamic = options.loss_scale.dynamic;
     std::vector<Setting> result{
-        {"calls (backward() or measure())", number(lists_ > 0)},
         {"micro_batch_size", number(options.micro_batch_size), true},
         {"penalties", as_word(penalties.value())},
         {"strength", task.strengths.empty() ? 0 : task.strengths.front(), true},
@@ -468,6 +482,25 @@ class Ranks {
       }
     }
     return {sum, magnitude};
+  }
+
+  enum class Call { backward, measure, reduced };
+  static std::string_view name_of(double call) {
+    return call == 0 ? "backward()" : call == 1 ? "measure()" : "reduced()";
+  }
+
+  /// The first exchange of whatever the ranks do together. Throws on all of them unless they do the same.
+  void meet(Words own, Call call) {
+    constexpr auto word = static_cast<std::size_t>(Entry::call);
+    own[word] = static_cast<double>(call);
+    entered_ = gather(own, {});
+    settle(Phase::away);  // what is thrown here, and behind it, is thrown by all
+    for (std::size_t r = 1; r < size_; ++r) {
+      if (entered_[r][word] != entered_[0][word]) {
+        throw OptionError(text({"rank ", r, " calls ", name_of(entered_[r][word]), " where rank 0 calls ",
+                                name_of(entered_[0][word]), "; call each of them on every rank, in the same order"}));
+      }
+    }
   }
 
   template <class Of>
@@ -529,19 +562,29 @@ class Ranks {
 
   [[nodiscard]] Words no_flags(std::size_t lists) const { return Words(lists * parameters_ + buffers_); }
 
-  /// Calls what waits for others; its RankError says in which step.
+  /// Calls what waits for others; its RankError says in which step. After an error of another kind the others still
+  /// wait for this rank.
   template <class Call>
-  auto together(const Call& call) const {
+  auto together(const Call& call) {
+    const Phase before = std::exchange(phase_, Phase::reducing);
     try {
-      return call();
+      if constexpr (std::is_void_v<decltype(call())>) {
+        call();
+        phase_ = before;
+      } else {
+        auto result = call();
+        phase_ = before;
+        return result;
+      }
     } catch (const RankError& error) {
+      phase_ = Phase::away;
       throw RankError(text({error.what(), ", in step ", step_, "; nothing has changed here"}), error.ranks());
     }
   }
 
   /// What every rank has in `own`; the sums over all ranks of `shared` come into shared_.
   Table gather(const Words& own, const Words& shared) {
-    phase_ = Phase::away;
+    phase_ = Phase::reducing;
     const at::NoGradGuard no_grad;
     at::Tensor all = at::zeros({static_cast<std::int64_t>(size_ * own.size() + shared.size())}, at::kDouble);
     double* const data = all.mutable_data_ptr<double>();
@@ -549,6 +592,7 @@ class Ranks {
     data[rank_ * own.size() + 1] = static_cast<double>(micro_batch_);
     std::copy(shared.begin(), shared.end(), data + size_ * own.size());
     together([&] { communicator_->all_reduce(all)(); });
+    phase_ = Phase::away;
     Table table;
     fared_.clear();
     micro_batches_of_ranks_.clear();
@@ -612,7 +656,7 @@ class Ranks {
   }
 
   /// Adds up in buckets, the last tensor first, while the next one is packed.
-  void add_up(const std::vector<at::Tensor*>& tensors) const {
+  void add_up(const std::vector<at::Tensor*>& tensors) {
     const at::NoGradGuard no_grad;
     struct Bucket {
       at::Tensor flat;
