@@ -88,7 +88,7 @@ class Run {
       progress_.say(
           fmt::format("note: there is no checkpoint in {}: this run begins at the beginning", options_.output));
       records_.rewind(0);
-      shared("");
+      static_cast<void>(shared(""));
       return;
     }
     check_same_run(config_in(loaded->bytes), config_, options_);
