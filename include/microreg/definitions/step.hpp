@@ -489,7 +489,7 @@ class Step {
       }
     };
     const auto go_on = [&](const Evaluation& evaluation, const std::vector<std::vector<at::Tensor>>& probes) {
-      if (side_by_side_.has_value() && side_by_side_->may_go_on(i == 0, norms, evaluation, probes)) {
+      if (side_by_side_.has_value() && may_go_on(i, turns, norms, evaluation, probes)) {
         turns.pass(Turns::Stage::forward, i);
       }
     };
@@ -502,6 +502,17 @@ class Step {
     if (penalised) {
       chosen_.push_back(part);
       squared_norms_.push_back(std::move(estimated.squared_norms));
+    }
+  }
+
+  /// Whether the next micro-batch may begin. If this one has written to what others were differentiating by, they may
+  /// meanwhile have said so in LibTorch's words: then this error is the step's.
+  bool may_go_on(std::int64_t i, Turns& turns, const NormCalls& norms, const Evaluation& evaluation,
+                 const std::vector<std::vector<at::Tensor>>& probes) {
+    try {
+      return side_by_side_->may_go_on(i == 0, norms, evaluation, probes);
+    } catch (const ModelError&) {
+      turns.stop_all();
     }
   }
 
