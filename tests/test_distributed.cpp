@@ -487,7 +487,7 @@ TEST_CASE("Ranks that are not about the same thing say so") {
                          model->hidden->weight.add_(0.01);
                        }
                      }),
-                     {"rank 1 are no longer those of rank 0 at step 1", "reduced()"}));
+                     {"rank 1 are no longer those of rank 0 in step 1", "reduced()"}));
   CHECK(helpers::has(message([](auto&, auto&, bool) {}, microreg::FisherTrace{}, true),
                      {"ranks 0 and 1 draw the same random numbers in step 0", "manual_seed"}));
   const auto errors = try_ranks(2, [&](const Ranks& ranks) {

@@ -123,6 +123,9 @@ class Run {
       state_.summary.message = error.what() + last_checkpoint();
       finish();
       throw microreg::NonFiniteError(state_.summary.message, error.micro_batch());
+    } catch (const microreg::RankError& error) {
+      throw microreg::RankError(fmt::format("{} (after step {}{})", error.what(), state_.step, last_checkpoint()),
+                                error.ranks());
     }
     if (state_.step != saved_step_) {
       save();

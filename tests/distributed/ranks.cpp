@@ -129,6 +129,9 @@ void equal(const Ranks& ranks) {
   objective.backward();
   const double error = ((grad - grad_of(net)).norm() / grad.norm()).item<double>();
   require(error < 1e-12, "off the textbook by " + std::to_string(error));
+  const torch::Tensor first = grad.clone();
+  ranks->broadcast(first, 0);
+  require(torch::equal(grad, first), "not the bits of rank 0");
 
   // Labels and dropout: a function of the seed.
   const auto drawn = microreg::FisherTrace{};

@@ -28,7 +28,7 @@ namespace microreg::inline MICROREG_ABI {
 /// How a communicator finds out that a rank is gone: as in ProcessGroupOptions.
 struct MpiOptions {
   std::chrono::milliseconds timeout{20'000};
-  std::chrono::milliseconds roll_call{8'000};
+  std::chrono::milliseconds roll_call{5'000};
 };
 
 /// An MPI communicator as a Communicator, of tensors on the CPU. It works on duplicates of its own, from one thread,

@@ -35,7 +35,7 @@ struct ProcessGroupOptions {
   /// How long a rank waits for the others, in each collective. What one rank does alone between two steps counts.
   std::chrono::milliseconds timeout{20'000};
   /// How long it then waits for the others to say that they are there, to find out who is not.
-  std::chrono::milliseconds roll_call{8'000};
+  std::chrono::milliseconds roll_call{5'000};
   /// Where they say so, a store that all ranks share; that of the group if empty. One communicator for each store, or a
   /// c10d::PrefixStore.
   c10::intrusive_ptr<c10d::Store> store = {};

@@ -107,7 +107,7 @@ class Ranks {
       own[static_cast<std::size_t>(Entry::states) + i] = as_word(digests[i].state);
       own[static_cast<std::size_t>(Entry::generators) + i] = identity_of(digests[i].generator);
     }
-    meet(std::move(own), lists_ > 0 ? Call::backward : Call::measure);
+    meet(std::move(own), call_);
     const auto of = [&](std::size_t rank, Entry entry) { return entered_[rank][static_cast<std::size_t>(entry)]; };
     for (std::size_t r = 1; r < size_; ++r) {
       require_same_task(r, of, settings);
@@ -312,7 +312,7 @@ class Ranks {
       message_ = error.what();
       message_ = message_.substr(0, message_.find('\n'));
       if (phase == Phase::reducing) {  // in the midst of collectives, of which the others wait for some
-        communicator_->abandon(text({message_, " (step ", step_, ")"}));
+        communicator_->abandon(text({message_, " (", where(), ")"}));
         return false;
       }
       const std::size_t words = phase == Phase::entering    ? static_cast<std::size_t>(Entry::words)
@@ -334,7 +334,10 @@ class Ranks {
   void begin_again() noexcept { *this = Ranks(communicator_, step_); }
 
   /// How many lists of sums a step has, for a rank that fails before there are any.
-  void expect_lists(std::size_t count) noexcept { lists_ = count; }
+  void expect_lists(std::size_t count) noexcept {
+    lists_ = count;
+    call_ = count > 0 ? Call::backward : Call::measure;
+  }
 
  private:
   using Words = std::vector<double>;
@@ -370,6 +373,15 @@ class Ranks {
     drew,
     words = drew + watched_generators
   };
+
+  enum class Call { backward, measure, reduced };
+  static std::string_view name_of(double call) {
+    return call == 0 ? "backward()" : call == 1 ? "measure()" : "reduced()";
+  }
+  /// What the ranks are in, in words.
+  [[nodiscard]] std::string where() const {
+    return call_ == Call::backward ? text({"step ", step_}) : std::string(name_of(static_cast<double>(call_)));
+  }
 
   /// A number that a double holds exactly.
   static double as_word(std::uint64_t hash) { return static_cast<double>(hash >> 12); }
@@ -484,14 +496,10 @@ class Ranks {
     return {sum, magnitude};
   }
 
-  enum class Call { backward, measure, reduced };
-  static std::string_view name_of(double call) {
-    return call == 0 ? "backward()" : call == 1 ? "measure()" : "reduced()";
-  }
-
   /// The first exchange of whatever the ranks do together. Throws on all of them unless they do the same.
   void meet(Words own, Call call) {
     constexpr auto word = static_cast<std::size_t>(Entry::call);
+    call_ = call;
     own[word] = static_cast<double>(call);
     entered_ = gather(own, {});
     settle(Phase::away);  // what is thrown here, and behind it, is thrown by all
@@ -512,9 +520,8 @@ class Ranks {
                 "there are no samples, and set_step() alike"}));
     }
     if (of(r, Entry::shapes) != of(0, Entry::shapes)) {
-      throw ModelError(
-          text({"rank ", r, " has parameters or buffers of other number, shape or type than rank 0 in step ", step_,
-                "; make the same model on every rank, with the same parameters frozen"}));
+      throw ModelError(text({"rank ", r, " has parameters or buffers of other number, shape or type than rank 0 in ",
+                             where(), "; make the same model on every rank, with the same parameters frozen"}));
     }
     for (std::size_t i = 0; i < settings.size(); ++i) {
       const auto value = [&](std::size_t rank) {
@@ -523,7 +530,7 @@ class Ranks {
       if (value(r) != value(0)) {
         const std::string numbers =
             settings[i].is_number ? text({": ", value(r), " where rank 0 has ", value(0)}) : std::string();
-        throw OptionError(text({"rank ", r, " is not about the same as rank 0 in step ", step_, ", but has other ",
+        throw OptionError(text({"rank ", r, " is not about the same as rank 0 in ", where(), ", but has other ",
                                 settings[i].name, numbers, "; make the same Regularizer on every rank"}));
       }
     }
@@ -533,7 +540,7 @@ class Ranks {
   void require_same_values(std::size_t r, const Of& of) const {
     const double apart = std::abs(of(r, Entry::sum) - of(0, Entry::sum));
     if (apart > 1e-6 * of(0, Entry::magnitude)) {
-      throw ModelError(text({"the parameters or buffers of rank ", r, " are no longer those of rank 0 at step ", step_,
+      throw ModelError(text({"the parameters or buffers of rank ", r, " are no longer those of rank 0 in ", where(),
                              ": one rank has changed them alone, by grafting with a norm of its own instead of the "
                              "reduced() report's, an optimizer with other options, a checkpoint or a forward pass "
                              "in training mode; do it on all ranks alike"}));
@@ -550,7 +557,7 @@ class Ranks {
             return entered_[a][word] == entered_[b][word];
           };
           if (drew(a) && drew(b) && same(Entry::states) && !same(Entry::generators)) {
-            throw OptionError(text({"ranks ", a, " and ", b, " draw the same random numbers in step ", step_,
+            throw OptionError(text({"ranks ", a, " and ", b, " draw the same random numbers in ", where(),
                                     " (labels, directions, dropout), which are not independent then; call "
                                     "manual_seed(seed, communicator) of microreg/distributed once on every rank, or "
                                     "seed the generators by rank"}));
@@ -578,7 +585,7 @@ class Ranks {
       }
     } catch (const RankError& error) {
       phase_ = Phase::away;
-      throw RankError(text({error.what(), ", in step ", step_, "; nothing has changed here"}), error.ranks());
+      throw RankError(text({error.what(), ", in ", where(), "; nothing has changed here"}), error.ranks());
     }
   }
 
@@ -613,7 +620,7 @@ class Ranks {
     const std::size_t failed = first(Fared::failed);
     const std::size_t not_finite = first(Fared::not_finite);
     if (failed < size_) {
-      throw RankError(text({"rank ", failed, " has failed in step ", step_, ": ", message_of(failed),
+      throw RankError(text({"rank ", failed, " has failed in ", where(), ": ", message_of(failed),
                             "; nothing has changed on any rank"}),
                       {static_cast<std::int64_t>(failed)});
     }
@@ -705,6 +712,7 @@ class Ranks {
 
   Communicator* communicator_;
   std::int64_t step_;
+  Call call_ = Call::backward;
   std::size_t size_ = 1;
   std::size_t rank_ = 0;
   Phase phase_ = Phase::entering;
