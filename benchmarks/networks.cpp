@@ -16,6 +16,8 @@ constexpr std::array all_networks{
     Network{"vgg16_bn", true, true, [] { return cifar::make_vgg16_bn({}); }},
     Network{"cnn", false, true, [] { return cifar::make_cnn({}); }},
     Network{"vit", false, false, make_vit},
+    Network{"mlp", false, false, make_mlp},
+    Network{"mlp_small", false, false, make_small_mlp},
 };
 
 }  // namespace

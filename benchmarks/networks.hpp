@@ -27,4 +27,9 @@ struct Network {
 /// softmax: LibTorch's fused attention has no double backward.
 [[nodiscard]] std::shared_ptr<cifar::ImageClassifier> make_vit();
 
+/// Perceptrons of the widths 784, 2048, 2048, 10 and 16, 32, 10: wide layers beside few samples, and a step that is
+/// nearly nothing but calls.
+[[nodiscard]] std::shared_ptr<cifar::ImageClassifier> make_mlp();
+[[nodiscard]] std::shared_ptr<cifar::ImageClassifier> make_small_mlp();
+
 }  // namespace overhead

@@ -407,20 +407,31 @@ TEST_CASE("a forward pass that writes to a parameter or buffer later than the fi
   const torch::Tensor scale = model->register_buffer("scale", torch::ones({networks::classes}));
   int calls = 0;
   int writes_at = 1;
+  bool wait = false;
   microreg::Regularizer regularizer(model,
                                     [&](const torch::Tensor& output, const torch::Tensor& labels) {
                                       if (calls++ == writes_at) {
                                         scale.mul_(2);
+                                        if (wait) {  // until the micro-batch before has failed by it
+                                          std::this_thread::sleep_for(std::chrono::milliseconds(300));
+                                        }
                                       }
-                                      return torch::cross_entropy_loss(output * scale, labels);
+                                      const torch::Tensor scaled = output * scale;
+                                      // takes its time before the derivative reads what was written to
+                                      const torch::Tensor large = scaled.mean() * torch::ones({600, 600});
+                                      return torch::cross_entropy_loss(scaled, labels) + large.mm(large).mean();
                                     },
                                     microreg::GradientNorm{}, {.micro_batch_size = 4, .workers = 2});
   const torch::Tensor input = torch::randn({12, 6});
   const torch::Tensor target = torch::randint(networks::classes, {12});
   const Watch watch(*model);
-  CHECK(has(message_of<microreg::ModelError>([&] { (void)regularizer.backward(input, target); }),
-            {"[5]", "workers = 0"}));
-  CHECK(watch.unchanged());
+  for (const bool slow : {false, true}) {
+    calls = 0;
+    wait = slow;
+    CHECK(has(message_of<microreg::ModelError>([&] { (void)regularizer.backward(input, target); }),
+              {"[5]", "workers = 0"}));
+    CHECK(watch.unchanged());
+  }
   calls = 0;
   writes_at = 0;  // from the first pass on: in order
   CHECK_NOTHROW(regularizer.backward(input, target));

@@ -112,6 +112,19 @@ class Vit(nn.Module):
         return self.classifier(self.norm(self.blocks(embedded)).mean(1))
 
 
+class Perceptron(nn.Module):
+    def __init__(self, *widths):
+        super().__init__()
+        layers = []
+        for inputs, outputs in zip(widths, widths[1:]):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self.inputs = widths[0]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, images):
+        return self.layers(images.flatten(1)[:, : self.inputs])
+
+
 # name: (constructor, whether it is convolutional)
 NETWORKS = {
     "resnet18_w16": (lambda: ResNet18(16), True),
@@ -120,4 +133,6 @@ NETWORKS = {
     "vgg16_bn": (lambda: Vgg([[1, 1], [2, 2], [4, 4, 4], [8, 8, 8], [8, 8, 8]], True), True),
     "cnn": (Cnn, True),
     "vit": (Vit, False),
+    "mlp": (lambda: Perceptron(784, 2048, 2048, 10), False),
+    "mlp_small": (lambda: Perceptron(16, 32, 10), False),
 }

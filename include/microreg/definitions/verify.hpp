@@ -102,7 +102,8 @@ class Verifier {
   Verifier(MiniBatch& batch, const RegularizerOptions& options)
       : batch_(batch),
         options_(options),
-        step_(batch, options, 0),
+        alone_(nullptr, 0),
+        step_(batch, options, 0, alone_),
         parameters_(step_.parameters()),
         all_parameters_(Step::all_parameters(batch, options)),
         part_(step_.parts().front()),
@@ -703,6 +704,7 @@ class Verifier {
 
   MiniBatch& batch_;
   const RegularizerOptions& options_;
+  Ranks alone_;
   Step step_;
   const Parameters& parameters_;
   std::vector<NamedParameter> all_parameters_;

@@ -16,14 +16,16 @@ namespace microreg::inline MICROREG_ABI::detail {
 
 inline constexpr c10::DispatchKey interception_key = c10::DispatchKey::TESTING_ONLY_GenericMode;
 
+/// Whether a scope is open on this thread.
+inline bool is_intercepting() { return c10::impl::tls_is_dispatch_key_included(interception_key); }
+
 /// Includes the key on this thread. c10's own guard restores everything that was included at its beginning, and would
 /// leave the key behind where two scopes overlap without one holding the other; this one takes away what it brought. So
 /// does an InferenceMode that began in a scope and ends after it; the next scope takes that away with what it brings.
 class Interception {
  public:
   explicit Interception(bool wanted = true)
-      : outermost_(wanted &&
-                   (!c10::impl::tls_is_dispatch_key_included(interception_key) || std::exchange(stale(), false))),
+      : outermost_(wanted && (!is_intercepting() || std::exchange(stale(), false))),
         inference_(c10::InferenceMode::is_enabled()) {
     if (outermost_) {
       c10::impl::tls_set_dispatch_key_included(interception_key, true);

@@ -7,10 +7,12 @@
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/graph_node.hpp>
+#include <microreg/detail/interception.hpp>
 #include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/parameters.hpp>
+#include <microreg/step/gram.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/scaling.hpp>
@@ -84,6 +86,8 @@ class DoubleBackward {
     const bool wanted = factor > 0;
     at::Tensor squared;
     std::vector<at::Tensor> differentiable;
+    std::vector<GramFactors> products;
+    const bool fused = is_intercepting();
     for (const at::Tensor& probe : probes) {
       auto g = probe_gradient(term, probe, wanted);
       add_to(squared, scale_.divided_out(squared_norm(g, probe.options())));
@@ -91,19 +95,27 @@ class DoubleBackward {
         loss_gradient_ = detached(g);
       }
       for (at::Tensor& gradient : g) {
-        if (wanted && gradient.requires_grad()) {
+        if (!wanted || !gradient.requires_grad()) {
+          continue;
+        }
+        if (std::optional<GramFactors> factors = fused ? gram_factors(gradient) : std::nullopt) {
+          products.push_back(*std::move(factors));
+          gradient = at::Tensor();
+        } else {
           differentiable.push_back(std::move(gradient));
         }
       }
     }
-    if (!differentiable.empty()) {
+    if (!differentiable.empty() || !products.empty()) {
       const at::NoGradGuard no_grad;
       const double share = apart_ ? factor / (2 * largest_) : factor;
-      auto seed = term.squared ? taken_and_scaled(differentiable, seed_factor(2 * share))
-                               : scaled(differentiable,
-                                        seed_factor(1).times(over_norm(whole.defined() ? whole : squared, share)));
-      std::move(seed.begin(), seed.end(), std::back_inserter(seeds_));
-      roots_.insert(roots_.end(), differentiable.begin(), differentiable.end());
+      const Factor seed = term.squared ? seed_factor(2 * share)
+                                       : seed_factor(1).times(over_norm(whole.defined() ? whole : squared, share));
+      start(differentiable, term.squared ? taken_and_scaled(differentiable, seed) : scaled(differentiable, seed));
+      for (const GramFactors& product : products) {
+        std::vector<at::Tensor> seeds = product.seeds();
+        start(product.roots(), taken_and_scaled(seeds, seed));
+      }
     }
     return squared;
   }
@@ -161,6 +173,11 @@ class DoubleBackward {
     }
     require_dependence(term, counted, parameters_);
     return defined(counted);
+  }
+
+  void start(const std::vector<at::Tensor>& roots, std::vector<at::Tensor> seeds) {
+    roots_.insert(roots_.end(), roots.begin(), roots.end());
+    std::move(seeds.begin(), seeds.end(), std::back_inserter(seeds_));
   }
 
   /// From S g to the seed: apart, it is g itself for the strongest penalty, and 2 * largest / S is left to the end.

@@ -57,6 +57,13 @@ class Turns {
     changed_.notify_all();
   }
 
+  /// No piece goes on, and `error` is that of the step: pieces before the one that found it may have failed for the
+  /// same reason, in words that do not tell it. To be called where an exception is handled; throws Stopped.
+  [[noreturn]] void stop_all() {
+    stop(-1, std::current_exception());
+    throw Stopped{};
+  }
+
   void rethrow() const {
     if (error_ != nullptr) {
       std::rethrow_exception(error_);
