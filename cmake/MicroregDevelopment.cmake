@@ -9,6 +9,16 @@ option(MICROREG_GROUP_SOURCES "Compile small sources together: faster as a whole
 
 find_package(fmt REQUIRED)
 
+# For several processes. LibTorch has Gloo inside, but not Gloo's headers, which are all that is taken from elsewhere;
+# MPI is its own. What needs them is left out, with a sentence, where they are not installed.
+find_path(MICROREG_GLOO_HEADERS gloo/transport/device.h)
+find_package(MPI QUIET COMPONENTS CXX)
+add_library(microreg_gloo INTERFACE)
+if(MICROREG_GLOO_HEADERS)
+  target_include_directories(microreg_gloo SYSTEM INTERFACE "${MICROREG_GLOO_HEADERS}")
+  target_compile_definitions(microreg_gloo INTERFACE USE_DISTRIBUTED USE_C10D_GLOO)
+endif()
+
 set(microreg_warnings -Wall -Wextra -Wpedantic -Wshadow -Wconversion
                       $<$<BOOL:${MICROREG_WARNINGS_AS_ERRORS}>:-Werror>)
 target_compile_options(microreg_compiled PRIVATE ${microreg_warnings})

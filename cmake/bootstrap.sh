@@ -147,7 +147,7 @@ microreg_count_jobs() {
 # Packages, LibTorch, and the preset configured into its folder under build.
 microreg_bootstrap() {
   microreg_require g++=c++ cmake=cmake ninja-build=ninja catch2 libfmt-dev libcli11-dev nlohmann-json3-dev \
-    libbenchmark-dev
+    libbenchmark-dev libgloo-dev libopenmpi-dev openmpi-bin
   microreg_find_torch
   microreg_count_jobs
 

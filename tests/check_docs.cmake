@@ -1,7 +1,8 @@
 # Checks the documentation against the code (cmake -P, nothing else needed):
 # - every ```cpp block in README.md, docs/*.md and in a doc comment stands, word for word, in a test or an example;
 # - every relative link in a Markdown file leads to a file and a heading that are there;
-# - README.md names every option of the CIFAR trainer.
+# - README.md names every option of the CIFAR trainer;
+# - test cases that tests/kinds.md names are there.
 cmake_minimum_required(VERSION 3.25)
 get_filename_component(root "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
 set(failures 0)
@@ -113,6 +114,26 @@ foreach(header IN LISTS headers)
   string(REGEX REPLACE "\n */// ?" "\n" text "${text}")
   check_blocks("${header}" "${text}")
 endforeach()
+
+# Tests that tests/kinds.md names by their whole name.
+file(GLOB tests "${root}/tests/test_*.cpp")
+set(all_tests "")
+foreach(test IN LISTS tests)
+  file(READ "${test}" text)
+  string(APPEND all_tests "${text}")
+endforeach()
+file(READ "${root}/tests/kinds.md" kinds)
+string(REGEX MATCHALL "\"[^\"]+\"" names "${kinds}")
+list(LENGTH names named_tests)
+foreach(name IN LISTS names)
+  string(FIND "${all_tests}" "TEST_CASE(${name}" position)
+  if(position EQUAL -1)
+    message(SEND_ERROR "tests/kinds.md: there is no test case ${name}")
+  endif()
+endforeach()
+if(named_tests LESS 50)
+  message(SEND_ERROR "tests/kinds.md: only ${named_tests} test cases were found in it")
+endif()
 
 file(READ "${root}/README.md" readme)
 file(READ "${root}/examples/cifar/command_line.cpp" command_line)

@@ -324,7 +324,8 @@ TEST_CASE("differences: forward passes in other threads are right or refused", "
       entropy, s.x, s.y, 1e-5);
 }
 
-TEST_CASE("differences: another thread that reads the weights may see displaced ones", "[difference_checks]") {
+TEST_CASE("differences: another thread that reads the weights sees displaced ones, or copies are moved",
+          "[difference_checks]") {
   const Setting s;
   const Tensor before = s.a.detach().clone();
   int passes = 0;
@@ -348,6 +349,10 @@ TEST_CASE("differences: another thread that reads the weights may see displaced 
   CHECK((passes == 2 && displaced == 1));
   step(CentralDifference{.check_every = 0});
   CHECK((passes == 3 && displaced == 2));
+  step(ForwardDifference{.check_every = 0, .displace = microreg::Displace::copies});
+  CHECK((passes == 2 && displaced == 0));
+  step(CentralDifference{.check_every = 0, .displace = microreg::Displace::copies});
+  CHECK((passes == 3 && displaced == 0));
 }
 
 TEST_CASE("differences: detach is right, straight-through and bootstrapped targets", "[difference_checks]") {
@@ -532,6 +537,32 @@ TEST_CASE("differences: a fitted batch, where they are lost in rounding, is diff
   const Tensor part =
       flat_grad(s.weights()) - torch::cat({loss_part[0].flatten(), loss_part[1].flatten()}).to(torch::kFloat64);
   CHECK(relative_error(part, right) < 0.05);
+}
+
+TEST_CASE("differences: a change that is lost in rounding, where an operation has no second derivative, is refused",
+          "[difference_checks]") {
+  Setting s(torch::kFloat, 32);
+  double offset = 0;
+  const Loss loss = [&](const Tensor& o, const Tensor& y) { return entropy(o, y) + offset - offset; };
+  const auto network = [&](bool once) {
+    return Model{[&, once](const Tensor& x) {
+                   const Tensor h = x.matmul(s.a);
+                   return torch::tanh(once ? Once::apply(h) : h.sin()).matmul(s.b);
+                 },
+                 s.weights()};
+  };
+  for (const bool once : {false, true}) {
+    offset = 0;
+    microreg::Regularizer regularizer(network(once), loss, microreg::GradientNorm{},
+                                      options_of(ForwardDifference{.own_functions = smooth}));
+    (void)regularizer.backward(s.x, s.y);  // the proof
+    offset = 1e5;
+    clear_grad(s.weights());
+    const std::string message = refusal([&] { (void)regularizer.backward(s.x, s.y); });
+    CHECK(message.empty() != once);
+    CHECK((!once || has(message, {"GradientNorm", "rounding", "second derivative"})));
+    CHECK(s.a.grad().defined() != once);
+  }
 }
 
 TEST_CASE("differences: without a second derivative two lengths are compared", "[difference_checks]") {

@@ -407,11 +407,47 @@ TEST_CASE("verify: the input's Jacobian", "[verify]") {
 }
 
 TEST_CASE("verify: values that are not finite", "[verify]") {
-  Setting s;
-  s.x[1][2] = std::numeric_limits<double>::quiet_NaN();
-  const auto found =
-      s.verified([&](const Tensor& x) { return torch::matmul(torch::tanh(torch::matmul(x, s.a)), s.b); });
-  CHECK(any_has(found.problems, {"nan"}));
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  const auto check = [](const microreg::Verification& found, std::initializer_list<const char*> words) {
+    INFO(found.text());
+    REQUIRE_FALSE(found.problems.empty());
+    CHECK(has(found.problems.front(), words));
+    CHECK_FALSE(any_has(found.problems, {"apart"}));
+  };
+  const auto network = [](const Setting& s) -> Forward {
+    return [&s](const Tensor& x) { return torch::matmul(torch::tanh(torch::matmul(x, s.a)), s.b); };
+  };
+  {
+    Setting s;
+    s.x[1][2] = nan;
+    check(s.verified(network(s)), {"the loss is nan", "which comes from input", "1 NaN"});
+  }
+  {
+    Setting s;
+    {
+      const torch::NoGradGuard no_grad;
+      s.b[0] = nan;
+    }
+    check(s.verified(network(s)), {"the loss is nan", "which comes from parameter parameters[1]", "5 NaN"});
+  }
+  {
+    Setting s;
+    s.x[1][2] = std::numeric_limits<double>::infinity();
+    check(s.verified([&](const Tensor& x) { return network(s)(x - x.detach()); }), {"which comes from input", "1 inf"});
+  }
+  {
+    const Setting s;
+    check(s.verified([&](const Tensor& x) { return network(s)(x).log(); }),
+          {"the loss is nan", "are finite", "logarithm"});
+  }
+  {
+    Setting s;  // of a sample that another micro-batch has
+    s.x[11][2] = nan;
+    const microreg::FunctionModel<Forward> model{network(s), {s.a, s.b}};
+    const auto found =
+        microreg::verify(model, cross_entropy, microreg::GradientNorm{}, s.x, s.y, {.micro_batch_size = 4});
+    CHECK(any_has(found.notes, {"NaN", "input"}));
+  }
 }
 
 TEST_CASE("verify leaves no trace", "[verify]") {

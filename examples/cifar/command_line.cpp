@@ -133,6 +133,20 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv) {
       ->type_name("N");
   add_choice(run, "--layout", options.layout, layout_names, "Memory layout of images and convolutions");
 
+  run->add_option_function<std::string>(
+         "--distributed",
+         [&options](const std::string& text) {
+           const bool named = std::any_of(distributed_names.begin(), distributed_names.end(),
+                                          [&](const auto& each) { return each.name == text; });
+           options.distributed =
+               named ? value_of(distributed_names, text) : Distributed::torchrun;  // --distributed alone
+         },
+         "One of several processes, started by torchrun --no-python, or by mpirun with 'mpi'")
+      ->type_name("[torchrun|mpi]")
+      ->expected(0, 1)
+      ->check(CLI::IsMember({"", "true", "none", "torchrun", "mpi"}))
+      ->always_capture_default(false);
+
   auto* records = app.add_option_group("Records");
   records->add_option("--log-every", options.log_every, "Steps between records")->type_name("N");
   add_choices(records, "--monitor", options.monitors, monitor_names,

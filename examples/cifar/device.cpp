@@ -5,17 +5,19 @@
 #include <cstdint>
 
 #include "options.hpp"
+#include "ranks.hpp"
 
 namespace cifar {
 
 torch::Device device_of(const std::string& name) {
   if (name == "auto") {
-    return torch::cuda::is_available() ? torch::Device(torch::kCUDA, 0) : torch::Device(torch::kCPU);
+    return torch::cuda::is_available() ? torch::Device(torch::kCUDA, static_cast<c10::DeviceIndex>(local_rank()))
+                                       : torch::Device(torch::kCPU);
   }
   try {
     torch::Device device(name);
     if (device.is_cuda() && device.index() < 0) {
-      device = torch::Device(torch::kCUDA, 0);
+      device = torch::Device(torch::kCUDA, static_cast<c10::DeviceIndex>(local_rank()));
     }
     const auto devices = static_cast<std::int64_t>(torch::cuda::device_count());
     if (!device.is_cpu() && !(device.is_cuda() && device.index() < devices)) {

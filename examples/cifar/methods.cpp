@@ -1,5 +1,7 @@
 #include "methods.hpp"
 
+#include <microreg/distributed/report.hpp>
+
 #include <algorithm>
 #include <cstdint>
 #include <utility>
@@ -27,7 +29,8 @@ microreg::Estimator estimator_of(EstimatorName name) {
   throw UsageError("--estimator is not one that this trainer has");
 }
 
-microreg::RegularizerOptions regularizer_options(const Options& options) {
+microreg::RegularizerOptions regularizer_options(const Options& options,
+                                                 const std::shared_ptr<microreg::Communicator>& ranks) {
   return {.strength = microreg::LinearWarmUp{.peak = options.strength, .steps = options.warm_up},
           .micro_batch_size = options.micro_batch_size,
           .estimator = estimator_of(options.estimator),
@@ -37,7 +40,8 @@ microreg::RegularizerOptions regularizer_options(const Options& options) {
           .weighting = options.weighting == WeightingName::samples ? microreg::Weighting::samples
                                                                    : microreg::Weighting::reference,
           .check_finite = microreg::CheckFinite::always,
-          .workers = std::max<std::int64_t>(options.workers, 0)};  // unresolved: micro-batches in order
+          .workers = std::max<std::int64_t>(options.workers, 0),  // unresolved: micro-batches in order
+          .communicator = ranks};
 }
 
 void set_learning_rate(torch::optim::Optimizer& optimizer, double learning_rate) {
@@ -68,11 +72,13 @@ microreg::AnyPenalty<> penalty_of(Method method) {
 }  // namespace
 
 Step::Step(const Options& options, const std::shared_ptr<ImageClassifier>& model,
-           std::shared_ptr<torch::optim::SGD> optimizer)
+           std::shared_ptr<torch::optim::SGD> optimizer, std::shared_ptr<microreg::Communicator> ranks)
     : options_(options),
       model_(model),
       optimizer_(std::move(optimizer)),
-      regularizer_(model, torch::nn::CrossEntropyLoss(), penalty_of(options.method), regularizer_options(options)) {
+      ranks_(std::move(ranks)),
+      regularizer_(model, torch::nn::CrossEntropyLoss(), penalty_of(options.method),
+                   regularizer_options(options, ranks_)) {
   if (options.method == Method::external_grafting) {
     norms_.emplace(options.norms_from);
   }
@@ -91,7 +97,8 @@ microreg::Report Step::operator()(std::int64_t step, const torch::Tensor& images
 void Step::graft(std::int64_t step, const microreg::Report& report) const {
   if (options_.method == Method::iterative_grafting) {
     // The batch is in random order, so its first micro-batch is a random one.
-    microreg::graft(model_->parameters(), report.penalties.front().micro_batch_norms[0]);
+    const microreg::Report whole = ranks_ == nullptr ? report : microreg::reduced(report, *ranks_);
+    microreg::graft(model_->parameters(), whole.penalties.front().micro_batch_norms[0]);
   } else if (options_.method == Method::external_grafting) {
     microreg::graft(model_->parameters(), norms_->at(step));
   } else if (options_.method == Method::normalized) {

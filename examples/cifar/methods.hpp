@@ -19,10 +19,10 @@ class Step {
  public:
   /// Throws DataError if recorded norms cannot be read.
   Step(const Options& options, const std::shared_ptr<ImageClassifier>& model,
-       std::shared_ptr<torch::optim::SGD> optimizer);
+       std::shared_ptr<torch::optim::SGD> optimizer, std::shared_ptr<microreg::Communicator> ranks = nullptr);
 
-  /// What it does depends on `step`, weights and mini-batch alone, and on LibTorch's default random numbers. Throws
-  /// microreg::NonFiniteError, the weights unchanged, if it diverges.
+  /// The images are those of this rank. What it does depends on `step`, weights and mini-batch alone, and on LibTorch's
+  /// default random numbers. Throws microreg::NonFiniteError, the weights unchanged, if it diverges.
   microreg::Report operator()(std::int64_t step, const torch::Tensor& images, const torch::Tensor& labels);
 
  private:
@@ -31,6 +31,7 @@ class Step {
   Options options_;
   std::shared_ptr<ImageClassifier> model_;
   std::shared_ptr<torch::optim::SGD> optimizer_;
+  std::shared_ptr<microreg::Communicator> ranks_;
   microreg::Regularizer<> regularizer_;
   std::optional<RecordedNorms> norms_;  // of external grafting
 };

@@ -44,6 +44,13 @@ enum class MonitorOn {
   fresh,  ///< training images drawn anew at every record
 };
 
+/// Which launcher has started this process as one of several ranks.
+enum class Distributed {
+  none,
+  torchrun,  ///< or whatever sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: Gloo, from LibTorch
+  mpi,
+};
+
 /// An enumerator and the name it goes by on the command line and in the records.
 template <class Enum>
 struct Named {
@@ -106,6 +113,12 @@ inline constexpr std::array monitor_on_names{
     Named{MonitorOn::fresh, "fresh"},
 };
 
+inline constexpr std::array distributed_names{
+    Named{Distributed::none, "none"},
+    Named{Distributed::torchrun, "torchrun"},
+    Named{Distributed::mpi, "mpi"},
+};
+
 template <class Enum, std::size_t N>
 constexpr std::string_view name_of(const std::array<Named<Enum>, N>& names, Enum value) {
   for (const auto& named : names) {
@@ -158,6 +171,7 @@ struct Options {
   int threads = 0;              ///< 0: as many as LibTorch chooses
   std::int64_t workers = -1;    ///< micro-batches at a time; -1: resolved_workers()
   Layout layout = Layout::contiguous;
+  Distributed distributed = Distributed::none;
 
   std::int64_t log_every = 50;
   std::vector<Monitor> monitors = {};  ///< measured at every record, besides the gradient norm

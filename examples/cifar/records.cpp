@@ -79,10 +79,11 @@ Records::Records(const Options& options) : folder_(options.output), accuracy_nam
   }
 }
 
-std::string Records::config(const Options& options, const std::string& device, int threads) {
+std::string Records::config(const Options& options, const std::string& device, int threads, std::int64_t ranks) {
   Json config = json_of(options);
   config["device"] = device;
   config["threads"] = threads;
+  config["ranks"] = ranks;
   config["workers"] = options.workers;
   config["microreg_version"] = microreg::version;
   return config.dump(2);
@@ -171,6 +172,9 @@ void check_same_run(const std::string& saved, const std::string& now, const Opti
   const Json after = Json::parse(now);
   for (const auto& [name, value] : after.items()) {
     const Json old = before.contains(name) ? before.at(name) : Json();
+    if (name == "ranks" || (name == "threads" && before.value("ranks", 1) != after.value("ranks", 1))) {
+      continue;  // the same run, divided otherwise
+    }
     const bool longer = name == "steps" && options.schedule == Schedule::constant && value > old;
     const bool same_bits = name == "workers" && old.is_number() && value > 0 && old > 0;
     if (value != old && name != "output" && !longer && !same_bits) {

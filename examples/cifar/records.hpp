@@ -38,6 +38,7 @@ struct Summary {
   double seconds = 0;                        ///< of training, measuring included
   double seconds_per_step = 0;               ///< of the steps alone
   std::string weights_checksum = {};         ///< of all parameters and buffers, bitwise
+  int signal = 0;                            ///< that interrupted it, on whatever rank; in no file
 };
 
 /// Writes the records of one run into a folder; into none if its name is empty. Every line is on disk when append()
@@ -50,7 +51,8 @@ class Records {
   explicit Records(const Options& options);
 
   /// The options that decide a run and the rest of config.json, as JSON.
-  [[nodiscard]] static std::string config(const Options& options, const std::string& device, int threads);
+  [[nodiscard]] static std::string config(const Options& options, const std::string& device, int threads,
+                                          std::int64_t ranks = 1);
   /// Writes config.json; a summary that is there is out of date now.
   void begin(const std::string& config) const;
 

@@ -103,6 +103,14 @@ void RunningMean::add(const torch::Tensor& value) {
   ++count;
 }
 
+void RunningMean::gather(microreg::Communicator& ranks) {
+  if (count > 0) {
+    torch::Tensor all = sum.detach().to(torch::kCPU, torch::kFloat64).reshape({1});
+    ranks.all_reduce(all)();
+    sum = (ranks.rank() == 0 ? all : torch::zeros_like(all)).reshape({}).to(sum.options());
+  }
+}
+
 double RunningMean::take() {
   const double mean = sum.item<double>() / static_cast<double>(count);
   *this = {};

@@ -7,6 +7,8 @@
 
 #include <torch/torch.h>
 
+#include <microreg/distributed/communicator.hpp>
+
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -14,12 +16,14 @@
 
 namespace cifar {
 
-/// A mean over steps whose sum stays on the device until it is read.
+/// A mean over steps whose sum stays on the device until it is read. Of several ranks each adds its share.
 struct RunningMean {
   torch::Tensor sum;
   std::int64_t count = 0;
 
   void add(const torch::Tensor& value);
+  /// The sum of all ranks comes to rank 0, 0 to the others.
+  void gather(microreg::Communicator& ranks);
   /// The mean; begins anew.
   double take();
 };

@@ -8,6 +8,7 @@
 
 #include <microreg/definitions/autocast.hpp>
 #include <microreg/definitions/batch.hpp>
+#include <microreg/definitions/distributed.hpp>
 #include <microreg/definitions/estimator.hpp>
 #include <microreg/definitions/grafting.hpp>
 #include <microreg/definitions/model.hpp>

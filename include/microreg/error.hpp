@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace microreg::inline MICROREG_ABI {
 
@@ -60,6 +62,18 @@ class NonFiniteError : public Error {
 
  private:
   std::int64_t micro_batch_;
+};
+
+/// Of several processes that take a step together, another one has failed in it, or does not answer.
+class RankError : public Error {
+ public:
+  RankError(const std::string& message, std::vector<std::int64_t> ranks) : Error(message), ranks_(std::move(ranks)) {}
+
+  /// Those that failed or do not answer; empty where that could not be found out.
+  [[nodiscard]] const std::vector<std::int64_t>& ranks() const noexcept { return ranks_; }
+
+ private:
+  std::vector<std::int64_t> ranks_;
 };
 
 }  // namespace microreg::inline MICROREG_ABI

@@ -29,6 +29,13 @@ enum class OwnFunctions {
   smooth,   ///< their author says that they have no kink and that hooks only look; proofs try, at longer distances too
 };
 
+/// What a difference moves in its further passes.
+enum class Displace {
+  parameters,  ///< the memory of the parameters, which whoever else reads them meanwhile sees displaced
+  copies,      ///< copies, which all operations of the step's thread see in place of the parameters: other threads may
+               ///< read these at any time, and two parameters may share memory. Costs a boxed call an operation
+};
+
 /// The Hessian-vector product from two gradients,
 ///
 ///     H g ~ (grad s(w + e g) - grad s(w)) / e,   e = step / ||g||.
@@ -45,6 +52,7 @@ struct ForwardDifference {
   /// Gates::free, another regularizer on networks with kinks, nothing is compared at 0.
   double tolerance = 0;
   OwnFunctions own_functions = OwnFunctions::refused;  ///< with Gates::free they are not asked for
+  Displace displace = Displace::parameters;
 };
 
 /// The Hessian-vector product from two displaced gradients,
@@ -63,6 +71,7 @@ struct CentralDifference {
   /// Gates::free, another regularizer on networks with kinks, nothing is compared at 0.
   double tolerance = 0;
   OwnFunctions own_functions = OwnFunctions::refused;  ///< with Gates::free they are not asked for
+  Displace displace = Displace::parameters;
 };
 
 namespace detail {

@@ -13,10 +13,13 @@
 #include <microreg/strength.hpp>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
 namespace microreg::inline MICROREG_ABI {
+
+class Communicator;  // distributed/communicator.hpp
 
 /// How the user's loss reduces over the samples of a micro-batch.
 enum class Reduction {
@@ -64,6 +67,13 @@ struct Sampling {
 enum class OtherLeaves {
   refused,  ///< ModelError, since `loss.backward()` would have trained them
   ignored,  ///< they get no gradient, as the discriminator's in a generator's step
+};
+
+/// What becomes of buffers (the running statistics of batch normalisation) that a step has moved on each of several
+/// ranks. Those that are no floating-point numbers are always of the first rank that had samples.
+enum class RankBuffers {
+  averaged,    ///< the mean over the ranks, each by its share of the samples
+  first_rank,  ///< those of the first rank that had samples
 };
 
 /// The options of Regularizer. Every member has a default; set those you need by name.
@@ -130,6 +140,11 @@ struct RegularizerOptions {
   /// Whether each call that succeeds counts as a step of the schedules. False where an iteration calls several times
   /// (the two networks of a GAN, an optimizer with a closure): call advance() once an iteration then.
   bool advance = true;
+  /// The processes that take each step together, each on its own part of the mini-batch, as if it were one process:
+  /// see microreg/distributed and docs/distributed.md. Null: this one alone.
+  std::shared_ptr<Communicator> communicator = nullptr;
+  /// What becomes of buffers that ranks have moved apart.
+  RankBuffers rank_buffers = RankBuffers::averaged;
 };
 
 /// The options of measure(), each as in RegularizerOptions.
@@ -147,6 +162,7 @@ struct MeasureOptions {
   OtherLeaves other_leaves = OtherLeaves::refused;
   ShortLast short_last = ShortLast::kept;
   std::int64_t workers = 0;
+  std::shared_ptr<Communicator> communicator = nullptr;
 };
 
 namespace detail {

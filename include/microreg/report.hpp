@@ -26,9 +26,13 @@ struct PenaltyReport {
 
 /// The outcome of `Regularizer::backward` (and, without gradients, of `measure`).
 struct Report {
-  std::int64_t step = 0;                ///< counted from 0
-  std::int64_t first_micro_batch = 0;   ///< index of the first one here: Penalised's part, otherwise 0
-  std::int64_t samples = 0;             ///< |B|
+  std::int64_t step = 0;               ///< counted from 0
+  std::int64_t first_micro_batch = 0;  ///< index of the first one here: Penalised's part, otherwise 0
+  std::int64_t samples = 0;            ///< |B|; of several ranks, those of this one
+  /// what the micro-batches here count of all in the step: 1, but for Penalised's part and one of several ranks, whose
+  /// loss and penalties are the means over its own (see reduced() in distributed/report.hpp)
+  double share = 1;
+  std::int64_t all_micro_batches = 0;   ///< K of the whole step, also where only some of them are here
   at::Tensor loss;                      ///< sum over M of weight(M) * L_M: the mean loss over B; scalar
   std::vector<at::Tensor> loss_parts;   ///< what the loss returned behind its first member, averaged as the loss is
   at::Tensor micro_batch_losses;        ///< L_M, one per micro-batch; [K]

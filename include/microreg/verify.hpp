@@ -39,8 +39,9 @@ Verification verify_step(MiniBatch& batch, const RegularizerOptions& options);
 /// ```
 template <class M, class Loss, class PenaltyOrSum, class Input, class Target>
 [[nodiscard]] Verification verify(M&& model, Loss loss, PenaltyOrSum penalty, const Input& input, const Target& target,
-                                  const RegularizerOptions& options = {}) {
+                                  RegularizerOptions options = {}) {
   detail::validate(options);
+  options.communicator = nullptr;  // of this process alone
   return detail::on_one_batch(std::forward<M>(model), std::move(loss), std::move(penalty), input, target, options,
                               &detail::verify_step);
 }

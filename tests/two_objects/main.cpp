@@ -25,6 +25,7 @@ struct Object {
   decltype(&::is_fused) is_fused;
   decltype(&::refusal) refusal;
   decltype(&::gates_seen) gates_seen;
+  decltype(&::gates_seen_in_step) gates_seen_in_step;
 
   explicit Object(const char* path, int visible = RTLD_LOCAL) : handle(dlopen(path, RTLD_NOW | visible)) {
     if (handle == nullptr) {
@@ -37,6 +38,7 @@ struct Object {
     find(is_fused, "is_fused");
     find(refusal, "refusal");
     find(gates_seen, "gates_seen");
+    find(gates_seen_in_step, "gates_seen_in_step");
   }
 
  private:
@@ -104,6 +106,11 @@ int main(int, char** arguments) {
   second.join();
   check(threads_right[0] && threads_right[1], "two threads, a scope each: fused, right, and over at its end");
   check(b.gates_seen() == 1 && a.gates_seen() == 1, "sessions of both, whichever registered the kernels");
+
+  for (const Object* object : {&a, &b}) {
+    const int seen = object->gates_seen_in_step(0);
+    check(seen >= 2 && object->gates_seen_in_step(2) == seen, "a step with workers: no gate escapes the session");
+  }
 
   void* outer = a.open_scope();
   void* inner = b.open_scope();

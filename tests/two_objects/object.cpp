@@ -79,6 +79,16 @@ EXPORT int gates_seen() {
   return static_cast<int>(tape.size());
 }
 
+EXPORT int gates_seen_in_step(int workers) {
+  torch::nn::Sequential model(torch::nn::Linear(3, 4), torch::nn::ReLU(), torch::nn::Linear(4, 2));
+  microreg::Regularizer regularizer(model, torch::nn::MSELoss(), microreg::GradientNorm{},
+                                    {.micro_batch_size = 2, .workers = workers});
+  microreg::GateTape tape;
+  const microreg::RecordGates record(tape);
+  (void)regularizer.backward(torch::ones({4, 3}), torch::ones({4, 2}));
+  return static_cast<int>(tape.size());
+}
+
 EXPORT bool is_fused() {
   const auto w = torch::ones({1, 1, 1, 1}, torch::requires_grad());
   const auto y = torch::conv2d(torch::ones({1, 1, 2, 2}), w).pow(2).sum();

@@ -17,6 +17,9 @@ const char* refusal();
 /// How many operations with gates a scope sees in a forward pass with one; -1: it cannot be opened.
 int gates_seen();
 
+/// The same in a step of two micro-batches.
+int gates_seen_in_step(int workers);
+
 /// Whether backward passes are recorded by microreg on this thread now.
 bool is_fused();
 }

@@ -97,7 +97,8 @@ MICROREG_INLINE RegularizerOptions options_of(MeasureOptions options) {
                             .autocast = options.autocast,
                             .loss_scale = options.loss_scale,
                             .keep_outputs = options.keep_outputs,
-                            .workers = options.workers};
+                            .workers = options.workers,
+                            .communicator = std::move(options.communicator)};
   validate(result);
   return result;
 }

@@ -12,7 +12,7 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/fused/scope.hpp>
-#include <microreg/gates/tape.hpp>
+#include <microreg/gates/watched.hpp>
 #include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/report.hpp>
@@ -24,6 +24,7 @@
 #include <microreg/step/objective.hpp>
 #include <microreg/step/own_draws.hpp>
 #include <microreg/step/probes.hpp>
+#include <microreg/step/ranks.hpp>
 #include <microreg/step/recurrent.hpp>
 #include <microreg/step/sampling.hpp>
 #include <microreg/step/scaling.hpp>
@@ -35,9 +36,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <unordered_set>
@@ -115,6 +119,9 @@ MICROREG_INLINE std::vector<Part> cut(std::int64_t inputs, std::int64_t targets,
     throw BatchError(text({"first dimensions differ: input has ", inputs, " samples, target has ", targets,
                            "; pass the inputs and targets of the same samples"}));
   }
+  if (inputs == 0 && options.communicator != nullptr) {
+    return {};  // other ranks have some
+  }
   if (inputs == 0) {
     throw BatchError("the mini-batch is empty: input has 0 samples; skip empty batches in the data loader");
   }
@@ -183,33 +190,47 @@ inline at::Tensor laid_out_as(const at::Tensor& parameter, const at::Tensor& gra
       .copy_(gradient);
 }
 
-/// Adds `sums` to the `.grad` fields of `parameters`, outside of any graph.
-inline void add_to_grad(const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& sums) {
-  // Two threads may step on one model, and plain accumulation is safe there.
-  static std::mutex one_at_a_time;
-  const std::lock_guard lock(one_at_a_time);
-  const at::NoGradGuard no_grad;
-  std::vector<at::Tensor> into;
-  std::vector<at::Tensor> from;
-  std::vector<std::pair<std::size_t, at::Tensor>> without;
-  for (std::size_t i = 0; i < parameters.size(); ++i) {
-    if (!sums[i].defined()) {
-      continue;
-    }
-    if (parameters[i].grad().defined()) {
-      into.push_back(parameters[i].grad());
-      from.push_back(sums[i]);
-    } else {
-      without.emplace_back(i, laid_out_as(parameters[i], sums[i]));
+/// What a step adds to the `.grad` fields of `parameters`, outside of any graph.
+class GradUpdate {
+ public:
+  /// Allocates all that is needed.
+  GradUpdate(const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& sums) {
+    const at::NoGradGuard no_grad;
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+      if (!sums[i].defined()) {
+        continue;
+      }
+      if (parameters[i].grad().defined()) {
+        into_.push_back(parameters[i].grad());
+        from_.push_back(sums[i]);
+      } else {
+        without_.emplace_back(parameters[i], laid_out_as(parameters[i], sums[i]));
+      }
     }
   }
-  if (!into.empty()) {
-    at::_foreach_add_(into, from);
+
+  void write() {
+    // Two threads may step on one model, and plain accumulation is safe there.
+    static std::mutex one_at_a_time;
+    const std::lock_guard lock(one_at_a_time);
+    const at::NoGradGuard no_grad;
+    if (!into_.empty()) {
+      at::_foreach_add_(into_, from_);
+    }
+    for (auto& [parameter, gradient] : without_) {  // last, since nothing throws any more
+      if (parameter.grad().defined()) {             // by the other thread, meanwhile
+        parameter.mutable_grad().add_(gradient);
+      } else {
+        parameter.mutable_grad() = std::move(gradient);
+      }
+    }
   }
-  for (auto& [i, gradient] : without) {  // last, since nothing throws any more
-    parameters[i].mutable_grad() = std::move(gradient);
-  }
-}
+
+ private:
+  std::vector<at::Tensor> into_;
+  std::vector<at::Tensor> from_;
+  std::vector<std::pair<at::Tensor, at::Tensor>> without_;
+};
 
 /// The leaves of a loss's graph that require a gradient and would get none. Those that a pass makes for itself (a loss
 /// that differentiates by its input) die with its graph; what somebody still holds then would have been trained.
@@ -271,15 +292,18 @@ inline std::vector<double> strengths_at(const MiniBatch& batch, const Regularize
 /// One step, from its checks to its report.
 class Step {
  public:
-  /// Throws before anything is changed.
-  Step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, bool without_penalties = false)
+  /// Throws before anything is changed, but for what Ranks::enter makes equal.
+  Step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Ranks& ranks,
+       bool without_penalties = false)
       : batch_(batch),
         options_(options),
         step_(step),
+        ranks_(ranks),
         strengths_(strengths_at(batch, options, step)),
         parameters_(trainable(all_parameters(batch, options), options.select)),
         parts_(batch.parts()),
         active_(parameters_, options.estimator.differences() != nullptr),
+        buffers_(batch.buffers()),
         snapshot_(checked_snapshot()),
         sums_{std::vector<at::Tensor>(parameters_.tensors.size()),
               std::vector<at::Tensor>(options.gradient_ratio ? parameters_.tensors.size() : 0)} {
@@ -317,7 +341,8 @@ class Step {
   [[nodiscard]] const Parameters& parameters() const noexcept { return parameters_; }
   [[nodiscard]] const Snapshot& snapshot() const noexcept { return snapshot_; }
   [[nodiscard]] const std::vector<Part>& parts() const noexcept { return parts_; }
-  [[nodiscard]] std::int64_t count() const noexcept { return parts_.front().count; }
+  [[nodiscard]] std::int64_t count() const noexcept { return ranks_.micro_batches(); }
+  [[nodiscard]] const std::vector<at::Tensor>& buffers() const noexcept { return buffers_; }
   [[nodiscard]] const std::vector<double>& strengths() const noexcept { return strengths_; }
 
   /// Calls `estimate(part, weights, keep, go_on)` for every micro-batch, adds up what it returns and collects the
@@ -340,15 +365,52 @@ class Step {
     return report(choice);
   }
 
+  /// What the sums of this rank are to be multiplied by before they are added up with those of others, if by anything.
+  [[nodiscard]] double own_scale() const {
+    return counts_.empty() || ranks_.alone() ? 1 : std::max(counts_.front(), 1.0);
+  }
+  /// What the sums are to be multiplied by in the end. Throws ModelError where the counts of all losses are 0.
+  [[nodiscard]] double scale(bool counted) const {
+    if (!counted) {
+      return 1;
+    }
+    if (!(ranks_.counts() > 0)) {
+      throw ModelError("the counts of the losses of all micro-batches are 0; skip such mini-batches");
+    }
+    return (ranks_.alone() ? std::max(counts_.front(), 1.0) : 1.0) / ranks_.counts();
+  }
+
+  /// What the passes of this rank came to, for the others.
+  [[nodiscard]] Ranks::Outcome outcome(std::vector<std::vector<at::Tensor>*> sums) const {
+    Ranks::Outcome result;
+    result.sums = std::move(sums);
+    if (!counts_.empty()) {
+      result.counts = std::accumulate(counts_.begin(), counts_.end(), 0.0);
+    }
+    result.uncounted = counts_.empty() && !parts_.empty();
+    if (!ranks_.alone()) {
+      for (const at::Tensor& buffer : buffers_) {
+        const SavedTensor* const saved = snapshot_.find(buffer);
+        result.moved.push_back(saved != nullptr && saved->differs());
+      }
+      for (std::size_t i = 0; i < parameters_.tensors.size() && !result.sums.empty(); ++i) {
+        const SavedTensor* const saved = snapshot_.find(parameters_.tensors[i]);
+        if (saved != nullptr && saved->changed()) {
+          throw ModelError(text({"the forward pass writes to parameter ", parameters_.names[i],
+                                 " (an Embedding's max_norm), which each of several ranks does for its own samples "
+                                 "alone; do it between the steps, on all ranks"}));
+        }
+      }
+    }
+    return result;
+  }
+
   /// The sums over micro-batches of the gradients, one a parameter: of the objective, and of the loss alone.
   struct Sums {
     std::vector<at::Tensor> objective;
     std::vector<at::Tensor> loss;
   };
   [[nodiscard]] Sums& sums() noexcept { return sums_; }
-
-  /// What the sums are to be multiplied by in the end.
-  [[nodiscard]] double scale() const noexcept { return scale_; }
 
   /// Rethrows the error that is being handled, with the name of the parameter.
   [[noreturn]] void rethrow_named(const SparseGradient& error) const {
@@ -458,24 +520,21 @@ class Step {
   /// a parallelism of its own, and where somebody's scope on this thread wants to see all operations.
   [[nodiscard]] std::int64_t possible_workers() const {
     const auto device = common_device(parameters_.tensors);
-    const bool possible = options_.estimator.differences() == nullptr && device.has_value() && device->is_cpu() &&
-                          active_gate_session == nullptr;
+    const bool possible = options_.workers > 0 && options_.estimator.differences() == nullptr && device.has_value() &&
+                          device->is_cpu() && !gates_are_watched();
     return possible ? options_.workers : 0;
   }
 
   /// |B| where the loss keeps the scale of a sum, otherwise 1.
   [[nodiscard]] double total_scale() const {
-    double samples = 0;
-    for (const Part& part : parts_) {
-      samples += static_cast<double>(part.size);
-    }
-    return options_.reduction == Reduction::total ? samples : 1;
+    return options_.reduction == Reduction::total ? static_cast<double>(ranks_.samples()) : 1;
   }
 
   /// Whether recurrent networks are looked for in this micro-batch: always if a module is one, once if nobody knows.
   [[nodiscard]] bool watches_recurrent(const Part& part) const {
     return std::any_of(parameters_.names.begin(), parameters_.names.end(), [&](const std::string& name) {
-      return name.find("weight_ih") != std::string::npos || (part.index == 0 && name.starts_with("parameters["));
+      return name.find("weight_ih") != std::string::npos ||
+             (part.index == parts_.front().index && name.starts_with("parameters["));
     });
   }
 
@@ -487,29 +546,23 @@ class Step {
     if (counts_.size() != parts_.size()) {
       throw ModelError("the loss returned a CountedLoss for some micro-batches and not for others");
     }
-    double total = 0;
-    for (const double count : counts_) {
-      total += count;
-    }
-    if (!(total > 0)) {
-      throw ModelError("the counts of the losses of all micro-batches are 0; skip such mini-batches");
-    }
+    const double total = std::accumulate(counts_.begin(), counts_.end(), 0.0);
     for (std::size_t i = 0; i < parts_.size(); ++i) {
-      parts_[i].weight = counts_[i] / total;
+      parts_[i].weight = total > 0 ? counts_[i] / total : 1.0 / static_cast<double>(parts_.size());
     }
     for (Part& part : chosen_) {
-      part.weight = counts_[static_cast<std::size_t>(part.index - parts_.front().index)] / total;
+      part.weight = parts_[static_cast<std::size_t>(part.index - parts_.front().index)].weight;
     }
-    scale_ = std::max(counts_.front(), 1.0) / total;
   }
 
   /// The checks that need the parameters, and then the snapshot: of buffers, and of parameters that the forward pass
   /// writes to (an Embedding's max_norm), which the first step finds out.
-  Snapshot checked_snapshot() const {
+  Snapshot checked_snapshot() {
     check_devices(batch_, options_, parameters_.tensors);
     check_parameters(parameters_);
-    std::vector<at::Tensor> tensors = batch_.buffers();
     SnapshotMemory* const memory = batch_.memory();
+    ranks_.enter({options_, parameters_, buffers_, batch_, strengths_, memory}, parts_);
+    std::vector<at::Tensor> tensors = buffers_;
     const std::vector<at::Tensor>& written =
         memory != nullptr && !memory->first ? memory->written : parameters_.tensors;
     tensors.insert(tensors.end(), written.begin(), written.end());
@@ -518,7 +571,7 @@ class Step {
 
   void remember_written() const {
     SnapshotMemory* const memory = batch_.memory();
-    if (memory == nullptr || !std::exchange(memory->first, false)) {
+    if (memory == nullptr || parts_.empty() || !std::exchange(memory->first, false)) {
       return;
     }
     for (const at::Tensor& tensor : snapshot_.changed()) {
@@ -532,10 +585,17 @@ class Step {
     const at::NoGradGuard no_grad;
     Report result;
     result.step = step_;
+    result.all_micro_batches = count();
+    if (parts_.empty()) {
+      return report_of_none(result);
+    }
     result.first_micro_batch = parts_.front().index;
+    double share = 0;
     for (const Part& part : parts_) {
       result.samples += part.size;
+      share += part.weight;
     }
+    result.share = static_cast<std::int64_t>(parts_.size()) == count() ? 1 : share;
     for (const Part& part : chosen_) {
       result.penalised.push_back(part.index - parts_.front().index);
     }
@@ -569,13 +629,31 @@ class Step {
         values = values.empty() ? values : norms.unbind();
       }
       at::Tensor value = values.empty() ? at::zeros({}, result.loss.options()) : weighted_sum(values, chosen_);
-      const auto alike = std::count_if(result.penalties.begin(), result.penalties.end(), [&](const auto& penalty) {
-        return penalty.name == term.name || penalty.name.starts_with(term.name + "#");
-      });
-      const std::string name = alike == 0 ? term.name : text({term.name, "#", alike + 1});
-      result.penalties.push_back({name, strengths_[p], choice.factor == 1 ? value : value * choice.factor, norms});
+      result.penalties.push_back({name_of(result.penalties, term.name), strengths_[p],
+                                  choice.factor == 1 ? value : value * choice.factor, norms});
     }
     return result;
+  }
+
+  /// Of a rank without a sample.
+  Report report_of_none(Report result) const {
+    const at::TensorOptions scalar = parameters_.tensors.front().options().requires_grad(false);
+    result.share = 0;
+    result.loss = at::zeros({}, scalar);
+    result.micro_batch_losses = at::zeros({0}, scalar);
+    for (std::size_t p = 0; p < batch_.terms(); ++p) {
+      result.penalties.push_back({name_of(result.penalties, batch_.term(p).name), strengths_[p], at::zeros({}, scalar),
+                                  at::zeros({0}, scalar)});
+    }
+    return result;
+  }
+
+  /// `name`, or what a second one of that name is called.
+  static std::string name_of(const std::vector<PenaltyReport>& before, const std::string& name) {
+    const auto alike = std::count_if(before.begin(), before.end(), [&](const PenaltyReport& penalty) {
+      return penalty.name == name || penalty.name.starts_with(name + "#");
+    });
+    return alike == 0 ? name : text({name, "#", alike + 1});
   }
 
   void require_equal_parts() const {
@@ -615,17 +693,18 @@ class Step {
   MiniBatch& batch_;
   const RegularizerOptions& options_;
   std::int64_t step_;
+  Ranks& ranks_;
   std::vector<double> strengths_;
   Parameters parameters_;
   std::vector<Part> parts_;
   ActiveStep active_;  // before anything is copied that another thread may be moving
+  std::vector<at::Tensor> buffers_;
   Snapshot snapshot_;
   Sums sums_;
 
   std::optional<OwnDraws> draws_;
   std::optional<SideBySide> side_by_side_;  // where there are workers
   std::vector<double> counts_;              // where the loss gives them
-  double scale_ = 1;
   std::vector<Part> chosen_;
   std::vector<std::vector<at::Tensor>> squared_norms_;  // of the chosen ones
   std::vector<at::Tensor> losses_;
@@ -656,6 +735,9 @@ inline void require_finite(const Report& report, const MiniBatch& batch, const s
   try {
     report.throw_if_not_finite();
   } catch (const NonFiniteError& error) {
+    if (parts.empty()) {
+      throw;
+    }
     const Part& part = parts[static_cast<std::size_t>(error.micro_batch() - parts.front().index)];
     std::string cause;
     batch.for_each_tensor([&](const at::Tensor& tensor, const std::string& path) {
@@ -673,19 +755,44 @@ inline void require_finite(const Report& report, const MiniBatch& batch, const s
   }
 }
 
-/// Whether the report and what it stands for are finite.
-inline bool all_finite(const Report& report) {
-  try {
-    report.throw_if_not_finite();
-  } catch (const NonFiniteError&) {
-    return false;
-  }
-  return true;
+/// Whether the options ask to look for NaN and infinity in a step of this report.
+inline bool looks_for_non_finite(const Report& report, const RegularizerOptions& options) {
+  return options.check_finite == CheckFinite::always || options.non_finite != NonFinite::error ||
+         (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu());
 }
 
-inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Progress& progress,
+/// Looks for NaN and infinity in the report as the options ask. Whether the step is to be skipped; throws
+/// NonFiniteError otherwise.
+inline Fared check_finite(const Report& report, const MiniBatch& batch, const RegularizerOptions& options,
+                          const std::vector<Part>& parts) {
+  if (options.non_finite == NonFinite::skip_step) {
+    try {
+      report.throw_if_not_finite();
+    } catch (const NonFiniteError&) {
+      return Fared::to_be_skipped;
+    }
+  } else if (looks_for_non_finite(report, options)) {
+    require_finite(report, batch, parts);
+  }
+  return Fared::well;
+}
+
+/// The same on one of several ranks, before its sums meet the others'. Under a loss scale that follows the gradients an
+/// infinite penalty is no error, but `overflowed`.
+inline Fared check_own(const Report& report, const MiniBatch& batch, const RegularizerOptions& options,
+                       const std::vector<Part>& parts, bool& overflowed) {
+  if (!options.loss_scale.dynamic.has_value()) {
+    return check_finite(report, batch, options, parts);
+  }
+  overflowed = !std::all_of(report.penalties.begin(), report.penalties.end(),
+                            [](const PenaltyReport& penalty) { return penalty.value.isfinite().item<bool>(); });
+  return report.loss.isfinite().item<bool>() ? Fared::well : check_finite(report, batch, options, parts);
+}
+
+inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Progress& progress, Ranks& ranks,
                         bool without_penalties) {
-  Step loop(batch, options, progress.step, without_penalties);
+  ranks.expect_lists(options.gradient_ratio ? 2 : 1);
+  Step loop(batch, options, progress.step, ranks, without_penalties);
   Progress next = progress;
   return loop.guarded([&] {
     const Parameters& parameters = loop.parameters();
@@ -730,21 +837,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
           result.loss_gradient = std::move(of_ratio);
           return result;
         });
-    if (loop.scale() != 1) {
-      const at::NoGradGuard no_grad;
-      for (auto* list : {&sums, &loss_sums}) {
-        if (const auto there = defined(*list); !there.empty()) {
-          at::_foreach_mul_(there, loop.scale());
-        }
-      }
-    }
     report.penalty_skipped = without_penalties;
-    const at::TensorOptions scalar = report.loss.options();
-    report.gradient_norm = squared_norm(sums, scalar).sqrt();
-    if (options.gradient_ratio) {
-      report.gradient_ratio =
-          squared_norm(differences(sums, loss_sums), scalar).sqrt() * over_norm(squared_norm(loss_sums, scalar), 1.0);
-    }
     if (without_penalties) {
       report.penalised.clear();  // measured, maybe as infinite, and of no effect
       for (PenaltyReport& penalty : report.penalties) {
@@ -752,45 +845,124 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
         penalty.micro_batch_norms = at::zeros_like(penalty.micro_batch_norms);
       }
     }
-    const bool looks = options.check_finite == CheckFinite::always || options.non_finite != NonFinite::error ||
-                       (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu());
+    std::vector<std::vector<at::Tensor>*> lists{&sums};
+    if (options.gradient_ratio) {
+      lists.push_back(&loss_sums);
+    }
+    const auto scale_sums = [&](double factor) {
+      const at::NoGradGuard no_grad;
+      for (auto* list : lists) {
+        if (const auto there = defined(*list); factor != 1 && !there.empty()) {
+          at::_foreach_mul_(there, factor);
+        }
+      }
+    };
+    const auto skipped = [&] {
+      loop.restore();
+      report.skipped = true;
+      ++progress.skipped;
+      return report;
+    };
+    const auto finish = [&] {
+      if (difference != nullptr) {
+        difference->finish();
+      }
+    };
+
+    Ranks::Outcome outcome = loop.outcome(lists);
+    const bool counted = outcome.counts.has_value();
+    if (!ranks.alone()) {  // what is wrong on this rank is said before anything is added up
+      outcome.fared = check_own(report, batch, options, loop.parts(), outcome.overflowed);
+      outcome.factor = next.proof.factor;
+      finish();
+      scale_sums(loop.own_scale());
+    }
+    if (ranks.agree(outcome)) {
+      return skipped();
+    }
+    next.proof.factor = ranks.alone() ? next.proof.factor : outcome.factor;
+    ranks.add_up(lists, parameters.tensors);
+    const std::vector<at::Tensor> merged =
+        ranks.merged(loop.buffers(), loop.snapshot(), outcome.moved, options.rank_buffers);
+    ranks.check();
+    scale_sums(loop.scale(counted || ranks.counts() > 0));
+    if (counted) {
+      report.share = ranks.alone() ? 1 : *outcome.counts / ranks.counts();
+    }
+    const at::TensorOptions scalar = report.loss.options();
+    report.gradient_norm = squared_norm(sums, scalar).sqrt();
+    if (outcome.overflowed) {
+      report.gradient_norm = at::full_like(report.gradient_norm, std::numeric_limits<double>::infinity());
+    }
+    if (options.gradient_ratio) {
+      report.gradient_ratio =
+          squared_norm(differences(sums, loss_sums), scalar).sqrt() * over_norm(squared_norm(loss_sums, scalar), 1.0);
+    }
     if (options.loss_scale.dynamic.has_value()) {
       follow(*options.loss_scale.dynamic, next.scale, sums, report);
       // Where the loss itself is infinite, no scale helps.
-      if (looks && report.loss.isfinite().item<bool>() && report.overflow.item<bool>()) {
+      if (looks_for_non_finite(report, options) && report.loss.isfinite().item<bool>() &&
+          report.overflow.item<bool>()) {
+        ranks.commit(Fared::well);
         report.skipped = true;
         progress.scale = next.scale;
         return report;
       }
     }
-    if (options.non_finite == NonFinite::skip_step && !all_finite(report)) {
-      loop.restore();
-      report.skipped = true;
-      ++progress.skipped;
-      return report;
+    const Fared fared = check_finite(report, batch, options, loop.parts());
+    if (ranks.alone() && fared == Fared::well) {
+      finish();
     }
-    if (looks) {
-      require_finite(report, batch, loop.parts());
+    GradUpdate update(parameters.tensors, sums);
+    if (ranks.commit(fared)) {
+      return skipped();
     }
-    if (difference != nullptr) {
-      difference->finish();
+    for (std::size_t i = 0; i < merged.size(); ++i) {
+      if (merged[i].defined()) {
+        const at::NoGradGuard no_grad;
+        without_repetitions(loop.buffers()[i].detach()).copy_(merged[i]);
+      }
     }
-    add_to_grad(parameters.tensors, sums);
+    update.write();
     progress.proof = next.proof;  // and no more: a callable may have set or replaced the rest
     progress.scale = next.scale;
     return report;
   });
 }
 
-MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, Progress& progress) {
-  if (options.non_finite == NonFinite::skip_penalty) {
-    try {
-      return step_once(batch, options, progress, /*without_penalties=*/false);
-    } catch (const NonFiniteError&) {
-      return step_once(batch, options, progress, /*without_penalties=*/true);
-    }
+/// What `work()` returns; the other ranks hear of what it throws.
+template <class Work>
+Report on_all_ranks(Ranks& ranks, const Work& work) {
+  try {
+    return work();
+  } catch (const NonFiniteError& error) {
+    ranks.leave(error, true);
+    throw;
+  } catch (const std::exception& error) {
+    ranks.leave(error, false);
+    throw;
+  } catch (...) {
+    ranks.leave(std::runtime_error("something was thrown that is no std::exception"), false);
+    throw;
   }
-  return step_once(batch, options, progress, /*without_penalties=*/false);
+}
+
+MICROREG_INLINE Report take_step(MiniBatch& batch, const RegularizerOptions& options, Progress& progress) {
+  Ranks ranks(options.communicator.get(), progress.step);
+  return on_all_ranks(ranks, [&] {
+    if (options.non_finite == NonFinite::skip_penalty) {
+      try {
+        return step_once(batch, options, progress, ranks, /*without_penalties=*/false);
+      } catch (const NonFiniteError& error) {
+        if (!ranks.leave(error, true)) {
+          throw;
+        }
+        ranks.begin_again();
+      }
+      return step_once(batch, options, progress, ranks, /*without_penalties=*/true);
+    }
+    return step_once(batch, options, progress, ranks, /*without_penalties=*/false);
+  });
 }
 
 MICROREG_INLINE std::int64_t Progress::all_skipped() const {
@@ -803,19 +975,31 @@ MICROREG_INLINE void Progress::set_scale(double number) {
 }
 
 MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& options) {
-  Step loop(batch, options, 0);
-  return loop.guarded([&] {
-    Report report =
-        loop.run(all_penalised(loop.count()),
-                 [&](const Part& part, const Weights& /*weights*/, const auto& keep, const auto& go_on) -> Estimated {
-                   const auto evaluation = batch.evaluate(part, {});
-                   keep(*evaluation);
-                   const auto probes = all_probes(batch, *evaluation);
-                   go_on(*evaluation, probes);
-                   return {squared_norms(batch, *evaluation, probes, loop.parameters(), options.loss_scale.number)};
-                 });
-    loop.restore();
-    return report;
+  Ranks ranks(options.communicator.get(), 0);
+  ranks.expect_lists(0);
+  return on_all_ranks(ranks, [&] {
+    Step loop(batch, options, 0, ranks);
+    return loop.guarded([&] {
+      Report report =
+          loop.run(all_penalised(loop.count()),
+                   [&](const Part& part, const Weights& /*weights*/, const auto& keep, const auto& go_on) -> Estimated {
+                     const auto evaluation = batch.evaluate(part, {});
+                     keep(*evaluation);
+                     const auto probes = all_probes(batch, *evaluation);
+                     go_on(*evaluation, probes);
+                     return {squared_norms(batch, *evaluation, probes, loop.parameters(), options.loss_scale.number)};
+                   });
+      Ranks::Outcome outcome = loop.outcome({});
+      ranks.agree(outcome);
+      loop.restore();
+      ranks.check();
+      if (outcome.counts.has_value()) {
+        static_cast<void>(loop.scale(true));  // throws where there is none
+        report.share = *outcome.counts / ranks.counts();
+      }
+      ranks.commit(Fared::well);
+      return report;
+    });
   });
 }
 

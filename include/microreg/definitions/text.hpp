@@ -12,7 +12,8 @@ namespace microreg::inline MICROREG_ABI::detail {
 MICROREG_INLINE std::string Piece::of(double number) {
   std::ostringstream out;
   out << number;
-  return out.str();
+  const std::string words = out.str();
+  return words == "-nan" ? "nan" : words;
 }
 
 MICROREG_INLINE std::string Piece::of(at::IntArrayRef shape) {

@@ -17,11 +17,11 @@
 #include <microreg/error.hpp>
 #include <microreg/estimator.hpp>
 #include <microreg/fused/scope.hpp>
-#include <microreg/gates/scope.hpp>
 #include <microreg/gates/unseen.hpp>
 #include <microreg/options.hpp>
 #include <microreg/step/active_steps.hpp>
 #include <microreg/step/comparison.hpp>
+#include <microreg/step/difference_passes.hpp>
 #include <microreg/step/differences.hpp>
 #include <microreg/step/double_backward.hpp>
 #include <microreg/step/graph.hpp>
@@ -102,7 +102,8 @@ class Verifier {
   Verifier(MiniBatch& batch, const RegularizerOptions& options)
       : batch_(batch),
         options_(options),
-        step_(batch, options, 0),
+        alone_(nullptr, 0),
+        step_(batch, options, 0, alone_),
         parameters_(step_.parameters()),
         all_parameters_(Step::all_parameters(batch, options)),
         part_(step_.parts().front()),
@@ -347,7 +348,7 @@ class Verifier {
     if (FusedScope::enabled()) {
       const ExactTrial other = exact_trial(!fused(), strengths_);
       found_.other_refusal = used.refusal.empty() ? other.refusal : std::string();
-      if (used.gradient && other.gradient) {
+      if (used.gradient && other.gradient && (is_finite(norm(*used.gradient)) || is_finite(norm(*other.gradient)))) {
         found_.fused_error = fused() ? compare(*used.gradient, *other.gradient).error()
                                      : compare(*other.gradient, *used.gradient).error();
       }
@@ -428,11 +429,7 @@ class Verifier {
     try {
       GateTape tape;
       std::unique_ptr<Evaluation> evaluation;
-      const auto recorded = [](GateTape& into, const auto& work) {
-        const GateScope scope(into, GateSession::Pass::record, Keep::yes, Frozen::all);
-        return work();
-      };
-      recorded(tape, [&] { evaluation = evaluate(); });
+      evaluation = recorded(tape, Frozen::all, [&] { return evaluate(); });
       const auto look = [&](const at::Tensor& scalar, const std::vector<const GateTape*>& tapes) {
         const auto kinks = unseen_kinks(scalar, tapes);
         unseen.insert(kinks.begin(), kinks.end());
@@ -443,9 +440,8 @@ class Verifier {
       look(evaluation->loss, {&tape});
       for (std::size_t i = 0; i < batch_.terms(); ++i) {
         GateTape of_probes;
-        std::vector<at::Tensor> probes;
-        recorded(of_probes, [&] { probes = checked_probes(*evaluation, i, batch_.term(i)); });
-        for (const at::Tensor& probe : probes) {
+        for (const at::Tensor& probe :
+             recorded(of_probes, Frozen::all, [&] { return checked_probes(*evaluation, i, batch_.term(i)); })) {
           look(probe, {&tape, &of_probes});
         }
       }
@@ -562,8 +558,55 @@ class Verifier {
     }
   }
 
+  [[nodiscard]] bool finite_loss() const { return is_finite(found_.loss) && is_finite(found_.loss_gradient_norm); }
+
+  /// What is NaN or infinite, and where that comes from: what follows of it is no fault of its own.
+  void judge_finite() {
+    std::string nans;
+    std::string infinities;
+    const auto look = [&](const std::string& name, const at::Tensor& tensor) {
+      if (!tensor.defined() || tensor.layout() != at::kStrided || !tensor.is_floating_point()) {
+        return;
+      }
+      const auto count = [](const at::Tensor& mask) { return mask.sum().item<std::int64_t>(); };
+      const auto add = [&](std::string& to, std::int64_t number, const char* what) {
+        if (number > 0) {
+          to += text({to.empty() ? "" : ", ", name, " of shape ", tensor.sizes(), " (", number, what});
+        }
+      };
+      add(nans, count(at::isnan(tensor)), " NaN)");
+      add(infinities, count(at::isinf(tensor)), " infinite)");
+    };
+    batch_.for_each_tensor([&](const at::Tensor& tensor, const std::string& path) { look(path, tensor); });
+    for (const NamedParameter& parameter : all_parameters_) {
+      look("parameter " + parameter.name, parameter.tensor);
+    }
+    for (const at::Tensor& buffer : batch_.buffers()) {
+      look("a buffer", buffer);
+    }
+    if (finite_loss()) {
+      if (!nans.empty()) {
+        note(text({"there is NaN in ", nans, ", of which this micro-batch's loss is not a function"}));
+      }
+      return;
+    }
+    const std::string& found = nans.empty() ? infinities : nans;
+    if (found.empty()) {
+      problem(text({"the loss is ", found_.loss, ", the norm of its gradient ", found_.loss_gradient_norm,
+                    ": batch, parameters and buffers are finite, so it arises in the forward pass or the loss (a "
+                    "division or a logarithm of 0, the root of a negative number, an overflow, which half types have "
+                    "soon)"}));
+    } else {
+      problem(text({"the loss is ", found_.loss, ", the norm of its gradient ", found_.loss_gradient_norm,
+                    ", which comes from ", found}));
+    }
+    // Before what follows of it.
+    std::rotate(found_.problems.begin(), found_.problems.end() - 1, found_.problems.end());
+  }
+
   /// What of all that is a problem with these options, and what one should know.
   void judge() {
+    judge_finite();
     if (wants_difference()) {
       if (!found_.difference_refusal.empty()) {
         problem(text({found_.difference, " is refused: ", found_.difference_refusal}));
@@ -579,10 +622,7 @@ class Verifier {
                     " apart: one of them is wrong, or the gradient is lost in rounding (compare in float64); "
                     ".fused = false takes LibTorch's own"}));
     }
-    if (!is_finite(found_.loss) || !is_finite(found_.loss_gradient_norm)) {
-      problem(text({"the loss is ", found_.loss, ", the norm of its gradient ", found_.loss_gradient_norm,
-                    ": check the input for NaN, or use float32 where half types overflow"}));
-    } else if (penalties() && !is_finite(norm(*penalties()))) {
+    if (finite_loss() && penalties() && !is_finite(norm(*penalties()))) {
       problem(
           "the gradient of the penalties is not finite although the loss is: an operation whose second derivative "
           "is infinite (a square root or a norm at 0), or half types that overflow");
@@ -664,6 +704,7 @@ class Verifier {
 
   MiniBatch& batch_;
   const RegularizerOptions& options_;
+  Ranks alone_;
   Step step_;
   const Parameters& parameters_;
   std::vector<NamedParameter> all_parameters_;

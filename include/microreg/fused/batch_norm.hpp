@@ -32,7 +32,7 @@ inline NormProblem batch_norm_problem(const at::Tensor& dy, const at::Tensor& x,
 /// On the CPU by the kernels, in the layout of x.
 inline Tensors batch_norm_double_backward(const NormProblem& p, OutputMask needs) {
   std::array<at::Tensor, 3> out;
-  if (!runs_kernels(p.x)) {
+  if (!p.runs_on_kernels()) {
     out = norm_double_backward_aten(p, needs);
   } else {
     const std::int64_t batch = p.x.size(0), channels = p.x.size(1), plane = p.x.numel() / (batch * channels);

@@ -41,7 +41,7 @@ inline NormProblem group_norm_problem(const at::Tensor& dy, const at::Tensor& x,
 }
 
 inline std::array<at::Tensor, 3> group_norm_double_backward(const NormProblem& p, OutputMask needs) {
-  if (!runs_kernels(p.x)) {
+  if (!p.runs_on_kernels()) {
     return norm_double_backward_aten(p, needs);
   }
   const std::int64_t groups = p.x.size(1), channels = p.x.size(2);

@@ -24,7 +24,7 @@ inline NormProblem layer_norm_problem(const at::Tensor& dy, const at::Tensor& x,
 }
 
 inline std::array<at::Tensor, 3> layer_norm_double_backward(const NormProblem& p, OutputMask needs) {
-  if (!runs_kernels(p.x)) {
+  if (!p.runs_on_kernels()) {
     return norm_double_backward_aten(p, needs);
   }
   std::array<at::Tensor, 3> out;

@@ -6,6 +6,7 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/config.hpp>
+#include <microreg/detail/vector_kernels.hpp>
 #include <microreg/fused/rule.hpp>
 
 #include <algorithm>
@@ -79,6 +80,8 @@ struct NormProblem {
   std::vector<std::int64_t> alike, varying;
 
   [[nodiscard]] double count() const { return static_cast<double>(x.numel()) / static_cast<double>(rstd.numel()); }
+  /// Whether the CPU's kernels are to be run.
+  [[nodiscard]] bool runs_on_kernels() const { return count() > 1 && runs_kernels(x); }
 
   /// Mean and 1/sqrt(var + eps) as functions of x. The values are those that the forward pass saved, of which `rstd`
   /// tells eps. A third derivative needs them: LibTorch's own takes the saved ones for constants, and is wrong without
@@ -133,8 +136,18 @@ inline NormRow<at::Tensor> norm_row_together(const NormProblem& p, const std::ar
                               r);
 }
 
+/// Over one element. What is normalised is 0 then, whatever x is; by the formula, differences of equal numbers times
+/// r = 1/sqrt(eps) would be left.
+inline std::array<at::Tensor, 3> norm_double_backward_of_one(const NormProblem& p) {
+  const at::Tensor zeros = at::zeros_like(p.x);
+  return {p.b.defined() ? zeros + p.b : zeros, zeros, p.weight.defined() ? at::zeros_like(p.weight) : at::Tensor()};
+}
+
 /// d_dy, d_x, d_weight, in the shapes of x, x, weight, by ATen's operations: on any device, and differentiable.
 inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, OutputMask needs) {
+  if (p.count() == 1) {
+    return norm_double_backward_of_one(p);
+  }
   const bool graph = at::GradMode::is_enabled();
   if (graph) {
     p.differentiate_statistics();

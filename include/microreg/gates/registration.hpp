@@ -20,6 +20,7 @@
 #include <microreg/gates/pooling.hpp>
 #include <microreg/gates/refused.hpp>
 #include <microreg/gates/tape.hpp>
+#include <microreg/gates/watched.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -53,9 +54,6 @@ class GateKernel final : public c10::OperatorKernel {
   bool draws_;
 };
 
-/// Where a thread's session is.
-using SessionSlot = GateSession** (*)();
-
 /// Registers the kernels, once per process: another shared object that includes this header finds them there, and the
 /// variable that they look at. An operation that this LibTorch does not have, or has with other arguments, runs as it
 /// is: that is said once, by name.
@@ -63,7 +61,7 @@ class Registration {
  public:
   Registration() {
     const Registering registering;
-    if (const auto found = read_notice("gate_session")) {
+    if (const auto found = read_notice(session_notice)) {
       slot_ = reinterpret_cast<SessionSlot>(found->toInt());
       return;
     }
@@ -85,7 +83,7 @@ class Registration {
     add_all(with_constants, hold_constants);
     add_with_in_place("_to_copy", nullptr, convert);
     add_with_in_place("max_pool1d", nullptr, max_pool1d);
-    pin_notice("gate_session", c10::IntType::get(), reinterpret_cast<std::int64_t>(slot_));
+    pin_notice(session_notice, c10::IntType::get(), reinterpret_cast<std::int64_t>(slot_));
   }
 
   /// This thread's session, as the registered kernels see it.

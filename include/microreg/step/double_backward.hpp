@@ -77,10 +77,12 @@ class DoubleBackward {
         apart_(range.narrow && largest > 0) {}
 
   /// Differentiates a penalty by its probes with `factor` = strength * weight, and returns its squared gradient norm.
+  /// `whole`: that norm, where the probes are a part of the penalty's.
   ///
   /// The first pass gives the gradient g itself, which is what hooks and functions of the user's own see, at any
   /// strength. A squared norm needs no copy of g for the seeds: g is scaled in place where nobody else holds it.
-  at::Tensor add(const TermInfo& term, const std::vector<at::Tensor>& probes, double factor) {
+  at::Tensor add(const TermInfo& term, const std::vector<at::Tensor>& probes, double factor,
+                 const at::Tensor& whole = {}) {
     const bool wanted = factor > 0;
     at::Tensor squared;
     std::vector<at::Tensor> differentiable;
@@ -107,7 +109,8 @@ class DoubleBackward {
     if (!differentiable.empty() || !products.empty()) {
       const at::NoGradGuard no_grad;
       const double share = apart_ ? factor / (2 * largest_) : factor;
-      const Factor seed = term.squared ? seed_factor(2 * share) : seed_factor(1).times(over_norm(squared, share));
+      const Factor seed = term.squared ? seed_factor(2 * share)
+                                       : seed_factor(1).times(over_norm(whole.defined() ? whole : squared, share));
       start(differentiable, term.squared ? taken_and_scaled(differentiable, seed) : scaled(differentiable, seed));
       for (const GramFactors& product : products) {
         std::vector<at::Tensor> seeds = product.seeds();
@@ -120,13 +123,17 @@ class DoubleBackward {
   /// The gradients of the probes, with their graph.
   [[nodiscard]] const std::vector<at::Tensor>& roots() const noexcept { return roots_; }
 
-  /// The gradient of weight * loss and of all penalties. The graph is gone afterwards.
+  /// The gradient of weight * loss and of all penalties; of these alone where the weight is 0. The graph is gone
+  /// afterwards.
   [[nodiscard]] std::vector<WeightedGradients> finish(double weight) {
     const bool penalised = !roots_.empty();
+    const bool with_loss = weight != 0;
     std::vector<WeightedGradients> result;
     std::vector<at::Tensor> starts;
     std::vector<at::Tensor> start_seeds;
-    if (!loss_gradient_.empty() && (apart_ || !penalised)) {
+    if (!with_loss) {
+      // nothing of it
+    } else if (!loss_gradient_.empty() && (apart_ || !penalised)) {
       result.push_back({std::move(loss_gradient_), scale_.over(weight)});
     } else if (apart_ || !scale_.is_one()) {
       result.push_back({gradients({evaluation_.loss}, parameters_.tensors, scale_.seeds(evaluation_.loss),

@@ -9,6 +9,7 @@
 #include <c10/core/Device.h>
 #include <c10/util/Exception.h>
 #include <microreg/detail/config.hpp>
+#include <microreg/detail/hash.hpp>
 #include <microreg/detail/version_of.hpp>
 
 #include <algorithm>
@@ -68,6 +69,24 @@ class GeneratorStates {
     });
   }
 
+  /// What one generator was, by which others are told apart from it.
+  struct Digest {
+    std::uint64_t state;    ///< a hash of what was saved
+    const void* generator;  ///< which one it is
+    bool moved;             ///< since
+  };
+  [[nodiscard]] std::vector<Digest> digests() const {
+    std::vector<Digest> result;
+    for (const auto& [saved, state] : states_) {
+      at::Generator generator = saved;
+      const std::scoped_lock lock(generator.mutex());
+      Hash hash;
+      hash.add(state.const_data_ptr(), state.nbytes());  // bytes on the host, whatever the device
+      result.push_back({hash.value(), generator.unsafeGetGeneratorImpl(), !same_bytes(generator.get_state(), state)});
+    }
+    return result;
+  }
+
   /// Sets those that have moved.
   void restore() const {
     for (const auto& [saved, state] : states_) {
@@ -90,6 +109,16 @@ class GeneratorStates {
   std::vector<std::pair<at::Generator, at::Tensor>> states_;
 };
 
+/// The tensor without the repetitions of expand(), which cannot be written to.
+inline at::Tensor without_repetitions(at::Tensor tensor) {
+  if (tensor.layout() == at::kStrided) {
+    for (std::int64_t d = 0; d < tensor.dim(); ++d) {
+      tensor = tensor.stride(d) == 0 && tensor.size(d) > 1 ? tensor.narrow(d, 0, 1) : tensor;
+    }
+  }
+  return tensor;
+}
+
 /// A copy of one tensor: of what its memory holds, and of how it lies there.
 ///
 /// Small ones are compared value by value before they are put back, large ones (and those of a device, which comparing
@@ -107,11 +136,13 @@ class SavedTensor {
         earlier->looks_the_same()) {
       copy_ = earlier->copy_;
     } else {
-      copy_ = values(alias_).clone();
+      copy_ = without_repetitions(alias_).clone();
     }
   }
 
   [[nodiscard]] const at::Tensor& tensor() const noexcept { return tensor_; }
+  /// The values that it had, without the repetitions of expand().
+  [[nodiscard]] const at::Tensor& before() const noexcept { return copy_; }
   [[nodiscard]] bool is_large() const { return alias_.layout() != at::kStrided || alias_.nbytes() >= large; }
   [[nodiscard]] bool changed() const { return version_of(tensor_) != version_; }
 
@@ -119,22 +150,17 @@ class SavedTensor {
     if (!lies_the_same()) {
       at::Tensor(tensor_).set_data(alias_);
     }
-    if (is_large() ? changed() : !alias_.is_cpu() || !same_bytes(values(alias_), copy_)) {
-      values(alias_).copy_(copy_);
+    if (differs()) {
+      without_repetitions(alias_).copy_(copy_);
     }
+  }
+
+  /// Whether it may hold other values now.
+  [[nodiscard]] bool differs() const {
+    return is_large() ? changed() : !alias_.is_cpu() || !same_bytes(without_repetitions(alias_), copy_);
   }
 
  private:
-  /// The tensor without the repetitions of expand(), which cannot be written to.
-  static at::Tensor values(at::Tensor tensor) {
-    if (tensor.layout() == at::kStrided) {
-      for (std::int64_t d = 0; d < tensor.dim(); ++d) {
-        tensor = tensor.stride(d) == 0 && tensor.size(d) > 1 ? tensor.narrow(d, 0, 1) : tensor;
-      }
-    }
-    return tensor;
-  }
-
   [[nodiscard]] bool lies_the_same() const {
     if (alias_.layout() != at::kStrided || tensor_.layout() != at::kStrided) {
       return alias_.layout() == tensor_.layout();
@@ -166,7 +192,8 @@ struct SnapshotMemory {
   std::vector<SavedTensor> large;
   std::vector<at::Tensor> written;
   bool first = true;
-  bool draws = true;  ///< whether generators moved during the last step
+  bool alike = false;  ///< on all ranks, where there are several
+  bool draws = true;   ///< whether generators moved during the last step
 };
 
 /// The devices of `tensors`, each once.
@@ -262,6 +289,13 @@ class Snapshot {
       }
     }
     return result;
+  }
+
+  /// What was saved of `tensor`; null if that is not one of those.
+  [[nodiscard]] const SavedTensor* find(const at::Tensor& tensor) const {
+    const auto found = std::find_if(saved_.begin(), saved_.end(),
+                                    [&](const SavedTensor& saved) { return saved.tensor().is_same(tensor); });
+    return found == saved_.end() ? nullptr : &*found;
   }
 
   /// Lets the copies of parameters go that nothing has written to, before gradients need the memory.

@@ -1,0 +1,109 @@
+/// @file
+/// Whether a further pass of a difference repeats the first: its probes must be near.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <microreg/check_finite.hpp>
+#include <microreg/detail/finite.hpp>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
+#include <microreg/parameters.hpp>
+#include <microreg/step/difference_passes.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <string>
+#include <vector>
+
+namespace microreg::inline MICROREG_ABI::detail {
+
+/// For all micro-batches of one step.
+class ProbeWatch {
+ public:
+  ProbeWatch(const Parameters& parameters, CheckFinite looks) : parameters_(parameters), looks_(looks) {}
+
+  static void require_as_many(const TermInfo& info, const DifferenceTerm& term, const std::vector<at::Tensor>& probes) {
+    if (probes.size() != term.probes.size()) {
+      throw ModelError(text({info.name, ": there were ", term.probes.size(), " probes in the first pass and ",
+                             probes.size(), " in a further one; return as many in every pass"}));
+    }
+  }
+
+  /// Throws where a probe at the first point is not what it was. `moved`: how far the displacement moves it.
+  static void require_repeated(const std::string& name, const DifferenceProbe& first, const at::Tensor& again,
+                               double moved) {
+    const double was = first.value.item<double>();
+    const double is = again.item<double>();
+    const double rounding = 4096 * epsilon_of(again.scalar_type()) * std::max(std::abs(was), std::abs(is));
+    if (std::abs(is - was) > rounding + std::abs(moved)) {
+      throw_not_shared(name, text({"at the same parameters ", is, " instead of ", was}));
+    }
+  }
+
+  /// Whether a probe that was displaced by `distance` times its gradient has changed by the mean of what its gradients
+  /// at both ends say, to half of that change and rounding: the rest goes with the third power of the displacement.
+  [[nodiscard]] bool is_near(const DifferenceProbe& probe, const at::Tensor& value,
+                             const std::vector<at::Tensor>& gradient, bool by_input, const at::Tensor& distance) {
+    if (looks_ == CheckFinite::never) {
+      return true;
+    }
+    const at::NoGradGuard no_grad;
+    const auto slope_there = [&] {
+      at::Tensor sum = at::zeros_like(probe.squared_norm);
+      for (std::size_t i = 0; i < probe.direction.size(); ++i) {
+        const at::Tensor& there = gradient[parameters_.selected[i]];
+        if (probe.direction[i].defined() && there.defined()) {
+          sum = sum + (probe.direction[i] * there).sum(sum.scalar_type()).to(sum.device());
+        }
+      }
+      return sum;
+    };
+    const double epsilon = epsilon_of(value.scalar_type());
+    if (!value.is_cpu()) {
+      if (looks_ == CheckFinite::always && !by_input && value.device() == probe.squared_norm.device()) {
+        const at::Tensor ends[] = {distance * probe.squared_norm, distance * slope_there()};
+        const at::Tensor off = (value - probe.value - (ends[0] + ends[1]) / 2).abs();
+        const at::Tensor largest = at::maximum(value.abs(), probe.value.abs()).clamp_min(1);
+        const at::Tensor excess = off / ((ends[0].abs() + ends[1].abs()) / 2 + largest * (1024 * epsilon));
+        excess_ = excess_.defined() ? at::maximum(excess_, excess) : excess;
+      }
+      return true;
+    }
+    const double before = probe.value.item<double>();
+    const double change = value.item<double>() - before;
+    const double rounding = 64 * epsilon * std::max(std::abs(before), std::abs(before + change));
+    const double first_order = (distance * probe.squared_norm).item<double>();
+    // What is not finite is not near or far, and has an error of its own.
+    const double off = std::abs(change - first_order);
+    if (!is_finite(off) || off <= std::abs(first_order) / 2 + rounding) {
+      return true;
+    }
+    const double other_end = by_input ? first_order : (distance * slope_there()).item<double>();
+    const double off_mean = std::abs(change - (first_order + other_end) / 2);
+    return !is_finite(off_mean) || off_mean <= (std::abs(first_order) + std::abs(other_end)) / 2 + rounding;
+  }
+
+  /// To be called when all passes are through: on a device nothing was read before.
+  void finish() const {
+    if (excess_.defined() && excess_.item<double>() > 1) {
+      throw_not_shared("one of its displaced passes", text({"off by ", excess_.item<double>(), " times the bound"}));
+    }
+  }
+
+ private:
+  [[noreturn]] static void throw_not_shared(const std::string& what, const std::string& by) {
+    throw DifferenceError(text(
+        {what, ": a further pass of a difference does not repeat the first (", by,
+         "): noise that is not drawn on this thread by LibTorch, state outside of the model's buffers that a pass "
+         "changes, a buffer that is replaced instead of written to, or a tensor that is changed in place. Make it a "
+         "buffer, draw with LibTorch's functions, or use Exact"}));
+  }
+
+  const Parameters& parameters_;
+  CheckFinite looks_;
+  at::Tensor excess_;  // on a device: how far a probe was off, over the bound
+};
+
+}  // namespace microreg::inline MICROREG_ABI::detail
