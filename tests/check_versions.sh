@@ -153,7 +153,7 @@ check() {
   objects+=("$main")
   if [ "$mode" != quick ]; then
     printf '#include <microreg/compiled.hpp>\n' >"$out/library.cpp"
-    compile "$out/library.o" "$out/library.cpp" "${flags[@]}" -O1 -DMICROREG_COMPILED
+    compile "$out/library.o" "$out/library.cpp" "${flags[@]}" -DMICROREG_COMPILED
     objects+=("$out/library.o")
     printf '#include <torch/torch.h>\n#include <fmt/format.h>\n#include "catch.hpp"\n' >"$out/all.hpp"
     "$compiler" "${flags[@]}" -x c++-header "$out/all.hpp" -o "$out/all.hpp.${pch_suffix}" >"$out/all.log" 2>&1 || true
