@@ -155,7 +155,8 @@ check() {
     printf '#include <microreg/compiled.hpp>\n' >"$out/library.cpp"
     compile "$out/library.o" "$out/library.cpp" "${flags[@]}" -DMICROREG_COMPILED
     objects+=("$out/library.o")
-    printf '#include <torch/torch.h>\n#include <fmt/format.h>\n#include "catch.hpp"\n' >"$out/all.hpp"
+    # Once: clang refuses a precompiled header, which a compiler cache may hand out, that is not of the same second.
+    [ -e "$out/all.hpp" ] || printf '#include <torch/torch.h>\n#include <fmt/format.h>\n#include "catch.hpp"\n' >"$out/all.hpp"
     "$compiler" "${flags[@]}" -x c++-header "$out/all.hpp" -o "$out/all.hpp.${pch_suffix}" >"$out/all.log" 2>&1 || true
     flags+=(-DMICROREG_COMPILED -include "$out/all.hpp")
   fi
