@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Builds and runs tests with other versions of LibTorch, as PyPI has them, on the CPU, and prints a table:
-#     tests/check_versions.sh [VERSION...]           the oracle's, the kernels', the gates' and the estimators' tests
-#     tests/check_versions.sh --quick [VERSION...]   the oracle's alone, in one program
+#     tests/check_versions.sh [VERSION...]           the oracle's, the kernels', the gates' and the estimators' tests, and
+#                                                    the CIFAR trainer
+#     tests/check_versions.sh --quick [VERSION...]   the oracle's alone, header-only, in one program; the versions at a time
 #     tests/check_versions.sh --syntax [VERSION...]  in addition, all tests, examples and benchmarks are parsed
 # Without a version: the oldest and the newest that the library is for. A version is downloaded once, into build/versions,
-# where what is not needed here (all of CUDA but 13 MB) is left out. Environment: CXX, MICROREG_VERSIONS_DIR.
+# where what is not needed here (all of CUDA but 13 MB) is left out. Exits with 77 if all that was wrong is that a version
+# could not be downloaded. Environment: CXX, MICROREG_JOBS, MICROREG_VERSIONS_DIR.
 set -euo pipefail
 mode=full
 case "${1:-}" in
   -h | --help)
-    sed -n '2,7s/^# \{0,1\}//p' "$0"
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
     exit
     ;;
   --quick | --syntax)
@@ -32,6 +34,8 @@ if ! python3 -m pip --version >/dev/null 2>&1; then
   [ -x "$python" ] || python3 -m venv "$cache/venv" || microreg_fail "there is no pip; install python3-venv or python3-pip"
 fi
 
+download_limit=1800 # seconds
+[ "$mode" != quick ] || download_limit=100
 platforms=()  # pip asks for each by name
 for tag in manylinux1 manylinux2014 manylinux_2_{17,24,25,26,27,28,31,34}; do
   platforms+=(--platform "${tag}_$(uname -m)")
@@ -43,8 +47,9 @@ download() {
   local folder="$1" requirement="$2" wheels="$1/wheels"
   shift 2
   rm -rf "$wheels"
-  PIP_CONFIG_FILE=/dev/null "$python" -m pip download --quiet --disable-pip-version-check --no-input --no-deps --no-cache-dir \
-    --only-binary=:all: --python-version 3.11 "${platforms[@]}" -d "$wheels" "$requirement" || return 1
+  PIP_CONFIG_FILE=/dev/null timeout "$download_limit" "$python" -m pip download --quiet --disable-pip-version-check \
+    --no-input --no-deps --no-cache-dir --retries 1 --timeout 15 --only-binary=:all: --python-version 3.11 \
+    "${platforms[@]}" -d "$wheels" "$requirement" || return 1
   "$python" - "$folder" "$wheels"/*.whl "$@" <<'END' || return 1
 import fnmatch, sys, zipfile
 folder, wheel, *parts = sys.argv[1:]
@@ -63,6 +68,7 @@ fetch() {
   microreg_say "Downloading LibTorch $1" >&2
   if [ ! -e "$folder/torch/version.py" ]; then
     rm -rf "$folder"
+    mkdir -p "$folder"
     download "$folder" "torch==$1" 'torch/include/*' 'torch/share/cmake/Torch/*' torch/version.py \
       'torch/lib/libtorch_cpu.so' 'torch/lib/libc10.so' 'torch/lib/libgomp*' || return 1
   fi
@@ -102,25 +108,34 @@ compile() {
   "$compiler" "$@" -c "$source" -o "$object" >"$object.log" 2>&1 &
 }
 
-# CPU seconds of all that this script has started and that has ended.
-cpu_seconds() {
-  times >"$cache/times"
-  awk 'NR == 2 { gsub(/[ms]/, " "); split($0, t, " "); printf "%d", 60 * t[1] + t[2] + 60 * t[3] + t[4] }' "$cache/times"
+# together NAME SOURCE...: compiles them as one file; within check.
+together() {
+  printf '#include "%s"\n' "${@:2}" >"$out/$1.cpp"
+  compile "$out/$1.o" "$out/$1.cpp" "${flags[@]}"
 }
 
-# check VERSION: prints a row of the table; fails unless everything compiled and all tests passed.
+# count_seconds: sets seconds to the CPU time of all that this shell has started and that has ended; within check.
+count_seconds() {
+  times >"$folder/times"
+  seconds="$(awk 'NR == 2 { gsub(/[ms]/, " "); split($0, t, " "); printf "%d", 60 * t[1] + t[2] + 60 * t[3] + t[4] }' \
+    "$folder/times")"
+}
+
+# check VERSION: prints a row of the table; fails unless everything compiled and all tests passed, with 77 without LibTorch.
 check() {
-  local version="$1" folder="$cache/$1" begin row abi remarks="" problem=""
-  begin="$(cpu_seconds)"
+  local version="$1" folder="$cache/$1" seconds begin abi remarks="" problem=""
+  mkdir -p "$folder"
+  count_seconds
+  begin="$seconds"
   row() { # compiled, passed, assertions, remarks
-    printf '| %s | %s | %s | %s | %s | %s s | %s |\n' "$version" "$abi" "$1" "$2" "$3" \
-      $(($(cpu_seconds) - begin)) "$4" | tee -a "$table"
+    count_seconds
+    printf '| %s | %s | %s | %s | %s | %s s | %s |\n' "$version" "$abi" "$1" "$2" "$3" $((seconds - begin)) "$4" | tee "$tables/$version"
   }
   abi="?"
-  fetch "$version" || { row no - - "could not be downloaded"; return 1; }
+  fetch "$version" || { row no - - "could not be downloaded"; return 77; }
 
   # LibTorch's config says which ABI of the standard library its own code was compiled for.
-  local -a extra=() objects=()
+  local -a extra=() objects=() trainer=() files
   read -r -a extra < <(sed -n 's/^ *set(TORCH_CXX_FLAGS "\(.*\)").*/\1/p' "$folder/torch/share/cmake/Torch/TorchConfig.cmake"
     echo)
   abi=new
@@ -133,36 +148,44 @@ check() {
     -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror)
   # Catch2's main function knows nothing of LibTorch: one for each ABI will do.
   local main="$cache/main-$(basename "$compiler")-$abi.o"
+  [ "$mode" != quick ] || main="$out/main.o" # for this version alone: another may be at work on the common one
   [ -e "$main" ] || compile "$main" tests/main.cpp "${extra[@]}" -std=c++20 -O0
   objects+=("$main")
   if [ "$mode" != quick ]; then
     printf '#include <microreg/compiled.hpp>\n' >"$out/library.cpp"
-    compile "$out/library.o" "$out/library.cpp" "${flags[@]}" -O1 -DMICROREG_COMPILED
+    compile "$out/library.o" "$out/library.cpp" "${flags[@]}" -DMICROREG_COMPILED
     objects+=("$out/library.o")
     printf '#include <torch/torch.h>\n#include <fmt/format.h>\n#include "catch.hpp"\n' >"$out/all.hpp"
     "$compiler" "${flags[@]}" -x c++-header "$out/all.hpp" -o "$out/all.hpp.${pch_suffix}" >"$out/all.log" 2>&1 || true
     flags+=(-DMICROREG_COMPILED -include "$out/all.hpp")
   fi
   while read -r group; do
-    source="$out/all_of_$group.cpp" # no name of a file that it includes
-    groups_of "${tests[@]}" | awk -F '\t' -v group="$group" '$1 == group { print "#include \"" $2 ".cpp\"" }' >"$source"
-    compile "$out/$group.o" "$source" "${flags[@]}"
-    objects+=("$out/$group.o")
+    read -r -a files < <(groups_of "${tests[@]}" | awk -F '\t' -v group="$group" '$1 == group { print $2 ".cpp" }' | xargs)
+    together "all_of_$group" "${files[@]}" # no name of a file that it includes
+    objects+=("$out/all_of_$group.o")
   done < <(groups_of "${tests[@]}" | cut -f 1 | sort -u)
+  if [ "$mode" != quick ]; then
+    flags+=(-Iexamples/cifar)
+    together trainer_networks examples/cifar/model*.cpp
+    together trainer_first examples/cifar/[a-e]*.cpp
+    together trainer_second examples/cifar/{methods,[n-z]*}.cpp
+    together trainer_main examples/cifar/main.cpp
+    trainer=("$out"/trainer_{networks,first,second,main}.o "$out/library.o")
+  fi
 
   local -a parsed=()
   if [ "$mode" = syntax ]; then
-    for source in tests/test_*.cpp examples/*.cpp examples/cifar/*.cpp benchmarks/*.cpp; do
+    for source in tests/test_*.cpp examples/*.cpp benchmarks/*.cpp; do
       file="$(basename "$source" .cpp)"
       [[ " ${tests[*]} " != *" $file "* ]] || continue
       parsed+=("$out/parsed/${source//\//.}")
       mkdir -p "$out/parsed"
-      compile "${parsed[-1]}" "$source" "${flags[@]}" -fsyntax-only -Iexamples/cifar -Ibenchmarks
+      compile "${parsed[-1]}" "$source" "${flags[@]}" -fsyntax-only -Ibenchmarks
     done
   fi
   wait
 
-  for object in "${objects[@]}"; do
+  for object in "${objects[@]}" "${trainer[@]}"; do
     [ -e "$object" ] || problem+=" $(basename "$object" .o)"
   done
   for object in "${parsed[@]}"; do
@@ -172,8 +195,9 @@ check() {
     row no - - "not compiled:$problem; see $cache/$version/$mode/*.log"
     return 1
   fi
-  if ! "$compiler" "${objects[@]}" -o "$out/tests" "-L$folder/torch/lib" "-Wl,-rpath,$folder/torch/lib" -ltorch_cpu -lc10 \
-    -Wl,--allow-shlib-undefined >"$out/link.log" 2>&1; then
+  local -a libraries=("-L$folder/torch/lib" "-Wl,-rpath,$folder/torch/lib" -ltorch_cpu -lc10 -Wl,--allow-shlib-undefined)
+  if ! { "$compiler" "${objects[@]}" -o "$out/tests" "${libraries[@]}" &&
+    { [ "$mode" = quick ] || "$compiler" "${trainer[@]}" -o "$out/trainer" "${libraries[@]}"; }; } >"$out/link.log" 2>&1; then
     row yes - - "not linked; see $cache/$version/$mode/link.log"
     return 1
   fi
@@ -189,18 +213,42 @@ check() {
     row yes "${summary%|*}" - "failed (status $status); see $cache/$version/$mode/tests.log"
     return 1
   fi
+  if [ "$mode" != quick ]; then
+    rm -rf "$out/trained"
+    if ! OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive "$out/trainer" --data synthetic --model cnn --image-size 16 --train-size 64 \
+      --validation-size 32 --test-size 32 --batch-size 32 --micro-batch-size 16 --steps 3 --method gradient-norm --strength 0.03 \
+      --output "$out/trained" >"$out/trainer.log" 2>&1; then
+      row yes "${summary%|*}" "${summary#*|}" "the trainer failed; see $cache/$version/$mode/trainer.log"
+      return 1
+    fi
+    remarks+="trainer ran; "
+  fi
   row yes "${summary%|*}" "${summary#*|}" "${remarks%; }"
 }
 
 case "$("$compiler" --version | head -n 1)" in *clang*) pch_suffix=pch ;; *) pch_suffix=gch ;; esac
 microreg_count_jobs
-table="$(mktemp)"
-trap 'rm -f "$table"' EXIT
+tables="$(mktemp -d)"
+trap 'rm -rf "$tables"' EXIT
 status=0
-for version in "$@"; do
-  check "$version" || status=1
-done
+# A version that fails is worse than one that is not there.
+take() {
+  local this=0
+  "$@" || this=$?
+  [ "$this" = 0 ] || [ "$status" = 1 ] || status=$((this == 77 ? 77 : 1))
+}
+if [ "$mode" = quick ]; then
+  at_work=()
+  microreg_jobs=$((microreg_jobs > $# ? microreg_jobs / $# : 1))
+  for version in "$@"; do
+    { check "$version" || exit "$?"; } &
+    at_work+=("$!")
+  done
+  for process in "${at_work[@]}"; do take wait "$process"; done
+else
+  for version in "$@"; do take check "$version"; done
+fi
 printf '\n%s\n\n' "$("$compiler" --version | head -n 1)"
 printf '| LibTorch | ABI | compiled | test cases passed | assertions | CPU time | remarks |\n|---|---|---|---|---|---|---|\n'
-cat "$table"
+for version in "$@"; do cat "$tables/$version"; done
 exit "$status"

@@ -56,11 +56,11 @@ TEST_CASE("fused piecewise-linear activations equal stock over layouts and types
 TEST_CASE("a piecewise-linear activation's second derivative is nothing, where LibTorch makes zeros", "[fused]") {
   for (const auto& [name, activation] : activations) {
     INFO(name);
-    const auto second = [&, activation = activation](bool wanted) {
+    const auto second = [&, bend = activation](bool wanted) {
       const microreg::FusedScope scope(wanted);
       const auto x = input(torch::kFloat32);
       torch::Tensor copy = x[0] * 1;
-      const auto first = torch::autograd::grad({activation(copy).sum()}, x, {}, true, true);
+      const auto first = torch::autograd::grad({bend(copy).sum()}, x, {}, true, true);
       REQUIRE(first[0].requires_grad());
       return torch::autograd::grad({first[0].sum()}, x, {}, false, false, true)[0];
     };

@@ -2,6 +2,7 @@
 #include "gates_helpers.hpp"
 
 #include <microreg/detail/finite.hpp>
+#include <microreg/detail/libtorch.hpp>
 
 #include <cmath>
 #include <cstdint>
@@ -178,7 +179,11 @@ TEST_CASE("gates of hardsigmoid and hardswish", "[gates]") {
   check_unary(
       "hardswish", [](torch::Tensor x) { return torch::hardswish(x); }, "hardswish_",
       [](torch::Tensor x) { return torch::hardswish_(x); },
-      [](const auto& a, const auto& b) { return where(a <= -3, none_like(b), where(a >= 3, b, b * (b / 6 + 0.5))); },
+      [](const auto& a, const auto& b) {
+        const bool closed = microreg::detail::hardswish_kinks_are_middle;
+        const torch::Tensor middle = b * (b / 6 + 0.5);
+        return where(closed ? a < -3 : a <= -3, none_like(b), where(closed ? a > 3 : a >= 3, b, middle));
+      },
       4);
 }
 

@@ -71,7 +71,7 @@ struct Geometry {
 std::vector<Tensors> two_points(const std::vector<std::int64_t>& shape, torch::Dtype type,
                                 torch::MemoryFormat format = torch::MemoryFormat::Contiguous) {
   std::vector<Tensors> result;
-  for (const std::uint64_t seed : {1, 2}) {
+  for (const std::uint64_t seed : {1U, 2U}) {
     auto draw = generator(seed);
     torch::Tensor x = torch::randn(shape, draw, torch::kFloat64).to(type);
     result.push_back({format == torch::MemoryFormat::Contiguous ? x : x.contiguous(format)});

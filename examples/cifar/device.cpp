@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <cstdint>
+
 #include "options.hpp"
 #include "ranks.hpp"
 
@@ -17,11 +19,11 @@ torch::Device device_of(const std::string& name) {
     if (device.is_cuda() && device.index() < 0) {
       device = torch::Device(torch::kCUDA, static_cast<c10::DeviceIndex>(local_rank()));
     }
-    if (!device.is_cpu() && !(device.is_cuda() && device.index() < torch::cuda::device_count())) {
-      throw UsageError(fmt::format("--device is {}, but there {}; use cpu or auto", name,
-                                   torch::cuda::is_available()
-                                       ? fmt::format("are {} CUDA devices", torch::cuda::device_count())
-                                       : "is no CUDA device"));
+    const auto devices = static_cast<std::int64_t>(torch::cuda::device_count());
+    if (!device.is_cpu() && !(device.is_cuda() && device.index() < devices)) {
+      throw UsageError(
+          fmt::format("--device is {}, but there {}; use cpu or auto", name,
+                      torch::cuda::is_available() ? fmt::format("are {} CUDA devices", devices) : "is no CUDA device"));
     }
     return device;
   } catch (const c10::Error& error) {

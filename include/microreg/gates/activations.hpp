@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 #include <microreg/detail/finite.hpp>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/gates/history.hpp>
 #include <microreg/gates/rule.hpp>
 
@@ -111,8 +112,11 @@ inline constexpr Rule activations[] = {
     {"hardswish", "Tensor self", values, nullptr,
      [](const Arguments& in, const Gates& gates) {
        const at::Tensor self = in.in_place() ? in.tensor(0).clone() : in.tensor(0);  // its gradient needs it
-       const at::Tensor middle = at::hardtanh_backward(self * (self / 6).add_(0.5), gates[0], -3, 3);
-       return Tensors{at::where(gates[0].ge(3), self, middle)};
+       const at::Tensor square = self * (self / 6).add_(0.5);
+       if constexpr (hardswish_kinks_are_middle) {
+         return Tensors{at::where(gates[0].gt(3), self, square.masked_fill(gates[0].lt(-3), 0))};
+       }
+       return Tensors{at::where(gates[0].ge(3), self, at::hardtanh_backward(square, gates[0], -3, 3))};
      }},
     {"elu", "Tensor self, Scalar alpha, Scalar scale, Scalar input_scale", sign_of, nullptr,
      [](const Arguments& in, const Gates& gates) {

@@ -45,8 +45,10 @@ inline Comparison compare(const std::vector<at::Tensor>& found, const std::vecto
     result.distance = std::hypot(result.distance, distance);
     result.worst.emplace_back(distance, i);
   }
-  std::stable_sort(result.worst.begin(), result.worst.end(),
-                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  // By a heap: clang warns of what std::stable_sort does in libstdc++, and std::sort must not meet a NaN.
+  std::partial_sort(result.worst.begin(), result.worst.end(), result.worst.end(), [](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first > b.first : a.second < b.second;
+  });
   return result;
 }
 
