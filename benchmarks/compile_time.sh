@@ -56,6 +56,16 @@ END
 }
 torch='#include <torch/torch.h>'
 echo "$torch" >torch.cpp
+{
+  cat torch.cpp
+  cat <<'END'
+at::Tensor step(torch::nn::Sequential& model, const at::Tensor& x, const at::Tensor& y) {
+  at::Tensor loss = torch::nn::CrossEntropyLoss()(model->forward(x), y);
+  loss.backward();
+  return loss;
+}
+END
+} >plain.cpp
 printf '%s\n#include <microreg/microreg.hpp>\n' "$torch" >unused.cpp
 { cat unused.cpp && pair 1 Sequential GradientNorm; } >one.cpp
 { cat one.cpp && pair 2 Linear FisherTrace && pair 3 Conv2d UnitJacobian; } >three.cpp
@@ -64,6 +74,7 @@ echo '#include <microreg/compiled.hpp>' >unit.cpp
 # name: source, further options
 cases=(
   "torch: torch.cpp"
+  "plain: plain.cpp"
   "unused: unused.cpp"
   "header_only: one.cpp"
   "default_unused: unused.cpp -DMICROREG_COMPILED"
@@ -106,6 +117,7 @@ for level in "${levels[@]}"; do
     END {
       printf "\n%-58s %9s %9s %8s  %s\n", level, "time", "memory", "ratio", "target"
       row("torch/torch.h alone", "torch", "")
+      row("and a plain training step, without microreg", "plain", "")
       row("and microreg.hpp, unused, header-only", "unused", "")
       row("and microreg.hpp, unused, the default of CMake", "default_unused", "")
       row("and one Regularizer, header-only", "header_only", "at most 1.9 x")

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # What it costs to divide a training among ranks: the same steps by one process and by N, each on one thread, in turns.
-#     ranks.sh PATH/TO/microreg_cifar [N [ROUNDS [TRAINER OPTION...]]]
+#     ranks.sh PATH/TO/microreg_cifar [N [ROUNDS [TRAINER OPTION...]]]    options in place of the ones below
 # Prints, for each round, milliseconds a step and processor milliseconds a step (of all ranks together), and in the end
 # the medians, the bytes that a rank hands over in a step, and the efficiencies t1 / (N tN) and cpu1 / cpuN. The second
 # says what the ranks do beside the work of one; the first also how they wait, and needs N idle cores.
 set -euo pipefail
 trainer=$1 ranks=${2:-2} rounds=${3:-5}
 shift $(($# < 3 ? $# : 3))
-options=(--model resnet18 --width 16 --method gradient-norm --batch-size 128 --micro-batch-size 32 --train-size 512
-  --test-size 32 --log-every 1000 --checkpoint-every 0 --device cpu --threads 1 "$@")
+[ $# -gt 0 ] || set -- --model resnet18 --width 16 --batch-size 128 --micro-batch-size 32 --train-size 512
+options=("$@" --method gradient-norm --test-size 32 --log-every 1000 --checkpoint-every 0 --device cpu --threads 1)
 few=3 many=9
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -232,3 +232,25 @@ TEST_CASE("displaced copies: what they do not reach is refused", "[displaced_cop
     return torch::tanh(in.matmul(kept)).matmul(b);
   });
 }
+
+TEST_CASE("displaced copies: a step on another model inside of a pass leaves them in place", "[displaced_copies]") {
+  torch::manual_seed(9);
+  const auto leaf = [](at::IntArrayRef shape) { return torch::randn(shape, torch::kFloat64).requires_grad_(); };
+  const Tensor a = leaf({6, 8}), b = leaf({8, 5}), c = leaf({4, 4});
+  const Tensor x = torch::randn({8, 6}, torch::kFloat64), y = torch::randint(5, {8});
+  const Tensor other = torch::randn({6, 4}, torch::kFloat64);
+  const auto loss = [](const Tensor& output, const Tensor& target) { return torch::mse_loss(output, target); };
+  microreg::Regularizer inner(Model{[=](const Tensor& in) { return torch::tanh(in.matmul(c)); }, {c}}, loss,
+                              microreg::GradientNorm{}, {.estimator = ForwardDifference{.displace = Displace::copies}});
+  const Model plain{[=](const Tensor& in) { return torch::tanh(in.matmul(a)).matmul(b); }, {a, b}};
+  const Model nested{[&](const Tensor& in) {
+                       const Tensor h = torch::tanh(in.matmul(a));
+                       (void)inner.backward(other, other);
+                       return h.matmul(b);
+                     },
+                     {a, b}};
+  const Tensor right = penalty_by_hand(torch::cross_entropy_loss(plain.function(x), y), {a, b});
+  for (const microreg::Estimator& estimator : copies) {
+    CHECK(relative_error(penalty_part(nested, x, y, estimator), right) < 1e-5);
+  }
+}

@@ -734,6 +734,22 @@ TEST_CASE("A dynamic loss scale that overflows on one rank leaves the step out o
     CHECK(regularizer.loss_scale().item<double>() == 512);
     CHECK(relative_error(helpers::flat_grad(model->parameters()), 2 * before) < 1e-12);
   });
+  // A norm that overflows, and gradients that do not: those of a linear probe.
+  run_ranks(2, [&](const Ranks& ranks) {
+    const torch::Tensor w = torch::full({6, networks::classes}, 0.1, torch::kFloat64).requires_grad_();
+    microreg::FunctionModel model{[&](const torch::Tensor& x) { return x.matmul(w); }, {w}};
+    const microreg::SquaredGradientNorm penalty{
+        [&](const torch::Tensor& o) { return ranks->rank() == 1 ? o.sum() * 1e200 : o.sum(); }};
+    microreg::Regularizer<> regularizer(
+        model, cross_entropy, penalty,
+        {.micro_batch_size = 4, .loss_scale = microreg::DynamicLossScale{.start = 1024}, .communicator = ranks});
+    const Samples mine = cut.of(all, ranks);
+    const microreg::Report report = regularizer.backward(mine.x, mine.y);
+    const std::lock_guard lock(making);
+    CHECK(report.skipped);
+    CHECK_FALSE(w.grad().defined());
+    CHECK(regularizer.loss_scale().item<double>() == 512);
+  });
 }
 
 TEST_CASE("Ranks work on their micro-batches side by side, by workers, to the same bits") {
