@@ -2,8 +2,10 @@
 #include "fused_helpers.hpp"
 
 #include <microreg/fused/convolution.hpp>
+#include <microreg/microreg.hpp>
 
 #include <array>
+#include <vector>
 
 using namespace helpers;
 
@@ -178,4 +180,33 @@ TEST_CASE("inside a scope, and only there, convolution's backward is ours", "[fu
 TEST_CASE("third derivatives through a fused convolution are exact", "[fused]") {
   const auto inputs = inputs_of(cases[3], torch::kFloat64, Layout::contiguous, true, {true, true, true});
   CHECK(third_derivative_error(convolution(cases[3]), inputs) < 1e-6);
+}
+
+TEST_CASE("a step with weight gradients by one product is that of LibTorch's kernels, in both layouts", "[fused]") {
+  for (const auto layout : {torch::MemoryFormat::Contiguous, torch::MemoryFormat::ChannelsLast}) {
+    torch::manual_seed(1);
+    torch::nn::Sequential model(torch::nn::Conv2d(torch::nn::Conv2dOptions(64, 64, 3).padding(1)), torch::nn::ReLU(),
+                                torch::nn::Conv2d(torch::nn::Conv2dOptions(64, 96, 3).padding(1)), torch::nn::Flatten(),
+                                torch::nn::Linear(96 * 4, 5));
+    for (torch::Tensor& parameter : model->parameters()) {
+      if (parameter.dim() == 4) {
+        parameter.set_data(parameter.data().contiguous(layout));
+      }
+    }
+    const torch::Tensor input = torch::randn({8, 64, 2, 2}).contiguous(layout);
+    const torch::Tensor target = torch::randint(5, {8});
+    std::vector<torch::Tensor> gradients;
+    for (const bool fused : {false, true}) {
+      model->zero_grad();
+      microreg::Regularizer regularizer(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
+                                        {.strength = 0.1, .micro_batch_size = 4, .fused = fused});
+      (void)regularizer.backward(input, target);
+      std::vector<torch::Tensor> parts;
+      for (const torch::Tensor& parameter : model->parameters()) {
+        parts.push_back(parameter.grad().to(torch::kFloat64).flatten());
+      }
+      gradients.push_back(torch::cat(parts));
+    }
+    CHECK((gradients[1] - gradients[0]).norm().item<double>() < 1e-5 * gradients[0].norm().item<double>());
+  }
 }

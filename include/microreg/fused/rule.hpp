@@ -158,6 +158,8 @@ inline Tensors record(const Rule& rule, const Call& call) {
   const auto differentiable = results.begin() + (rule.keeps_results ? 1 : static_cast<std::ptrdiff_t>(results.size()));
   const NodePointer node = make_node<Recorded>(rule, call, Tensors(differentiable, results.end()));
   for (auto result = results.begin(); result != differentiable; ++result) {
+    // Autograd would refuse a view that was made without a graph, once it is written to in place.
+    *result = result->defined() && result->is_view() ? result->detach() : *result;
     torch::autograd::set_history(*result, node);
   }
   return results;
