@@ -16,7 +16,12 @@ find_package(MPI QUIET COMPONENTS CXX)
 add_library(microreg_gloo INTERFACE)
 if(MICROREG_GLOO_HEADERS)
   target_include_directories(microreg_gloo SYSTEM INTERFACE "${MICROREG_GLOO_HEADERS}")
-  target_compile_definitions(microreg_gloo INTERFACE USE_DISTRIBUTED USE_C10D_GLOO)
+  target_compile_definitions(microreg_gloo INTERFACE USE_DISTRIBUTED USE_C10D_GLOO MICROREG_WITH_GLOO)
+endif()
+add_library(microreg_mpi INTERFACE)
+if(MPI_CXX_FOUND)
+  target_link_libraries(microreg_mpi INTERFACE MPI::MPI_CXX)
+  target_compile_definitions(microreg_mpi INTERFACE OMPI_SKIP_MPICXX MICROREG_WITH_MPI)
 endif()
 
 set(microreg_warnings -Wall -Wextra -Wpedantic -Wshadow -Wconversion

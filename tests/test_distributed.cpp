@@ -937,7 +937,7 @@ TEST_CASE("Each option that has to be the same on all ranks is named where it is
   CHECK(words_of(errors[0]) == words_of(errors[1]));
 }
 
-#if defined(MICROREG_TESTS_GLOO)
+#if defined(MICROREG_WITH_GLOO)
 
 TEST_CASE("Gloo over a HashStore: two and four ranks take the step of one process") {
   for (const Cut& cut : {Cut{{10, 7}}, Cut{{4, 0, 9, 2}}}) {

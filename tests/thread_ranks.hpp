@@ -6,7 +6,7 @@
 #include <microreg/distributed/communicator.hpp>
 #include <microreg/error.hpp>
 
-#if defined(MICROREG_TESTS_GLOO)
+#if defined(MICROREG_WITH_GLOO)
 #include <microreg/distributed/process_group.hpp>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -138,7 +138,7 @@ inline std::vector<std::exception_ptr> try_ranks(
   return run_on(size, [&](std::int64_t r) { return std::make_shared<ThreadCommunicator>(meeting, r, size); }, work);
 }
 
-#if defined(MICROREG_TESTS_GLOO)
+#if defined(MICROREG_WITH_GLOO)
 inline std::vector<std::exception_ptr> try_gloo_ranks(
     std::int64_t size, const std::function<void(std::shared_ptr<microreg::Communicator>)>& work,
     microreg::ProcessGroupOptions how = {}) {

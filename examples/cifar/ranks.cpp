@@ -3,14 +3,14 @@
 #include <fmt/format.h>
 #include <torch/torch.h>
 
-#if defined(MICROREG_CIFAR_GLOO)
+#if defined(MICROREG_WITH_GLOO)
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <microreg/distributed/process_group.hpp>
 #endif
-#if defined(MICROREG_CIFAR_MPI)
+#if defined(MICROREG_WITH_MPI)
 #include <microreg/distributed/mpi.hpp>
 #endif
 
@@ -32,7 +32,7 @@ namespace {
   return value;
 }
 
-#if defined(MICROREG_CIFAR_GLOO)
+#if defined(MICROREG_WITH_GLOO)
 std::shared_ptr<microreg::Communicator> join_process_group() {
   const int rank = std::stoi(variable("RANK"));
   const int size = std::stoi(variable("WORLD_SIZE"));
@@ -66,14 +66,14 @@ std::shared_ptr<microreg::Communicator> join_process_group() {
 
 std::shared_ptr<microreg::Communicator> join_ranks(Distributed how) {
   if (how == Distributed::torchrun) {
-#if defined(MICROREG_CIFAR_GLOO)
+#if defined(MICROREG_WITH_GLOO)
     return join_process_group();
 #else
     throw UsageError("--distributed: this program was built without Gloo; install libgloo-dev and build it again");
 #endif
   }
   if (how == Distributed::mpi) {
-#if defined(MICROREG_CIFAR_MPI)
+#if defined(MICROREG_WITH_MPI)
     int provided = 0;
     MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
     return std::make_shared<microreg::MpiCommunicator>();
@@ -86,7 +86,7 @@ std::shared_ptr<microreg::Communicator> join_ranks(Distributed how) {
 }
 
 void leave_ranks([[maybe_unused]] Distributed how, [[maybe_unused]] int exit_code) {
-#if defined(MICROREG_CIFAR_MPI)
+#if defined(MICROREG_WITH_MPI)
   int initialized = 0;
   MPI_Initialized(&initialized);
   if (how == Distributed::mpi && initialized != 0) {

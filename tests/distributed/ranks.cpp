@@ -6,11 +6,11 @@
 #include <microreg/distributed/report.hpp>
 #include <microreg/microreg.hpp>
 #include <torch/csrc/distributed/c10d/FileStore.hpp>
-#if defined(MICROREG_TESTS_GLOO)
+#if defined(MICROREG_WITH_GLOO)
 #include <microreg/distributed/process_group.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #endif
-#if defined(MICROREG_TESTS_MPI)
+#if defined(MICROREG_WITH_MPI)
 #include <microreg/distributed/mpi.hpp>
 #endif
 
@@ -35,13 +35,13 @@ void require(bool condition, const std::string& what) {
 }
 
 Ranks join([[maybe_unused]] const std::string& engine, [[maybe_unused]] const std::string& store_file) {
-#if defined(MICROREG_TESTS_MPI)
+#if defined(MICROREG_WITH_MPI)
   if (engine == "mpi") {
     MPI_Init(nullptr, nullptr);
     return std::make_shared<microreg::MpiCommunicator>();
   }
 #endif
-#if defined(MICROREG_TESTS_GLOO)
+#if defined(MICROREG_WITH_GLOO)
   if (engine == "gloo") {
     const int rank = std::atoi(std::getenv("RANK")), size = std::atoi(std::getenv("WORLD_SIZE"));
     const auto store = c10::make_intrusive<c10d::FileStore>(store_file, size);
@@ -191,7 +191,7 @@ int main(int argc, char** argv) {
     mode == "equal" ? equal(ranks) : fail(ranks, mode);
     std::printf("rank %d of %d: as it should be\n", static_cast<int>(ranks->rank()), static_cast<int>(ranks->size()));
     std::fflush(stdout);
-#if defined(MICROREG_TESTS_MPI)
+#if defined(MICROREG_WITH_MPI)
     if (engine == "mpi" && mode != "hang") {
       MPI_Finalize();
     }

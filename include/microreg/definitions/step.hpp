@@ -195,6 +195,7 @@ class GradUpdate {
  public:
   /// Allocates all that is needed.
   GradUpdate(const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& sums) {
+    const std::lock_guard lock(one_at_a_time());
     const at::NoGradGuard no_grad;
     for (std::size_t i = 0; i < parameters.size(); ++i) {
       if (!sums[i].defined()) {
@@ -210,9 +211,7 @@ class GradUpdate {
   }
 
   void write() {
-    // Two threads may step on one model, and plain accumulation is safe there.
-    static std::mutex one_at_a_time;
-    const std::lock_guard lock(one_at_a_time);
+    const std::lock_guard lock(one_at_a_time());
     const at::NoGradGuard no_grad;
     if (!into_.empty()) {
       at::_foreach_add_(into_, from_);
@@ -227,6 +226,12 @@ class GradUpdate {
   }
 
  private:
+  /// Two threads may step on one model, and plain accumulation is safe there.
+  static std::mutex& one_at_a_time() {
+    static std::mutex mutex;
+    return mutex;
+  }
+
   std::vector<at::Tensor> into_;
   std::vector<at::Tensor> from_;
   std::vector<std::pair<at::Tensor, at::Tensor>> without_;
