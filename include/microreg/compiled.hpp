@@ -12,6 +12,7 @@
 #include <microreg/definitions/estimator.hpp>
 #include <microreg/definitions/grafting.hpp>
 #include <microreg/definitions/model.hpp>
+#include <microreg/definitions/objective.hpp>
 #include <microreg/definitions/options.hpp>
 #include <microreg/definitions/parameters.hpp>
 #include <microreg/definitions/penalised.hpp>

@@ -2,6 +2,7 @@
 /// Definitions of penalised.hpp: one pass that the user's loop has made, or makes when it is asked, as a mini-batch.
 #pragma once
 
+#include <microreg/definitions/objective.hpp>
 #include <microreg/definitions/step.hpp>
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/finite.hpp>

@@ -10,7 +10,6 @@
 #include <c10/util/ThreadLocalDebugInfo.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
-#include <microreg/definitions/step.hpp>
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/finite.hpp>
 #include <microreg/detail/text.hpp>
@@ -25,12 +24,15 @@
 #include <microreg/step/differences.hpp>
 #include <microreg/step/double_backward.hpp>
 #include <microreg/step/graph.hpp>
+#include <microreg/step/loop.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/recurrent.hpp>
+#include <microreg/step/requirements.hpp>
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/tensor_lists.hpp>
 #include <microreg/step/training_calls.hpp>
+#include <microreg/step/untrained_leaves.hpp>
 #include <microreg/verify.hpp>
 
 #include <algorithm>

@@ -400,3 +400,7 @@ Found on_one_batch(M&& model, Loss loss, PenaltyOrSum penalty, const Input& inpu
 }  // namespace detail
 
 }  // namespace microreg::inline MICROREG_ABI
+
+#if !defined(MICROREG_COMPILED)
+#include <microreg/definitions/objective.hpp>
+#endif

@@ -1,0 +1,331 @@
+/// @file
+/// The loop over the micro-batches of a step, and the promise that nothing is left behind by a failed one.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <microreg/detail/text.hpp>
+#include <microreg/error.hpp>
+#include <microreg/gates/watched.hpp>
+#include <microreg/options.hpp>
+#include <microreg/parameters.hpp>
+#include <microreg/report.hpp>
+#include <microreg/step/active_steps.hpp>
+#include <microreg/step/collected.hpp>
+#include <microreg/step/graph.hpp>
+#include <microreg/step/mini_batch.hpp>
+#include <microreg/step/own_draws.hpp>
+#include <microreg/step/probes.hpp>
+#include <microreg/step/ranks.hpp>
+#include <microreg/step/recurrent.hpp>
+#include <microreg/step/requirements.hpp>
+#include <microreg/step/sampling.hpp>
+#include <microreg/step/side_by_side.hpp>
+#include <microreg/step/snapshot.hpp>
+#include <microreg/step/tensor_lists.hpp>
+#include <microreg/step/turns.hpp>
+#include <microreg/step/untrained_leaves.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace microreg::inline MICROREG_ABI::detail {
+
+/// strength(step) of every penalty, times the common factor.
+inline std::vector<double> strengths_at(const MiniBatch& batch, const RegularizerOptions& options, std::int64_t step) {
+  const double common = options.strength.at(step);
+  std::vector<double> result;
+  for (std::size_t i = 0; i < batch.terms(); ++i) {
+    result.push_back(common * batch.term(i).strength.at(step));
+  }
+  return result;
+}
+
+/// One step, from its checks to its report.
+class Step {
+ public:
+  /// Throws before anything is changed, but for what Ranks::enter makes equal.
+  Step(MiniBatch& batch, const RegularizerOptions& options, std::int64_t step, Ranks& ranks,
+       bool without_penalties = false)
+      : batch_(batch),
+        options_(options),
+        step_(step),
+        ranks_(ranks),
+        strengths_(strengths_at(batch, options, step)),
+        parameters_(trainable(all_parameters(batch, options), options.select)),
+        parts_(batch.parts()),
+        active_(parameters_, options.estimator.differences() != nullptr),
+        buffers_(batch.buffers()),
+        snapshot_(checked_snapshot()),
+        sums_{std::vector<at::Tensor>(parameters_.tensors.size()),
+              std::vector<at::Tensor>(options.gradient_ratio ? parameters_.tensors.size() : 0)} {
+    if (without_penalties) {
+      strengths_.assign(strengths_.size(), 0.0);
+    }
+  }
+
+  /// What `steps()` returns. If it throws, buffers and generators are put back, and parameters that the model writes
+  /// to.
+  template <class Steps>
+  Report guarded(const Steps& steps) {
+    SnapshotMemory* const memory = batch_.memory();
+    draws_.emplace(memory == nullptr || memory->draws, snapshot_.generators());
+    try {
+      const GuardedGradients guard(parameters_.tensors, parameters_.names);
+      Report report = steps();
+      remember_written();
+      if (memory != nullptr) {
+        memory->draws = snapshot_.generators().moved();
+      }
+      return report;
+    } catch (const SparseGradient& error) {
+      snapshot_.restore_after_error(draws_->alone());
+      rethrow_named(error);
+    } catch (...) {
+      snapshot_.restore_after_error(draws_->alone());
+      throw;
+    }
+  }
+
+  /// Undoes what the steps did.
+  void restore() const { snapshot_.restore(draws_->alone()); }
+
+  [[nodiscard]] const Parameters& parameters() const noexcept { return parameters_; }
+  [[nodiscard]] const Snapshot& snapshot() const noexcept { return snapshot_; }
+  [[nodiscard]] const std::vector<Part>& parts() const noexcept { return parts_; }
+  [[nodiscard]] std::int64_t count() const noexcept { return ranks_.micro_batches(); }
+  [[nodiscard]] const std::vector<at::Tensor>& buffers() const noexcept { return buffers_; }
+  [[nodiscard]] const std::vector<double>& strengths() const noexcept { return strengths_; }
+
+  /// Calls `estimate(part, weights, keep, go_on)` for every micro-batch, adds up what it returns and collects the
+  /// report. `estimate` shows its first evaluation to `keep`, and calls `go_on` with it and the probes when model, loss
+  /// and penalties have been called; that it need not call. It returns squared norms where weights.penalty is not 0.
+  template <class Estimate>
+  Report run(const Choice& choice, const Estimate& estimate) {
+    const at::AutoGradMode enable_grad(true);
+    const std::int64_t workers = possible_workers();
+    if (workers > 0) {
+      std::vector<at::Tensor> state;
+      for (NamedParameter& each : all_parameters(batch_, options_)) {
+        state.push_back(std::move(each.tensor));
+      }
+      side_by_side_.emplace(batch_, parameters_, std::move(state));
+    }
+    in_turns(workers, static_cast<std::int64_t>(parts_.size()),
+             [&](std::int64_t i, Turns& turns) { estimate_part(i, turns, choice, estimate); });
+    collected_.weigh_by_counts();
+    return collected_.report(step_, count(), strengths_, choice.factor, total_scale(),
+                             parameters_.tensors.front().options().requires_grad(false));
+  }
+
+  /// What the sums of this rank are to be multiplied by before they are added up with those of others, if by anything.
+  [[nodiscard]] double own_scale() const {
+    return collected_.counted() && !ranks_.alone() ? collected_.first_count() : 1;
+  }
+  /// What the sums are to be multiplied by in the end. Throws ModelError where the counts of all losses are 0.
+  [[nodiscard]] double scale(bool counted) const {
+    if (!counted) {
+      return 1;
+    }
+    if (!(ranks_.counts() > 0)) {
+      throw ModelError("the counts of the losses of all micro-batches are 0; skip such mini-batches");
+    }
+    return (ranks_.alone() ? collected_.first_count() : 1) / ranks_.counts();
+  }
+
+  /// What the passes of this rank came to, for the others.
+  [[nodiscard]] Ranks::Outcome outcome(std::vector<std::vector<at::Tensor>*> sums) const {
+    Ranks::Outcome result;
+    result.sums = std::move(sums);
+    if (collected_.counted()) {
+      result.counts = collected_.all_counts();
+    }
+    result.uncounted = !collected_.counted() && !parts_.empty();
+    if (!ranks_.alone()) {
+      for (const at::Tensor& buffer : buffers_) {
+        const SavedTensor* const saved = snapshot_.find(buffer);
+        result.moved.push_back(saved != nullptr && saved->differs());
+      }
+      for (std::size_t i = 0; i < parameters_.tensors.size() && !result.sums.empty(); ++i) {
+        const SavedTensor* const saved = snapshot_.find(parameters_.tensors[i]);
+        if (saved != nullptr && saved->changed()) {
+          throw ModelError(text({"the forward pass writes to parameter ", parameters_.names[i],
+                                 " (an Embedding's max_norm), which each of several ranks does for its own samples "
+                                 "alone; do it between the steps, on all ranks"}));
+        }
+      }
+    }
+    return result;
+  }
+
+  /// The sums over micro-batches of the gradients, one a parameter: of the objective, and of the loss alone.
+  struct Sums {
+    std::vector<at::Tensor> objective;
+    std::vector<at::Tensor> loss;
+  };
+  [[nodiscard]] Sums& sums() noexcept { return sums_; }
+
+  /// Rethrows the error that is being handled, with the name of the parameter.
+  [[noreturn]] void rethrow_named(const SparseGradient& error) const {
+    for (std::size_t i = 0; i < parameters_.tensors.size(); ++i) {
+      if (parameters_.tensors[i].is_same(error.parameter())) {
+        throw ModelError(text({"parameter ", parameters_.names[i], ": ", error.what()}));
+      }
+    }
+    throw;
+  }
+
+  /// What `work()` returns. Names the micro-batch for the errors of LibTorch that plain training does not meet.
+  template <class Work>
+  static auto explained(const Part& part, const Work& work) {
+    try {
+      return work();
+    } catch (const std::exception& error) {
+      if (part.size == 1 && part.count > 1 &&
+          std::string_view(error.what()).find("Expected more than 1 value per channel") != std::string_view::npos) {
+        throw BatchError(text({"micro-batch ", part.index, " of ", part.count,
+                               " has one sample, over which batch normalisation has no variance in training mode; set "
+                               ".short_last = ShortLast::merged or ShortLast::dropped, or choose another "
+                               "micro_batch_size"}));
+      }
+      throw;
+    }
+  }
+
+  /// Those of model and loss, and the options' own; frozen and repeated ones too.
+  static std::vector<NamedParameter> all_parameters(const MiniBatch& batch, const RegularizerOptions& options) {
+    std::vector<NamedParameter> result = batch.parameters();
+    for (std::size_t i = 0; i < options.also_train.size(); ++i) {
+      result.push_back({text({"also_train[", i, "]"}), options.also_train[i]});
+    }
+    return result;
+  }
+
+ private:
+  template <class Estimate>
+  void estimate_part(std::int64_t i, Turns& turns, const Choice& choice, const Estimate& estimate) {
+    const Part& part = parts_[static_cast<std::size_t>(i)];
+    const bool penalised = choice.chosen[static_cast<std::size_t>(part.index)];
+    Weights weights{part.weight * total_scale(), penalised ? part.weight * choice.factor : 0.0, strengths_};
+    UntrainedLeaves untrained;
+    turns.await(Turns::Stage::forward, i);
+    const OwnDraws::Here draws(*draws_);
+    const RecurrentCalls recurrent(parts_.size() > 1 && watches_recurrent(part));
+    const NormCalls norms(side_by_side_.has_value() && i == 0);
+    if (side_by_side_.has_value()) {
+      side_by_side_->begin(i == 0);
+    }
+    const auto keep = [&](Evaluation& evaluation) {
+      if (evaluation.count.has_value()) {
+        const double relative = collected_.weight_by_count(*evaluation.count);
+        weights.loss = relative;
+        weights.penalty = penalised ? relative * choice.factor : 0.0;
+      }
+      if (batch_.memory() != nullptr && batch_.memory()->first) {
+        snapshot_.forget_unchanged_parameters();
+      }
+      if (options_.other_leaves == OtherLeaves::refused) {
+        untrained.note(batch_, evaluation, parameters_);
+      }
+      collected_.add(evaluation);
+    };
+    const auto go_on = [&](const Evaluation& evaluation, const std::vector<std::vector<at::Tensor>>& probes) {
+      if (side_by_side_.has_value() && may_go_on(i, turns, norms, evaluation, probes)) {
+        turns.pass(Turns::Stage::forward, i);
+      }
+    };
+    Estimated estimated = explained(part, [&] { return estimate(part, weights, keep, go_on); });
+    recurrent.require_samples_in_batch(part.size);
+    untrained.require_none();
+    turns.await(Turns::Stage::sum, i);
+    add_scaled(sums_.objective, std::move(estimated.gradients));
+    add_scaled(sums_.loss, std::move(estimated.loss_gradient));
+    if (penalised) {
+      collected_.add_penalised(part, std::move(estimated.squared_norms));
+    }
+  }
+
+  /// Whether the next micro-batch may begin. If this one has written to what others were differentiating by, they may
+  /// meanwhile have said so in LibTorch's words: then this error is the step's.
+  bool may_go_on(std::int64_t i, Turns& turns, const NormCalls& norms, const Evaluation& evaluation,
+                 const std::vector<std::vector<at::Tensor>>& probes) {
+    try {
+      return side_by_side_->may_go_on(i == 0, norms, evaluation, probes);
+    } catch (const ModelError&) {
+      turns.stop_all();
+    }
+  }
+
+  /// How many of them: 0 where a difference displaces the parameters, which all micro-batches read, where a device has
+  /// a parallelism of its own, and where somebody's scope on this thread wants to see all operations.
+  [[nodiscard]] std::int64_t possible_workers() const {
+    const auto device = common_device(parameters_.tensors);
+    const bool possible = options_.workers > 0 && options_.estimator.differences() == nullptr && device.has_value() &&
+                          device->is_cpu() && !gates_are_watched();
+    return possible ? options_.workers : 0;
+  }
+
+  /// |B| where the loss keeps the scale of a sum, otherwise 1.
+  [[nodiscard]] double total_scale() const {
+    return options_.reduction == Reduction::total ? static_cast<double>(ranks_.samples()) : 1;
+  }
+
+  /// Whether recurrent networks are looked for in this micro-batch: always if a module is one, once if nobody knows.
+  [[nodiscard]] bool watches_recurrent(const Part& part) const {
+    return std::any_of(parameters_.names.begin(), parameters_.names.end(), [&](const std::string& name) {
+      return name.find("weight_ih") != std::string::npos ||
+             (part.index == parts_.front().index && name.starts_with("parameters["));
+    });
+  }
+
+  /// The checks that need the parameters, and then the snapshot: of buffers, and of parameters that the forward pass
+  /// writes to (an Embedding's max_norm), which the first step finds out.
+  Snapshot checked_snapshot() {
+    check_devices(batch_, options_, parameters_.tensors);
+    check_parameters(parameters_);
+    SnapshotMemory* const memory = batch_.memory();
+    ranks_.enter({options_, parameters_, buffers_, batch_, strengths_, memory}, parts_);
+    std::vector<at::Tensor> tensors = buffers_;
+    const std::vector<at::Tensor>& written =
+        memory != nullptr && !memory->first ? memory->written : parameters_.tensors;
+    tensors.insert(tensors.end(), written.begin(), written.end());
+    return {tensors, devices_of(parameters_.tensors), options_.generator, memory};
+  }
+
+  void remember_written() const {
+    SnapshotMemory* const memory = batch_.memory();
+    if (memory == nullptr || parts_.empty() || !std::exchange(memory->first, false)) {
+      return;
+    }
+    for (const at::Tensor& tensor : snapshot_.changed()) {
+      if (tensor.requires_grad()) {
+        memory->written.push_back(tensor);
+      }
+    }
+  }
+
+  MiniBatch& batch_;
+  const RegularizerOptions& options_;
+  std::int64_t step_;
+  Ranks& ranks_;
+  std::vector<double> strengths_;
+  Parameters parameters_;
+  std::vector<Part> parts_;
+  ActiveStep active_;  // before anything is copied that another thread may be moving
+  std::vector<at::Tensor> buffers_;
+  Snapshot snapshot_;
+  Sums sums_;
+  Collected collected_{batch_, options_, parts_};
+
+  std::optional<OwnDraws> draws_;
+  std::optional<SideBySide> side_by_side_;  // where there are workers
+};
+
+}  // namespace microreg::inline MICROREG_ABI::detail
