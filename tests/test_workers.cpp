@@ -12,7 +12,9 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <set>
@@ -225,7 +227,7 @@ TEST_CASE("any number of workers leaves the same bits behind as one, and as none
     };
     CHECK(all_same_bits(step(3), step(1)));
   }
-  SECTION("a difference, which runs in order") {
+  SECTION("a difference that displaces the parameters, which runs in order") {
     const OneThread threads;  // a difference takes this thread's own
     const auto smooth = microreg::GradientNorm{};
     const auto step = [&](std::int64_t workers) {
@@ -235,6 +237,109 @@ TEST_CASE("any number of workers leaves the same bits behind as one, and as none
           input, target);
     };
     CHECK(all_same_bits(step(3), step(0)));
+  }
+}
+
+TEST_CASE("a difference that leaves the parameters alone gives the same bits with any number of workers", "[workers]") {
+  torch::manual_seed(1);
+  const torch::Tensor input = torch::randn({22, 2, 9, 9});
+  const torch::Tensor target = torch::randint(networks::classes, {22});
+  const auto check = [&](const auto& penalty, const microreg::Estimator& estimator) {
+    const auto step = [&](std::int64_t workers) {
+      return two_steps<NoisyNet>(cross_entropy, penalty,
+                                 {.strength = 0.1,
+                                  .micro_batch_size = 5,
+                                  .estimator = estimator,
+                                  .sampling = {.share = 0.8},
+                                  .gradient_ratio = true,
+                                  .workers = workers},
+                                 input, target);
+    };
+    const auto one = step(1);
+    for (const std::int64_t workers : {2, 3, 16, 2, 3, 16}) {
+      CHECK(all_same_bits(step(workers), one));
+    }
+    const auto none = step(0);  // adds the same up in another order
+    REQUIRE(none.size() == one.size());
+    const std::size_t count = NoisyNet()->parameters().size();
+    const auto gradient = [&](const std::vector<torch::Tensor>& all) {
+      std::vector<torch::Tensor> flat;
+      for (std::size_t i = 0; i < count; ++i) {
+        flat.push_back(all[i].flatten());
+      }
+      return torch::cat(flat);
+    };
+    CHECK(relative_error(gradient(one), gradient(none)) < 1e-3);
+    for (std::size_t i = count; i < one.size(); ++i) {
+      CAPTURE(i);
+      CHECK((one[i].is_floating_point() ? relative_error(one[i], none[i]) < 1e-3 : same_bits(one[i], none[i])));
+    }
+  };
+  const auto penalties = microreg::GradientNorm{} + 0.3 * microreg::FisherTrace{} +
+                         0.2 * microreg::Unsquared{microreg::UnitJacobian{}} + 0.1 * microreg::InputJacobian{};
+  SECTION("forward, copies") {
+    check(microreg::GradientNorm{}, microreg::ForwardDifference{.displace = microreg::Displace::copies});
+  }
+  SECTION("central, copies, several penalties") {
+    check(penalties, microreg::CentralDifference{.displace = microreg::Displace::copies});
+  }
+  SECTION("copies, without a proof") {
+    check(penalties, microreg::ForwardDifference{.check_every = 0, .displace = microreg::Displace::copies});
+  }
+  SECTION("the input alone is displaced") { check(microreg::InputJacobian{}, microreg::ForwardDifference{}); }
+}
+
+TEST_CASE("differences run side by side where nothing is displaced that others read", "[workers]") {
+  torch::manual_seed(1);
+  const torch::Tensor images = torch::randn({16, 2, 9, 9});
+  const auto overlaps = [&](auto model, const torch::Tensor& input, const auto& penalty,
+                            const microreg::Estimator& estimator) {
+    microreg::Regularizer regularizer(model, cross_entropy, penalty,
+                                      {.strength = 0.1, .micro_batch_size = 4, .estimator = estimator, .workers = 2});
+    const torch::Tensor target = torch::randint(networks::classes, {input.size(0)});
+    const Overlap overlap;
+    (void)regularizer.backward(input, target);
+    return overlap.seen();
+  };
+  const microreg::ForwardDifference unproven{.check_every = 0};  // a micro-batch that proves something runs alone
+  microreg::ForwardDifference copies = unproven;
+  copies.displace = microreg::Displace::copies;
+  CHECK(overlaps(NoisyNet(), images, microreg::GradientNorm{}, copies));
+  CHECK(overlaps(NoisyNet(), images, microreg::InputJacobian{}, unproven));
+  CHECK_FALSE(overlaps(NoisyNet(), images, microreg::GradientNorm{}, unproven));
+  CHECK_FALSE(overlaps(SpectralNet(), torch::randn({16, 6}), microreg::GradientNorm{}, copies));
+}
+
+TEST_CASE("an error in a further pass of a difference stops the others, and nothing has changed", "[workers]") {
+  torch::manual_seed(1);
+  NoisyNet model;
+  const torch::Tensor input = torch::randn({24, 2, 9, 9});
+  const torch::Tensor target = torch::arange(24).floor_divide(4);  // the number of the micro-batch
+  std::mutex mutex;
+  std::map<std::int64_t, int> calls;
+  std::int64_t first = 6;
+  const auto loss = [&](const torch::Tensor& output, const torch::Tensor& labels) {
+    const auto part = labels[0].item<std::int64_t>();
+    const std::lock_guard lock(mutex);
+    if (++calls[part] == 2 && part >= first) {
+      throw std::runtime_error("micro-batch " + std::to_string(part));
+    }
+    return torch::cross_entropy_loss(output, torch::zeros_like(labels));
+  };
+  for (const std::int64_t workers : {1, 2, 3, 8}) {
+    microreg::Regularizer regularizer(
+        model, loss, microreg::GradientNorm{},
+        {.strength = 0.1,
+         .micro_batch_size = 4,
+         .estimator = microreg::ForwardDifference{.check_every = 0, .displace = microreg::Displace::copies},
+         .workers = workers});
+    for (first = 0; first < 6; ++first) {
+      calls.clear();
+      const Watch watch(*model);
+      CHECK(message_of<std::runtime_error>([&] { (void)regularizer.backward(input, target); }) ==
+            "micro-batch " + std::to_string(first));
+      CHECK(watch.unchanged());
+    }
   }
 }
 

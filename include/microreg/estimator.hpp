@@ -89,6 +89,19 @@ class Estimator : public std::variant<Exact, ForwardDifference, CentralDifferenc
   Estimator(ForwardDifference forward) : variant(forward), differences_(detail::make_differences) {}  // NOLINT
   Estimator(CentralDifference central) : variant(central), differences_(detail::make_differences) {}  // NOLINT
 
+  /// Whether the parameters themselves are displaced, by penalties that count their gradient.
+  [[nodiscard]] bool displaces_parameters() const {
+    return std::visit(
+        [](const auto& each) {
+          if constexpr (requires { each.displace; }) {
+            return each.displace == Displace::parameters;
+          } else {
+            return false;
+          }
+        },
+        static_cast<const variant&>(*this));
+  }
+
   /// Null for Exact.
   [[nodiscard]] detail::MakeDifferences* differences() const noexcept { return differences_; }
 

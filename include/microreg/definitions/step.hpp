@@ -23,6 +23,7 @@
 #include <microreg/step/scaling.hpp>
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/tensor_lists.hpp>
+#include <microreg/step/visitor.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -62,7 +63,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
     const HalfRange range(scale, options.autocast, parameters);
     Report report = loop.run(
         choose_penalised(options.sampling, progress.step, loop.count()),
-        [&](const Part& part, const Weights& weights, const auto& keep, const auto& go_on) -> Estimated {
+        [&](const Part& part, const Weights& weights, const Visitor& visitor) -> Estimated {
           const auto of_loss = [&](const Evaluation& evaluation, bool retain_graph) {
             return loss_gradient(evaluation.loss, weights.loss, scale, parameters, retain_graph);
           };
@@ -72,17 +73,26 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
           };
           if (difference != nullptr && weights.penalty != 0) {
             Estimated result;
-            result.squared_norms =
-                (*difference)(batch, part, weights, loop.snapshot(), sums, [&](Evaluation& evaluation) {
-                  keep(evaluation);
-                  result.loss_gradient = ratio(evaluation);
-                });
+            const Visitor also_ratio{visitor.calls, visitor.begin,
+                                     [&](Evaluation& evaluation) {
+                                       visitor.keep(evaluation);
+                                       result.loss_gradient = ratio(evaluation);
+                                     },
+                                     visitor.go_on};
+            if (loop.workers() == 0) {
+              result.squared_norms = (*difference)(batch, part, weights, loop.snapshot(), sums, also_ratio);
+            } else {  // the sums have an order
+              std::vector<at::Tensor> own(sums.size());
+              result.squared_norms = (*difference)(batch, part, weights, loop.snapshot(), own, also_ratio);
+              result.gradients = {{std::move(own)}};
+            }
             return result;
           }
+          visitor.begin();
           const auto evaluation = batch.evaluate(part, {});
-          keep(*evaluation);
+          visitor.keep(*evaluation);
           auto probes = weights.penalty != 0 ? all_probes(batch, *evaluation) : std::vector<std::vector<at::Tensor>>();
-          go_on(*evaluation, probes);
+          visitor.go_on(*evaluation, probes, /*through_first=*/false);
           auto of_ratio = ratio(*evaluation);
           Estimated result = weights.penalty != 0
                                  ? double_backward(batch, *evaluation, std::move(probes), weights, parameters, range)
@@ -235,11 +245,12 @@ MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& 
     return loop.guarded([&] {
       Report report =
           loop.run(all_penalised(loop.count()),
-                   [&](const Part& part, const Weights& /*weights*/, const auto& keep, const auto& go_on) -> Estimated {
+                   [&](const Part& part, const Weights& /*weights*/, const Visitor& visitor) -> Estimated {
+                     visitor.begin();
                      const auto evaluation = batch.evaluate(part, {});
-                     keep(*evaluation);
+                     visitor.keep(*evaluation);
                      const auto probes = all_probes(batch, *evaluation);
-                     go_on(*evaluation, probes);
+                     visitor.go_on(*evaluation, probes, /*through_first=*/false);
                      return {squared_norms(batch, *evaluation, probes, loop.parameters(), options.loss_scale.number)};
                    });
       Ranks::Outcome outcome = loop.outcome({});

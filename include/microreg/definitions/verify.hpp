@@ -33,6 +33,7 @@
 #include <microreg/step/tensor_lists.hpp>
 #include <microreg/step/training_calls.hpp>
 #include <microreg/step/untrained_leaves.hpp>
+#include <microreg/step/visitor.hpp>
 #include <microreg/verify.hpp>
 
 #include <algorithm>
@@ -420,8 +421,11 @@ class Verifier {
   void difference_once(const Estimator& estimator, double loss, Gradient& sums) {
     const auto difference =
         estimator.differences()({estimator, parameters_, proof_, options_.fused, options_.check_finite});
-    (void)(*difference)(batch_, part_, Weights{loss, 1, strengths_}, step_.snapshot(), sums,
-                        [](Evaluation& /*evaluation*/) {});
+    std::mutex calling;
+    Calls calls(calling);
+    const Visitor visitor{calls, [] {}, [](Evaluation& /*evaluation*/) {},
+                          [](const Evaluation& /*evaluation*/, const auto& /*probes*/, bool /*through_first*/) {}};
+    (void)(*difference)(batch_, part_, Weights{loss, 1, strengths_}, step_.snapshot(), sums, visitor);
     difference->finish();
   }
 

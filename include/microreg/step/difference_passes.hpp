@@ -10,6 +10,7 @@
 #include <microreg/step/probes.hpp>
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/suspects.hpp>
+#include <microreg/step/visitor.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -68,6 +69,8 @@ struct DifferencePasses {
   MiniBatch& batch;
   const Part& part;
   const Weights& weights;
+  const Snapshot& snapshot;  // of the step
+  Calls& calls;
   Snapshot before;
   GateTape gates;  // of forward pass and loss
   std::vector<DifferenceTerm> terms;
@@ -92,6 +95,17 @@ auto replayed(GateTape& gates, Frozen frozen, bool last, const Evaluate& evaluat
   const GateScope scope(gates, GateSession::Pass::replay, last ? microreg::Keep::no : microreg::Keep::yes, frozen);
   auto result = evaluate();
   scope.session().finish();
+  return result;
+}
+
+/// What `work()` returns, which calls the model where buffers are what the first pass found; they are put back.
+template <class Work>
+auto in_further_pass(DifferencePasses& passes, const Work& work) {
+  const Calls::Again again(passes.calls);
+  const Snapshot now = passes.snapshot.buffers_now();
+  passes.before.restore_buffers();
+  auto result = work();
+  now.restore_buffers();
   return result;
 }
 

@@ -8,8 +8,8 @@
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/snapshot.hpp>
+#include <microreg/step/visitor.hpp>
 
-#include <functional>
 #include <vector>
 
 namespace microreg::inline MICROREG_ABI {
@@ -36,11 +36,12 @@ class Differences {
   Differences& operator=(const Differences&) = delete;
   virtual ~Differences() = default;
 
-  /// Adds the gradient of one penalised micro-batch to `sums`. `keep(evaluation)` is shown the first pass before its
-  /// graph goes. Returns the squared gradient norm of each penalty.
+  /// Adds the gradient of one penalised micro-batch to `sums`. Returns the squared gradient norm of each penalty. May
+  /// be called for the next micro-batch, by another thread, as soon as this one has left visitor.calls; nothing is
+  /// displaced then that others see.
   virtual std::vector<at::Tensor> operator()(MiniBatch& batch, const Part& part, const Weights& weights,
                                              const Snapshot& snapshot, std::vector<at::Tensor>& sums,
-                                             const std::function<void(Evaluation&)>& keep) = 0;
+                                             const Visitor& visitor) = 0;
   /// To be called once, when all micro-batches are through.
   virtual void finish() = 0;
 };

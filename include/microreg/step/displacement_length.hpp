@@ -44,6 +44,15 @@ class Displacements {
   Displacements(const DifferenceSettings& settings, const Parameters& parameters, const Proof& proof, CheckFinite looks)
       : settings_(settings), parameters_(parameters), proof_(proof), looks_(looks) {}
 
+  /// Computes what micro-batches share, before several of them ask for it side by side.
+  void prepare(const MiniBatch& batch, const Weights& weights) {
+    for (std::size_t i = 0; settings_.step == 0 && i < batch.terms(); ++i) {
+      if (weights.strengths[i] > 0 && !batch.term(i).by_input) {
+        (void)parameter_length();
+      }
+    }
+  }
+
   /// The norm of the displacement, a scalar on the device.
   at::Tensor length(const TermInfo& term, const std::vector<at::Tensor>& inputs, const DifferenceProbe& probe) {
     if (settings_.step > 0) {
@@ -54,12 +63,7 @@ class Displacements {
       check_precision("input", inputs);
       return automatic_length(inputs, squared_norm(inputs, scalar)) * proof_.factor;
     }
-    if (!parameter_length_.defined()) {
-      const std::vector<at::Tensor> moved = selected(parameters_.tensors, parameters_);
-      check_precision("parameters", moved);
-      parameter_length_ = automatic_length(moved, squared_parameter_norm()).clamp_max(largest_step(settings_.central));
-    }
-    return parameter_length_.to(scalar) * proof_.factor;
+    return parameter_length().to(scalar) * proof_.factor;
   }
 
   /// The norm of the parameters that are displaced, or 0 where it may not be read.
@@ -111,6 +115,16 @@ class Displacements {
     return squared_parameter_norm_;
   }
 
+  /// Of the parameters' automatic displacement.
+  const at::Tensor& parameter_length() {
+    if (!parameter_length_.defined()) {
+      const std::vector<at::Tensor> moved = selected(parameters_.tensors, parameters_);
+      check_precision("parameters", moved);
+      parameter_length_ = automatic_length(moved, squared_parameter_norm()).clamp_max(largest_step(settings_.central));
+    }
+    return parameter_length_;
+  }
+
   at::Tensor automatic_length(const std::vector<at::Tensor>& moved, const at::Tensor& squared) const {
     // What is all zero has no scale: displace by the step itself then.
     return at::where(squared == 0, at::ones_like(squared), squared.sqrt()) * relative_step(moved, settings_.central);
@@ -155,7 +169,7 @@ class Displacements {
   CheckFinite looks_;
   std::optional<Displaceable> displaceable_;  // made when first needed, as is
   at::Tensor squared_parameter_norm_;         // likewise
-  at::Tensor parameter_length_;               // their automatic displacement
+  at::Tensor parameter_length_;               // likewise
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail

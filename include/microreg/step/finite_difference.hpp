@@ -26,8 +26,10 @@
 #include <microreg/step/suspects.hpp>
 #include <microreg/step/tensor_lists.hpp>
 #include <microreg/step/untouched.hpp>
+#include <microreg/step/visitor.hpp>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -66,32 +68,39 @@ class FiniteDifference final : public Differences {
 
   std::vector<at::Tensor> operator()(MiniBatch& batch, const Part& part, const Weights& weights,
                                      const Snapshot& snapshot, std::vector<at::Tensor>& sums,
-                                     const std::function<void(Evaluation&)>& keep) override {
+                                     const Visitor& visitor) override {
     const Untouched untouched(batch, parameters_);
     DifferencePasses passes{.batch = batch,
                             .part = part,
                             .weights = weights,
+                            .snapshot = snapshot,
+                            .calls = visitor.calls,
                             .before = snapshot.buffers_now(),
                             .gates = {},
                             .terms = std::vector<DifferenceTerm>(batch.terms()),
                             .inputs = {},
                             .left = 0,
                             .due = terms_.is_due(weights, displacements_.moved_norm())};
-    first_pass_(passes, sums, ProofTerms::differs(weights), keep);
+    const bool differs = ProofTerms::differs(weights);
+    const auto go_on = [&](const Evaluation& evaluation, const auto& probes, bool through_first) {
+      if (differs) {
+        untouched.require(passes.gates);
+        displacements_.prepare(batch, weights);
+      }
+      visitor.go_on(evaluation, probes, through_first);
+    };
+    first_pass_(passes, sums, differs, {visitor.calls, visitor.begin, visitor.keep, go_on});
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       const std::size_t probes = passes.terms[i].probes.size();
       passes.terms[i].left = weights.strengths[i] > 0 ? probes * (settings_.central ? 2 : 1) : 0;
       passes.left += passes.terms[i].left;
     }
     if (passes.left > 0) {
-      untouched.require(passes.gates);
-      const Snapshot after = snapshot.buffers_now();
       if (passes.due) {
         add_proven(passes, sums);
       } else {
         add_penalties(passes, 1, sums);
       }
-      after.restore_buffers();
       differs_ = true;
     }
     std::vector<at::Tensor> squared_norms;
@@ -181,40 +190,48 @@ class FiniteDifference final : public Differences {
   /// has no second derivative. Throws DifferenceError if that pass does not repeat the first.
   std::optional<std::vector<at::Tensor>> exactly(DifferencePasses& passes,
                                                  const std::optional<std::pair<std::size_t, std::size_t>>& only) {
-    passes.before.restore_buffers();
+    const auto factor = [&](std::size_t i) { return passes.weights.strengths[i] * passes.weights.penalty; };
+    const auto counts = [&](std::size_t i) { return factor(i) > 0 && (!only || only->first == i); };
     const FusedScope fused(fused_);
     const std::uint64_t beginning = at::sequence_number::peek();
-    const auto evaluation = repeated(passes.gates, [&] { return passes.batch.evaluate(passes.part, {}); });
-    if (passes.due) {
-      passes.suspects = suspects(evaluation->loss, parameters_, beginning);
-    }
-    const auto factor = [&](std::size_t i) { return passes.weights.strengths[i] * passes.weights.penalty; };
+    std::vector<std::vector<at::Tensor>> probes(passes.terms.size());
+    const auto evaluation = in_further_pass(passes, [&] {
+      auto result = repeated(passes.gates, [&] { return passes.batch.evaluate(passes.part, {}); });
+      if (passes.due) {
+        passes.suspects = suspects(result->loss, parameters_, beginning);
+      }
+      for (std::size_t i = 0; i < passes.terms.size(); ++i) {
+        DifferenceTerm& term = passes.terms[i];
+        if (counts(i)) {
+          term.draws.replay();
+          probes[i] =
+              repeated(*term.gates, [&] { return checked_probes(*result, i, passes.batch.term(i), &term.draws); });
+          ProbeWatch::require_as_many(passes.batch.term(i), term, probes[i]);
+        }
+      }
+      return result;
+    });
     double largest = 0;
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       largest = std::max(largest, factor(i));
     }
     DoubleBackward step(*evaluation, parameters_, HalfRange(1, std::nullopt, parameters_), largest);
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
-      DifferenceTerm& term = passes.terms[i];
       const TermInfo& info = passes.batch.term(i);
-      if (factor(i) <= 0 || (only && only->first != i)) {
-        continue;
-      }
-      term.draws.replay();
-      auto probes = repeated(*term.gates, [&] { return checked_probes(*evaluation, i, info, &term.draws); });
-      ProbeWatch::require_as_many(info, term, probes);
-      for (std::size_t k = 0; k < probes.size(); ++k) {
+      for (std::size_t k = 0; k < probes[i].size(); ++k) {
         if (!only || only->second == k) {
-          const DifferenceProbe& before = term.probes[k];
+          const DifferenceProbe& before = passes.terms[i].probes[k];
           const at::Tensor moved = distance(passes, i, before, 1).per_norm * before.squared_norm;
-          ProbeWatch::require_repeated(info.name, before, probes[k], moved.item<double>());
+          ProbeWatch::require_repeated(info.name, before, probes[i][k], moved.item<double>());
         }
       }
-      if (only) {
-        probes = {probes[only->second]};
+      if (only && only->first == i) {
+        probes[i] = {probes[i][only->second]};
       }
       try {
-        (void)step.add(info, probes, factor(i), term.squared_norm);
+        if (counts(i)) {
+          (void)step.add(info, probes[i], factor(i), passes.terms[i].squared_norm);
+        }
       } catch (const std::exception&) {
         return std::nullopt;
       }
@@ -303,7 +320,6 @@ class FiniteDifference final : public Differences {
     const DifferenceProbe& probe = term.probes[k];
     --passes.left;
     --term.left;
-    passes.before.restore_buffers();
     std::optional<Displacement> displacement;
     std::optional<Substitution> substitution;
     std::vector<at::Tensor> leaves = parameters_.tensors;
@@ -316,11 +332,15 @@ class FiniteDifference final : public Differences {
     } else {
       displacement.emplace(displacements_.parameters(), probe.direction, distance);
     }
-    const auto evaluation = replayed(passes.gates, settings_.frozen(), passes.left == 0,
-                                     [&] { return passes.batch.evaluate(passes.part, inputs); });
-    term.draws.replay();
-    const auto probes = replayed(*term.gates, settings_.frozen(), term.left == 0,
-                                 [&] { return checked_probes(*evaluation, index, info, &term.draws); });
+    std::vector<at::Tensor> probes;
+    const auto evaluation = in_further_pass(passes, [&] {
+      auto there = replayed(passes.gates, settings_.frozen(), passes.left == 0,
+                            [&] { return passes.batch.evaluate(passes.part, inputs); });
+      term.draws.replay();
+      probes = replayed(*term.gates, settings_.frozen(), term.left == 0,
+                        [&] { return checked_probes(*there, index, info, &term.draws); });
+      return there;
+    });
     ProbeWatch::require_as_many(info, term, probes);
     auto result = gradients({probes[k]}, leaves, {}, /*retain_graph=*/false, /*create_graph=*/false, info.name);
     for (at::Tensor& gradient : result) {  // They will be written to, and autograd may return one tensor twice.
@@ -341,7 +361,7 @@ class FiniteDifference final : public Differences {
   Displacements displacements_;
   ProofTerms terms_;
   ProbeWatch watch_;
-  bool differs_ = false;  // some micro-batch was differentiated so
+  std::atomic<bool> differs_ = false;  // some micro-batch was differentiated so
 };
 
 MICROREG_INLINE std::unique_ptr<Differences> make_differences(const DifferenceRequest& request) {

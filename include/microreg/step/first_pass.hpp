@@ -15,9 +15,9 @@
 #include <microreg/step/own_code.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/tensor_lists.hpp>
+#include <microreg/step/visitor.hpp>
 
 #include <cstddef>
-#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,26 +32,40 @@ class FirstPass {
 
   /// Adds the loss gradient to `sums`, but where a displaced pass will. `penalised`: there will be some.
   void operator()(DifferencePasses& passes, std::vector<at::Tensor>& sums, bool penalised,
-                  const std::function<void(Evaluation&)>& keep) const {
+                  const Visitor& visitor) const {
+    visitor.begin();
     const auto evaluation =
         recorded(passes.gates, settings_.frozen(), [&] { return passes.batch.evaluate(passes.part, {}); });
     require_seen(evaluation->loss, "the loss", {&passes.gates}, penalised);
     passes.inputs = evaluation->inputs;
+    std::vector<std::vector<at::Tensor>> probes(passes.terms.size());
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       const TermInfo& info = passes.batch.term(i);
       DifferenceTerm& term = passes.terms[i];
-      for (const at::Tensor& probe : recorded(*term.gates, settings_.frozen(),
-                                              [&] { return checked_probes(*evaluation, i, info, &term.draws); })) {
+      probes[i] =
+          recorded(*term.gates, settings_.frozen(), [&] { return checked_probes(*evaluation, i, info, &term.draws); });
+      for (const at::Tensor& probe : probes[i]) {
         DifferenceProbe& result = term.probes.emplace_back();
         result.value = probe.detach();
         result.is_loss = !info.by_input && probe.is_same(evaluation->loss);
         if (!result.is_loss) {
           require_seen(probe, info.name, {&passes.gates, term.gates.get()}, passes.weights.strengths[i] > 0);
-          split(info, passes.weights.strengths[i] > 0, probe, counted_tensors(*evaluation, info, parameters_), result);
         }
       }
     }
-    keep(*evaluation);
+    visitor.keep(*evaluation);
+    visitor.go_on(*evaluation, probes, passes.due);  // a proof may choose another length for those behind it
+    for (std::size_t i = 0; i < passes.terms.size(); ++i) {
+      const TermInfo& info = passes.batch.term(i);
+      for (std::size_t k = 0; k < probes[i].size(); ++k) {
+        DifferenceProbe& result = passes.terms[i].probes[k];
+        if (!result.is_loss) {
+          split(info, passes.weights.strengths[i] > 0, probes[i][k], counted_tensors(*evaluation, info, parameters_),
+                result);
+        }
+      }
+    }
+    probes.clear();
 
     // Last, so that the graph can go while it is differentiated.
     auto loss_gradient = gradients({evaluation->loss}, parameters_.tensors, {}, /*retain_graph=*/false,

@@ -25,11 +25,13 @@
 #include <microreg/step/tensor_lists.hpp>
 #include <microreg/step/turns.hpp>
 #include <microreg/step/untrained_leaves.hpp>
+#include <microreg/step/visitor.hpp>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -104,21 +106,28 @@ class Step {
   [[nodiscard]] const std::vector<at::Tensor>& buffers() const noexcept { return buffers_; }
   [[nodiscard]] const std::vector<double>& strengths() const noexcept { return strengths_; }
 
-  /// Calls `estimate(part, weights, keep, go_on)` for every micro-batch, adds up what it returns and collects the
-  /// report. `estimate` shows its first evaluation to `keep`, and calls `go_on` with it and the probes when model, loss
-  /// and penalties have been called; that it need not call. It returns squared norms where weights.penalty is not 0.
+  /// How many micro-batches at a time, or 0: where parameters are displaced, which all of them read, where a device has
+  /// a parallelism of its own, and where somebody's scope on this thread wants to see all operations.
+  [[nodiscard]] std::int64_t workers() const {
+    const auto device = common_device(parameters_.tensors);
+    const bool possible =
+        options_.workers > 0 && !displaces() && device.has_value() && device->is_cpu() && !gates_are_watched();
+    return possible ? options_.workers : 0;
+  }
+
+  /// Calls `estimate(part, weights, visitor)` for every micro-batch, adds up what it returns and collects the report.
+  /// It returns squared norms where weights.penalty is not 0.
   template <class Estimate>
   Report run(const Choice& choice, const Estimate& estimate) {
     const at::AutoGradMode enable_grad(true);
-    const std::int64_t workers = possible_workers();
-    if (workers > 0) {
+    if (workers() > 0) {
       std::vector<at::Tensor> state;
       for (NamedParameter& each : all_parameters(batch_, options_)) {
         state.push_back(std::move(each.tensor));
       }
-      side_by_side_.emplace(batch_, parameters_, std::move(state));
+      side_by_side_.emplace(batch_, parameters_, std::move(state), options_.estimator.differences() != nullptr);
     }
-    in_turns(workers, static_cast<std::int64_t>(parts_.size()),
+    in_turns(workers(), static_cast<std::int64_t>(parts_.size()),
              [&](std::int64_t i, Turns& turns) { estimate_part(i, turns, choice, estimate); });
     collected_.weigh_by_counts();
     return collected_.report(step_, count(), strengths_, choice.factor, total_scale(),
@@ -216,12 +225,15 @@ class Step {
     Weights weights{part.weight * total_scale(), penalised ? part.weight * choice.factor : 0.0, strengths_};
     UntrainedLeaves untrained;
     turns.await(Turns::Stage::forward, i);
+    Calls calls(calling_);
     const OwnDraws::Here draws(*draws_);
     const RecurrentCalls recurrent(parts_.size() > 1 && watches_recurrent(part));
     const NormCalls norms(side_by_side_.has_value() && i == 0);
-    if (side_by_side_.has_value()) {
-      side_by_side_->begin(i == 0);
-    }
+    const auto begin = [&] {
+      if (side_by_side_.has_value()) {
+        side_by_side_->begin(i == 0);
+      }
+    };
     const auto keep = [&](Evaluation& evaluation) {
       if (evaluation.count.has_value()) {
         const double relative = collected_.weight_by_count(*evaluation.count);
@@ -236,12 +248,15 @@ class Step {
       }
       collected_.add(evaluation);
     };
-    const auto go_on = [&](const Evaluation& evaluation, const std::vector<std::vector<at::Tensor>>& probes) {
-      if (side_by_side_.has_value() && may_go_on(i, turns, norms, evaluation, probes)) {
+    const auto go_on = [&](const Evaluation& evaluation, const std::vector<std::vector<at::Tensor>>& probes,
+                           bool through_first) {
+      if (side_by_side_.has_value() && may_go_on(i, turns, norms, evaluation, probes) && !through_first) {
         turns.pass(Turns::Stage::forward, i);
+        calls.leave();
       }
     };
-    Estimated estimated = explained(part, [&] { return estimate(part, weights, keep, go_on); });
+    Estimated estimated = explained(part, [&] { return estimate(part, weights, Visitor{calls, begin, keep, go_on}); });
+    calls.leave();
     recurrent.require_samples_in_batch(part.size);
     untrained.require_none();
     turns.await(Turns::Stage::sum, i);
@@ -263,13 +278,12 @@ class Step {
     }
   }
 
-  /// How many of them: 0 where a difference displaces the parameters, which all micro-batches read, where a device has
-  /// a parallelism of its own, and where somebody's scope on this thread wants to see all operations.
-  [[nodiscard]] std::int64_t possible_workers() const {
-    const auto device = common_device(parameters_.tensors);
-    const bool possible = options_.workers > 0 && options_.estimator.differences() == nullptr && device.has_value() &&
-                          device->is_cpu() && !gates_are_watched();
-    return possible ? options_.workers : 0;
+  [[nodiscard]] bool displaces() const {
+    bool any = false;
+    for (std::size_t i = 0; i < batch_.terms(); ++i) {
+      any = any || !batch_.term(i).by_input;
+    }
+    return any && options_.estimator.displaces_parameters();
   }
 
   /// |B| where the loss keeps the scale of a sum, otherwise 1.
@@ -326,6 +340,7 @@ class Step {
 
   std::optional<OwnDraws> draws_;
   std::optional<SideBySide> side_by_side_;  // where there are workers
+  std::mutex calling_;
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail

@@ -64,16 +64,17 @@ class NormCalls final : public CallWatch<NormCalls> {
 /// Such micro-batches keep their turn until they are done, so that nothing runs beside them.
 class SideBySide {
  public:
-  SideBySide(const MiniBatch& batch, const Parameters& parameters, std::vector<at::Tensor> state)
+  /// `again`: each micro-batch calls the model more than once, which parameters that it writes to do not repeat.
+  SideBySide(const MiniBatch& batch, const Parameters& parameters, std::vector<at::Tensor> state, bool again)
       : parameters_(parameters) {
     for (at::Tensor& tensor : state) {
       if (tensor.defined()) {
-        items_.push_back({std::move(tensor)});
+        items_.push_back({std::move(tensor), again});
       }
     }
     for (const at::Tensor& buffer : batch.buffers()) {
       if (buffer.defined()) {
-        items_.push_back({buffer});
+        items_.push_back({buffer, false});
       }
     }
   }
@@ -106,6 +107,7 @@ class SideBySide {
  private:
   struct Item {
     at::Tensor tensor;
+    bool stays;  ///< must not be written to
     std::uint64_t version = 0;
     std::size_t holders = 0;
     bool written = false;
@@ -120,7 +122,7 @@ class SideBySide {
       const std::size_t norms = calls.with(item.tensor);
       item.written = version_of(item.tensor) != item.version;
       const bool kept = holders(item.tensor) != item.holders + norms;
-      apart_ = apart_ && !((item.written || norms > 0) && kept);
+      apart_ = apart_ && !(item.written && item.stays) && !((item.written || norms > 0) && kept);
     }
   }
 
