@@ -416,6 +416,10 @@ TEST_CASE("parameters that share a storage are displaced and restored", "[estima
     CHECK(same_bits(flat, before));
     CHECK(addresses(*model) == memory);
   }
+  SECTION("with a buffer") {
+    (void)model->register_buffer("same", model->hidden->weight.detach());
+    CHECK(relative_error(penalty_gradient(model, batch, penalty, ForwardDifference{}), expected) < 1e-14);
+  }
   SECTION("with gaps") {
     torch::Tensor& weight = model->hidden->weight;
     const torch::Tensor wide = torch::zeros({weight.size(0), 2 * weight.size(1)}, torch::kFloat64);

@@ -70,6 +70,54 @@ struct SpectralNetImpl : torch::nn::Module {
 };
 TORCH_MODULE(SpectralNet);
 
+/// A buffer too large to be compared, which is written to on some batches only.
+struct BankNetImpl : torch::nn::Module {
+  BankNetImpl() {
+    register_module("output", output);
+    bank = register_buffer("bank", torch::zeros({1 << 18}));
+  }
+  torch::Tensor forward(const torch::Tensor& x) {
+    if (x[0][0].item<float>() > 0) {
+      bank.mul_(2).add_(x[0][0].detach());
+    }
+    return torch::tanh(output(x));
+  }
+  torch::nn::Linear output{6, networks::classes};
+  torch::Tensor bank;
+};
+TORCH_MODULE(BankNet);
+
+/// Uses one weight twice, and takes its time in between.
+struct TwiceNetImpl : torch::nn::Module {
+  TwiceNetImpl() { register_module("layer", layer); }
+  torch::Tensor forward(const torch::Tensor& x) {
+    const torch::Tensor once = torch::tanh(layer(x));
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    return layer(once);
+  }
+  torch::nn::Linear layer{6, 6};
+};
+TORCH_MODULE(TwiceNet);
+
+/// Slows backward passes down, so that others call the model meanwhile.
+class SlowBackward {
+ public:
+  SlowBackward()
+      : handle_(at::addGlobalCallback(at::RecordFunctionCallback(&wait).scopes({at::RecordScope::BACKWARD_FUNCTION}))) {
+  }
+  SlowBackward(const SlowBackward&) = delete;
+  SlowBackward& operator=(const SlowBackward&) = delete;
+  ~SlowBackward() { at::removeCallback(handle_); }
+
+ private:
+  static std::unique_ptr<at::ObserverContext> wait(const at::RecordFunction& /*function*/) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    return nullptr;
+  }
+
+  at::CallbackHandle handle_;
+};
+
 /// Waits, in the first backward pass on any thread, until the model is called on another one.
 class Overlap {
  public:
@@ -287,6 +335,46 @@ TEST_CASE("a difference that leaves the parameters alone gives the same bits wit
     check(penalties, microreg::ForwardDifference{.check_every = 0, .displace = microreg::Displace::copies});
   }
   SECTION("the input alone is displaced") { check(microreg::InputJacobian{}, microreg::ForwardDifference{}); }
+}
+
+TEST_CASE("a further pass that leaves a large buffer alone leaves it as others have made it", "[workers]") {
+  torch::manual_seed(1);
+  torch::Tensor input = torch::randn({24, 6});
+  for (std::int64_t i = 0; i < input.size(0); ++i) {
+    input[i][0] = i / 4 % 2 == 0 ? 1.0 : -1.0;  // every other micro-batch writes
+  }
+  const torch::Tensor target = torch::randint(networks::classes, {24});
+  const SlowBackward slow;
+  for (const std::int64_t workers : {0, 1, 2, 3}) {
+    BankNet model;
+    microreg::Regularizer regularizer(
+        model, cross_entropy, microreg::GradientNorm{},
+        {.micro_batch_size = 4,
+         .estimator = microreg::ForwardDifference{.check_every = 0, .displace = microreg::Displace::copies},
+         .workers = workers});
+    (void)regularizer.backward(input, target);
+    CAPTURE(workers);
+    CHECK(model->bank.eq(7).all().item<bool>());  // 1 + 2 (1 + 2)
+  }
+}
+
+TEST_CASE("a difference in mixed precision gives the same bits with any number of workers", "[workers]") {
+  torch::manual_seed(1);
+  const torch::Tensor input = torch::randn({24, 6});
+  const torch::Tensor target = torch::randint(6, {24});
+  const auto step = [&](std::int64_t workers) {
+    return two_steps<TwiceNet>(
+        cross_entropy, microreg::GradientNorm{},
+        {.micro_batch_size = 4,
+         .estimator =
+             microreg::ForwardDifference{.step = 0.1, .check_every = 0, .displace = microreg::Displace::copies},
+         .autocast = torch::kBFloat16,
+         .workers = workers},
+        input, target);
+  };
+  const auto one = step(1);
+  CHECK(all_same_bits(step(2), one));
+  CHECK(all_same_bits(step(3), one));
 }
 
 TEST_CASE("differences run side by side where nothing is displaced that others read", "[workers]") {

@@ -130,10 +130,11 @@ struct RegularizerOptions {
   ///   the timing: sums are taken in the order of the micro-batches. 0 gives them too where torch::get_num_threads() is
   ///   1, with a difference to rounding.
   /// - Memory: that of N micro-batches instead of one.
-  /// - Safety: model, loss and penalties are called in order, by one thread at a time (not always the same one), and
-  ///   micro-batches are differentiated beside that. Networks whose derivatives read what their forward pass writes to
-  ///   (spectral norms), and functions and hooks of one's own in the graph, run in order, N = 1. A model that writes,
-  ///   in its forward pass, to tensors that are no buffers and that graphs keep, needs 0.
+  /// - Safety: model, loss and penalties are called in order (displaced passes of a difference anywhere in between), by
+  ///   one thread at a time (not always the same one), and micro-batches are differentiated beside that. Networks whose
+  ///   derivatives read what their forward pass writes to (spectral norms), and functions and hooks of one's own in the
+  ///   graph, run in order, N = 1. A model that writes, in its forward pass, to tensors that are no buffers and that
+  ///   graphs keep, needs 0.
   /// - A difference has to leave the parameters alone, which all micro-batches read: `.displace = Displace::copies`, or
   ///   penalties by the input's gradient only. Otherwise all is as with 0.
   /// - No effect on other devices, which have a parallelism of their own.

@@ -73,12 +73,11 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
           };
           if (difference != nullptr && weights.penalty != 0) {
             Estimated result;
-            const Visitor also_ratio{visitor.calls, visitor.begin,
-                                     [&](Evaluation& evaluation) {
-                                       visitor.keep(evaluation);
+            const Visitor also_ratio{visitor.calls, visitor.begin, visitor.keep,
+                                     [&](const Evaluation& evaluation, const auto& probes, bool through_first) {
+                                       visitor.go_on(evaluation, probes, through_first);
                                        result.loss_gradient = ratio(evaluation);
-                                     },
-                                     visitor.go_on};
+                                     }};
             if (loop.workers() == 0) {
               result.squared_norms = (*difference)(batch, part, weights, loop.snapshot(), sums, also_ratio);
             } else {  // the sums have an order

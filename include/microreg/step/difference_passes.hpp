@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
+#include <utility>
 #include <vector>
 
 namespace microreg::inline MICROREG_ABI::detail {
@@ -98,16 +100,25 @@ auto replayed(GateTape& gates, Frozen frozen, bool last, const Evaluate& evaluat
   return result;
 }
 
-/// What `work()` returns, which calls the model where buffers are what the first pass found; they are put back.
-template <class Work>
-auto in_further_pass(DifferencePasses& passes, const Work& work) {
-  const Calls::Again again(passes.calls);
-  const Snapshot now = passes.snapshot.buffers_now();
-  passes.before.restore_buffers();
-  auto result = work();
-  now.restore_buffers();
-  return result;
-}
+/// A pass behind the first: the right to call the model, where buffers are what the first pass found.
+class FurtherPass {
+ public:
+  explicit FurtherPass(DifferencePasses& passes)
+      : before_(passes.before), again_(std::in_place, passes.calls), now_(passes.snapshot.buffers_now()) {
+    before_.restore_buffers();
+  }
+
+  /// Puts buffers back to what others have made of them, who may call then.
+  void end() {
+    now_.restore_buffers_over(before_);
+    again_.reset();
+  }
+
+ private:
+  const Snapshot& before_;
+  std::optional<Calls::Again> again_;
+  Snapshot now_;
+};
 
 /// At the first point, where decisions are made again by themselves.
 template <class Evaluate>

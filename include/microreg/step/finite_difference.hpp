@@ -195,22 +195,21 @@ class FiniteDifference final : public Differences {
     const FusedScope fused(fused_);
     const std::uint64_t beginning = at::sequence_number::peek();
     std::vector<std::vector<at::Tensor>> probes(passes.terms.size());
-    const auto evaluation = in_further_pass(passes, [&] {
-      auto result = repeated(passes.gates, [&] { return passes.batch.evaluate(passes.part, {}); });
-      if (passes.due) {
-        passes.suspects = suspects(result->loss, parameters_, beginning);
+    FurtherPass pass(passes);
+    const auto evaluation = repeated(passes.gates, [&] { return passes.batch.evaluate(passes.part, {}); });
+    if (passes.due) {
+      passes.suspects = suspects(evaluation->loss, parameters_, beginning);
+    }
+    for (std::size_t i = 0; i < passes.terms.size(); ++i) {
+      DifferenceTerm& term = passes.terms[i];
+      if (counts(i)) {
+        term.draws.replay();
+        probes[i] =
+            repeated(*term.gates, [&] { return checked_probes(*evaluation, i, passes.batch.term(i), &term.draws); });
+        ProbeWatch::require_as_many(passes.batch.term(i), term, probes[i]);
       }
-      for (std::size_t i = 0; i < passes.terms.size(); ++i) {
-        DifferenceTerm& term = passes.terms[i];
-        if (counts(i)) {
-          term.draws.replay();
-          probes[i] =
-              repeated(*term.gates, [&] { return checked_probes(*result, i, passes.batch.term(i), &term.draws); });
-          ProbeWatch::require_as_many(passes.batch.term(i), term, probes[i]);
-        }
-      }
-      return result;
-    });
+    }
+    pass.end();
     double largest = 0;
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       largest = std::max(largest, factor(i));
@@ -329,20 +328,29 @@ class FiniteDifference final : public Differences {
     } else if (settings_.displace == Displace::copies) {
       leaves = displacements_.copies(probe.direction, distance);
       substitution.emplace(parameters_.tensors, leaves);
-    } else {
+    }
+    FurtherPass pass(passes);
+    if (!info.by_input && !substitution.has_value()) {  // when buffers are set, which may share the parameters' memory
       displacement.emplace(displacements_.parameters(), probe.direction, distance);
     }
-    std::vector<at::Tensor> probes;
-    const auto evaluation = in_further_pass(passes, [&] {
-      auto there = replayed(passes.gates, settings_.frozen(), passes.left == 0,
-                            [&] { return passes.batch.evaluate(passes.part, inputs); });
-      term.draws.replay();
-      probes = replayed(*term.gates, settings_.frozen(), term.left == 0,
-                        [&] { return checked_probes(*there, index, info, &term.draws); });
-      return there;
-    });
+    const auto evaluation = replayed(passes.gates, settings_.frozen(), passes.left == 0,
+                                     [&] { return passes.batch.evaluate(passes.part, inputs); });
+    term.draws.replay();
+    const auto probes = replayed(*term.gates, settings_.frozen(), term.left == 0,
+                                 [&] { return checked_probes(*evaluation, index, info, &term.draws); });
+    if (!displacement.has_value()) {
+      pass.end();
+    }
     ProbeWatch::require_as_many(info, term, probes);
     auto result = gradients({probes[k]}, leaves, {}, /*retain_graph=*/false, /*create_graph=*/false, info.name);
+    if (displacement.has_value()) {
+      displacement.reset();
+      pass.end();
+    }
+    if (substitution.has_value()) {
+      const Calls::Again again(passes.calls);  // it clears Autocast's cache, which another's pass may be using
+      substitution.reset();
+    }
     for (at::Tensor& gradient : result) {  // They will be written to, and autograd may return one tensor twice.
       gradient = gradient.defined() ? owned(std::move(gradient)) : gradient;
     }

@@ -146,11 +146,12 @@ class SavedTensor {
   [[nodiscard]] bool is_large() const { return alias_.layout() != at::kStrided || alias_.nbytes() >= large; }
   [[nodiscard]] bool changed() const { return version_of(tensor_) != version_; }
 
-  void restore() const {
+  /// `between`: what it may have been put back to since, which no version tells.
+  void restore(const SavedTensor* between = nullptr) const {
     if (!lies_the_same()) {
       at::Tensor(tensor_).set_data(alias_);
     }
-    if (differs()) {
+    if (differs() || (between != nullptr && between->version_ != version_)) {
       without_repetitions(alias_).copy_(copy_);
     }
   }
@@ -271,7 +272,15 @@ class Snapshot {
     }
   }
 
-  /// The same while an error is on its way, which no other one replaces.
+  /// The same after `other` has been restored.
+  void restore_buffers_over(const Snapshot& other) const {
+    const at::NoGradGuard no_grad;
+    for (const SavedTensor& saved : saved_) {
+      saved.restore(saved.is_large() ? other.find(saved.tensor()) : nullptr);
+    }
+  }
+
+  /// The same as restore() while an error is on its way, which no other one replaces.
   void restore_after_error(bool alone = true) const noexcept {
     try {
       restore(alone);
