@@ -9,12 +9,14 @@
 #include <ATen/record_function.h>
 #include <microreg/microreg.hpp>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <set>
@@ -99,23 +101,46 @@ struct TwiceNetImpl : torch::nn::Module {
 };
 TORCH_MODULE(TwiceNet);
 
-/// Slows backward passes down, so that others call the model meanwhile.
-class SlowBackward {
+/// Holds micro-batch 1 back, once it is differentiated, until the model is called for micro-batch 2.
+class HeldBack {
  public:
-  SlowBackward()
-      : handle_(at::addGlobalCallback(at::RecordFunctionCallback(&wait).scopes({at::RecordScope::BACKWARD_FUNCTION}))) {
+  HeldBack() {
+    self() = this;
+    handle_ = at::addGlobalCallback(at::RecordFunctionCallback(&wait).scopes({at::RecordScope::BACKWARD_FUNCTION}));
   }
-  SlowBackward(const SlowBackward&) = delete;
-  SlowBackward& operator=(const SlowBackward&) = delete;
-  ~SlowBackward() { at::removeCallback(handle_); }
+  HeldBack(const HeldBack&) = delete;
+  HeldBack& operator=(const HeldBack&) = delete;
+  ~HeldBack() {
+    at::removeCallback(handle_);
+    self() = nullptr;
+  }
+  /// To be called by the loss.
+  void note(std::int64_t micro_batch) {
+    const std::lock_guard lock(mutex_);
+    of_[std::this_thread::get_id()] = micro_batch;
+    last_ = std::max(last_, micro_batch);
+    changed_.notify_all();
+  }
 
  private:
+  static HeldBack*& self() {
+    static HeldBack* one = nullptr;
+    return one;
+  }
   static std::unique_ptr<at::ObserverContext> wait(const at::RecordFunction& /*function*/) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    HeldBack& held = *self();
+    std::unique_lock lock(held.mutex_);
+    if (held.of_[std::this_thread::get_id()] == 1) {
+      held.changed_.wait_for(lock, std::chrono::seconds(2), [&] { return held.last_ >= 2; });
+    }
     return nullptr;
   }
 
-  at::CallbackHandle handle_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::map<std::thread::id, std::int64_t> of_;
+  std::int64_t last_ = 0;
+  at::CallbackHandle handle_{};
 };
 
 /// Waits, in the first backward pass on any thread, until the model is called on another one.
@@ -339,22 +364,30 @@ TEST_CASE("a difference that leaves the parameters alone gives the same bits wit
 
 TEST_CASE("a further pass that leaves a large buffer alone leaves it as others have made it", "[workers]") {
   torch::manual_seed(1);
+  const torch::Tensor target = torch::arange(24).floor_divide(4);  // the number of the micro-batch
   torch::Tensor input = torch::randn({24, 6});
-  for (std::int64_t i = 0; i < input.size(0); ++i) {
-    input[i][0] = i / 4 % 2 == 0 ? 1.0 : -1.0;  // every other micro-batch writes
-  }
-  const torch::Tensor target = torch::randint(networks::classes, {24});
-  const SlowBackward slow;
+  input.select(1, 0).copy_(1 - 2 * target.remainder(2));  // every other one writes
+  std::optional<HeldBack> held;
+  const auto loss = [&](const torch::Tensor& output, const torch::Tensor& labels) {
+    if (held.has_value()) {
+      held->note(labels[0].item<std::int64_t>());
+    }
+    return torch::cross_entropy_loss(output, torch::zeros_like(labels));
+  };
   for (const std::int64_t workers : {0, 1, 2, 3}) {
     BankNet model;
     microreg::Regularizer regularizer(
-        model, cross_entropy, microreg::GradientNorm{},
+        model, loss, microreg::GradientNorm{},
         {.micro_batch_size = 4,
          .estimator = microreg::ForwardDifference{.check_every = 0, .displace = microreg::Displace::copies},
          .workers = workers});
+    if (workers > 1) {
+      held.emplace();
+    }
     (void)regularizer.backward(input, target);
+    held.reset();
     CAPTURE(workers);
-    CHECK(model->bank.eq(7).all().item<bool>());  // 1 + 2 (1 + 2)
+    CHECK(model->bank.eq(7).all().item<bool>());  // 1, 2 * 1 + 1, 2 * 3 + 1
   }
 }
 
