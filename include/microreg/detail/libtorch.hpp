@@ -25,9 +25,10 @@
 
 namespace microreg::inline MICROREG_ABI::detail {
 
-/// Whether hardswish has its middle's slope at its kinks, at -3 and 3 exactly: a derivative of neither side's, mended
-/// in 2.8 (pytorch #147801). A difference with frozen gates has to take the same.
-inline constexpr bool hardswish_kinks_are_middle = MICROREG_LIBTORCH < 208;
+/// Whether the derivative of hardswish at -3 and 3 exactly is that of the middle, neither side's, or an outer one, as
+/// an element happens to be computed in a vector or alone: mended in 2.8 (pytorch #147801). A difference with frozen
+/// gates has to take the same.
+inline constexpr bool hardswish_kinks_vary = MICROREG_LIBTORCH < 208;
 
 /// A pointer that owns a node of autograd's graph: counted by the node itself from 2.13 on, before by std::shared_ptr.
 using NodePointer = decltype(torch::autograd::Edge::function);
