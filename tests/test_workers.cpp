@@ -539,6 +539,32 @@ TEST_CASE("a micro-batch is differentiated beside the next one, unless the two w
   CHECK_FALSE(overlap.seen());
 }
 
+TEST_CASE("what a penalty reads is found on the first micro-batch that is penalised", "[workers]") {
+  torch::manual_seed(1);
+  NoisyNet model;
+  // Its derivative keeps the running variance, which the next forward pass moves without counting a version.
+  const microreg::SquaredGradientNorm scaled([&](const auto& pass) {
+    return (pass.output.square() * model->norm->running_var.narrow(0, 0, networks::classes)).mean();
+  });
+  const auto step = [&](double share, std::int64_t seed) {
+    microreg::Regularizer regularizer(model, cross_entropy, scaled,
+                                      {.strength = 0.1,
+                                       .micro_batch_size = 4,
+                                       .sampling = {.share = share, .seed = static_cast<std::uint64_t>(seed)},
+                                       .workers = 2});
+    const Overlap overlap;
+    const auto report = regularizer.backward(torch::randn({24, 2, 9, 9}), torch::randint(networks::classes, {24}));
+    return std::tuple(report.penalised, overlap.seen());
+  };
+  int behind = 0;
+  for (std::int64_t seed = 0; seed < 8; ++seed) {
+    const auto [penalised, seen] = step(0.5, seed);
+    behind += penalised.front() > 0 ? 1 : 0;
+    CHECK_FALSE(seen);
+  }
+  CHECK(behind > 0);
+}
+
 TEST_CASE("networks that run in order give the same bits with workers", "[workers]") {
   torch::manual_seed(1);
   const torch::Tensor input = torch::randn({22, 6});

@@ -127,6 +127,10 @@ class Step {
       }
       side_by_side_.emplace(batch_, parameters_, std::move(state), options_.estimator.differences() != nullptr);
     }
+    const auto penalised = std::find_if(parts_.begin(), parts_.end(), [&](const Part& part) {
+      return choice.chosen[static_cast<std::size_t>(part.index)];
+    });
+    judged_ = penalised == parts_.end() ? 0 : penalised - parts_.begin();
     in_turns(workers(), static_cast<std::int64_t>(parts_.size()),
              [&](std::int64_t i, Turns& turns) { estimate_part(i, turns, choice, estimate); });
     collected_.weigh_by_counts();
@@ -228,10 +232,10 @@ class Step {
     Calls calls(calling_);
     const OwnDraws::Here draws(*draws_);
     const RecurrentCalls recurrent(parts_.size() > 1 && watches_recurrent(part));
-    const NormCalls norms(side_by_side_.has_value() && i == 0);
+    const NormCalls norms(side_by_side_.has_value() && i == judged_);
     const auto begin = [&] {
       if (side_by_side_.has_value()) {
-        side_by_side_->begin(i == 0);
+        side_by_side_->begin(i == judged_);
       }
     };
     const auto keep = [&](Evaluation& evaluation) {
@@ -250,7 +254,8 @@ class Step {
     };
     const auto go_on = [&](const Evaluation& evaluation, const std::vector<std::vector<at::Tensor>>& probes,
                            bool through_first) {
-      if (side_by_side_.has_value() && may_go_on(i, turns, norms, evaluation, probes) && !through_first) {
+      if (side_by_side_.has_value() && i >= judged_ && may_go_on(i, turns, norms, evaluation, probes) &&
+          !through_first) {
         turns.pass(Turns::Stage::forward, i);
         calls.leave();
       }
@@ -272,7 +277,7 @@ class Step {
   bool may_go_on(std::int64_t i, Turns& turns, const NormCalls& norms, const Evaluation& evaluation,
                  const std::vector<std::vector<at::Tensor>>& probes) {
     try {
-      return side_by_side_->may_go_on(i == 0, norms, evaluation, probes);
+      return side_by_side_->may_go_on(i == judged_, norms, evaluation, probes);
     } catch (const ModelError&) {
       turns.stop_all();
     }
@@ -340,6 +345,7 @@ class Step {
 
   std::optional<OwnDraws> draws_;
   std::optional<SideBySide> side_by_side_;  // where there are workers
+  std::int64_t judged_ = 0;  // the first micro-batch with probes shows what graphs keep; those before it run alone
   std::mutex calling_;
 };
 

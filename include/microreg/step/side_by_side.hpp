@@ -58,7 +58,8 @@ class NormCalls final : public CallWatch<NormCalls> {
 /// loss or probe is called by two threads at once. What remains are derivatives that would meet them:
 ///
 /// - They read tensors that the next forward pass writes to, as the power iteration of a spectral norm does. The first
-///   forward pass, which is alone, shows which parameters and buffers are written to and kept by the graph.
+///   forward pass with all probes, which is alone, shows which parameters and buffers are written to and kept by the
+///   graph.
 /// - They run code of the user's own, a function or a hook, or a graph that came with the input and is shared.
 ///
 /// Such micro-batches keep their turn until they are done, so that nothing runs beside them.
