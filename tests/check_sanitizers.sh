@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds and runs the tests under sanitizers. LibTorch is not instrumented, so what is found is in our code, in LibTorch's
-# headers, or at their border.
+# Builds and runs the tests under sanitizers, by clang, which compiles this in a third of GCC's time. LibTorch is not
+# instrumented, so what is found is in our code, in LibTorch's headers, or at their border.
 #     tests/check_sanitizers.sh            both
 #     tests/check_sanitizers.sh address    the whole test suite under address and undefined behaviour
 #     tests/check_sanitizers.sh thread     the tests with threads under the thread sanitizer
@@ -27,6 +27,7 @@ check() (
   # The benchmarks' library is not instrumented, and their programs are no tests.
   export MICROREG_CONFIGURE_OPTIONS="${MICROREG_CONFIGURE_OPTIONS:-} -DMICROREG_BUILD_BENCHMARKS=OFF"
   source "$root/cmake/bootstrap.sh"
+  microreg_require clang-19=clang++-19 libclang-rt-19-dev
   microreg_bootstrap
   "$1"
 )

@@ -159,7 +159,7 @@ Tensor mask_by_pointer(const Tensor& h) {
   const Tensor from = h.detach().contiguous();
   Tensor mask = torch::empty_like(from);
   for (std::int64_t i = 0; i < from.numel(); ++i) {
-    mask.mutable_data_ptr<float>()[i] = h.const_data_ptr<float>()[i] > 0 ? 1.F : 0.1F;
+    mask.mutable_data_ptr<float>()[i] = h.data_ptr<float>()[i] > 0 ? 1.F : 0.1F;
   }
   return mask;
 }

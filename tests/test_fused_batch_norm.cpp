@@ -192,9 +192,8 @@ TEST_CASE("every instruction set gives the same batch normalisation", "[fused]")
     std::vector<torch::Tensor> out{torch::empty_like(in.x), torch::empty_like(in.x),
                                    torch::empty({5}, torch::kFloat64)};
     ChannelNorm<float> norm(pointers, 1, 5, out[2].mutable_data_ptr<double>());
-    kernel(norm,
-           Streams<float>{in.x.const_data_ptr<float>(), in.dy.const_data_ptr<float>(), in.v.const_data_ptr<float>(),
-                          out[0].mutable_data_ptr<float>(), out[1].mutable_data_ptr<float>()});
+    kernel(norm, Streams<float>{in.x.data_ptr<float>(), in.dy.data_ptr<float>(), in.v.data_ptr<float>(),
+                                out[0].mutable_data_ptr<float>(), out[1].mutable_data_ptr<float>()});
     return out;
   };
   const auto baseline = run([&](auto& norm, const auto& streams) { Kernel::run(norm, streams, layout, 0, 5); });

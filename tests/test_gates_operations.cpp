@@ -180,9 +180,15 @@ TEST_CASE("gates of hardsigmoid and hardswish", "[gates]") {
       "hardswish", [](torch::Tensor x) { return torch::hardswish(x); }, "hardswish_",
       [](torch::Tensor x) { return torch::hardswish_(x); },
       [](const auto& a, const auto& b) {
-        const bool closed = microreg::detail::hardswish_kinks_are_middle;
         const torch::Tensor middle = b * (b / 6 + 0.5);
-        return where(closed ? a < -3 : a <= -3, none_like(b), where(closed ? a > 3 : a >= 3, b, middle));
+        torch::Tensor left = a <= -3;
+        torch::Tensor right = a >= 3;
+        if (microreg::detail::hardswish_kinks_vary) {
+          const torch::Tensor slope = at::hardswish_backward(torch::ones_like(a), a.detach());
+          left = left & (slope == 0);
+          right = right & (slope == 1);
+        }
+        return where(left, none_like(b), where(right, b, middle));
       },
       4);
 }

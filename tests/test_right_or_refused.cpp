@@ -270,7 +270,7 @@ TEST_CASE("right or refused: values without a graph", "[right_or_refused]") {
     const Tensor h = n.hidden(x);
     double sum = 0;
     for (std::int64_t i = 0; i < h.numel(); ++i) {
-      sum += std::abs(h.const_data_ptr<double>()[i]);
+      sum += std::abs(h.data_ptr<double>()[i]);
     }
     return h.matmul(n.b) * (100 / sum);
   }),
@@ -575,7 +575,7 @@ TEST_CASE("right or refused: passes that the scope does not see", "[right_or_ref
   check_right_or_refused("a mask of at::parallel_for", n.with([&](const Tensor& x) {
     const Tensor h = x.matmul(n.a);
     Tensor mask = torch::zeros_like(h);
-    const double* from = h.const_data_ptr<double>();
+    const double* from = h.data_ptr<double>();
     double* to = mask.mutable_data_ptr<double>();
     at::parallel_for(0, h.numel(), 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {

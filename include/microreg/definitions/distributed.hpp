@@ -6,6 +6,7 @@
 #include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/config.hpp>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/distributed/report.hpp>
 #include <microreg/distributed/shard.hpp>
@@ -116,8 +117,8 @@ MICROREG_INLINE Report reduced(const Report& report, Communicator& communicator)
   }
   result.micro_batch_losses = row.read(all).to(scalar);
   const at::Tensor chosen = row.read(all).nonzero().reshape({-1});
-  result.penalised.assign(chosen.const_data_ptr<std::int64_t>(),
-                          chosen.const_data_ptr<std::int64_t>() + chosen.numel());
+  result.penalised.assign(detail::values_of<std::int64_t>(chosen),
+                          detail::values_of<std::int64_t>(chosen) + chosen.numel());
   for (PenaltyReport& penalty : result.penalties) {
     penalty.value = row.read(1).reshape({}).to(penalty.value.options());
     const at::Tensor norms = row.read(all);

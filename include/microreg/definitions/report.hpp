@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/finite.hpp>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/report.hpp>
@@ -25,7 +26,7 @@ inline constexpr const char* remedy_of_non_finite =
 /// The position of the first value that is NaN or infinite, or -1, and the value.
 inline std::pair<std::int64_t, double> first_non_finite(const at::Tensor& values) {
   const at::Tensor on_host = values.detach().to(at::kCPU, at::kDouble).contiguous();
-  const double* data = on_host.const_data_ptr<double>();
+  const double* data = values_of<double>(on_host);
   for (std::int64_t i = 0; i < on_host.numel(); ++i) {
     if (!is_finite(data[i])) {
       return {i, data[i]};

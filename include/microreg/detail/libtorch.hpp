@@ -2,7 +2,10 @@
 /// The one place that knows how versions of LibTorch differ, and which of them the library is for: 2.6 to 2.15.
 #pragma once
 
+#include <ATen/core/TensorBase.h>
+#include <c10/core/ScalarType.h>
 #include <c10/core/Storage.h>
+#include <c10/util/Exception.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/version.h>
 #include <microreg/version.hpp>
@@ -22,9 +25,10 @@
 
 namespace microreg::inline MICROREG_ABI::detail {
 
-/// Whether hardswish has its middle's slope at its kinks, at -3 and 3 exactly: a derivative of neither side's, mended
-/// in 2.8 (pytorch #147801). A difference with frozen gates has to take the same.
-inline constexpr bool hardswish_kinks_are_middle = MICROREG_LIBTORCH < 208;
+/// Whether the derivative of hardswish at -3 and 3 exactly is that of the middle, neither side's, or an outer one, as
+/// an element happens to be computed in a vector or alone: mended in 2.8 (pytorch #147801). A difference with frozen
+/// gates has to take the same.
+inline constexpr bool hardswish_kinks_vary = MICROREG_LIBTORCH < 208;
 
 /// A pointer that owns a node of autograd's graph: counted by the node itself from 2.13 on, before by std::shared_ptr.
 using NodePointer = decltype(torch::autograd::Edge::function);
@@ -36,6 +40,14 @@ NodePointer make_node(Args&&... args) {
   } else {
     return NodePointer(c10::make_intrusive<Node>(std::forward<Args>(args)...));
   }
+}
+
+/// The values of a tensor of type T. Its own const_data_ptr<T>() is constrained in LibTorch 2.6 in a way that clang 18
+/// and newer mangle otherwise than the library's compiler did, so that they do not link it.
+template <class T>
+const T* values_of(const at::TensorBase& tensor) {
+  TORCH_INTERNAL_ASSERT_DEBUG_ONLY(tensor.scalar_type() == c10::CppTypeToScalarType<T>::value);
+  return static_cast<const T*>(tensor.const_data_ptr());
 }
 
 /// Two storages of one size and one allocator trade their memory; every tensor on them sees the other's values.

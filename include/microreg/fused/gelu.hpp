@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/parallel.hpp>
 #include <microreg/detail/vector_kernels.hpp>
 #include <microreg/fused/rule.hpp>
@@ -79,8 +80,7 @@ inline at::Tensor gelu_second_derivative(const at::Tensor& x, const at::Tensor& 
   at::Tensor out = at::empty_like(xs);
   float* const to = out.mutable_data_ptr<float>();
   parallel_for(0, xs.numel(), 16384, [&](std::int64_t begin, std::int64_t end) {
-    run_widest<GeluSecondDerivative>(xs.const_data_ptr<float>(), dys.const_data_ptr<float>(),
-                                     vs.const_data_ptr<float>(), to, begin, end);
+    run_widest<GeluSecondDerivative>(values_of<float>(xs), values_of<float>(dys), values_of<float>(vs), to, begin, end);
   });
   return out;
 }

@@ -5,6 +5,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/parallel.hpp>
 #include <microreg/fused/rule.hpp>
 
@@ -19,8 +20,8 @@ void gather_channels_last(const at::Tensor& v, const at::Tensor& indices, at::Te
   const std::int64_t channels = out.size(1);
   const std::int64_t pixels = out.size(2) * out.size(3);
   const std::int64_t image = v.size(2) * v.size(3) * channels;
-  const T* const from = v.const_data_ptr<T>();
-  const std::int64_t* const where = indices.const_data_ptr<std::int64_t>();
+  const T* const from = values_of<T>(v);
+  const std::int64_t* const where = values_of<std::int64_t>(indices);
   T* const to = out.mutable_data_ptr<T>();
   const std::int64_t grain = std::max<std::int64_t>(1, 16384 / channels);
   parallel_for(0, out.size(0) * pixels, grain, [=](std::int64_t begin, std::int64_t end) {

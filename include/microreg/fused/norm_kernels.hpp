@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/parallel.hpp>
 #include <microreg/detail/vector_kernels.hpp>
 #include <microreg/fused/normalisation.hpp>
@@ -293,7 +294,7 @@ template <class T>
 NormPointers<T> pointers_of(NormProblem& p) {
   const auto pointer = [](at::Tensor& tensor) {
     tensor = tensor.defined() ? tensor.contiguous() : tensor;
-    return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr;
+    return tensor.defined() ? values_of<T>(tensor) : nullptr;
   };
   return {pointer(p.mean), pointer(p.rstd), pointer(p.weight), pointer(p.a), pointer(p.b), p.count()};
 }
@@ -379,11 +380,11 @@ std::array<at::Tensor, 3> column_norm(NormProblem p) {
   const NormPointers<T> pointers = pointers_of<T>(p);
   const at::Tensor sums = at::zeros({parts, 5, width}, at::kDouble);
   for_parts(rows, parts, [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
-    run_widest<ColumnSums<T>, const Streams<T>&>(tensors.streams(), mean.const_data_ptr<T>(), width, begin, end,
+    run_widest<ColumnSums<T>, const Streams<T>&>(tensors.streams(), values_of<T>(mean), width, begin, end,
                                                  sums.mutable_data_ptr<double>() + part * 5 * width);
   });
   const at::Tensor total = sums.sum(0);
-  const double* const of = total.const_data_ptr<double>();
+  const double* const of = values_of<double>(total);
   const at::Tensor coefficients = at::zeros({norm_coefficients, width}, p.x.options());
   at::Tensor d_weight = at::empty({channels}, p.x.options());
   for (std::int64_t c = 0; c < channels; ++c) {
@@ -399,8 +400,8 @@ std::array<at::Tensor, 3> column_norm(NormProblem p) {
     d_weight.mutable_data_ptr<T>()[c] = static_cast<T>(weight_gradient(row, moments));
   }
   parallel_for(0, rows, row_grain(width), [&](std::int64_t begin, std::int64_t end) {
-    run_widest<ColumnSweep<T>, const Streams<T>&>(tensors.streams(), mean.const_data_ptr<T>(), width, begin, end,
-                                                  coefficients.const_data_ptr<T>());
+    run_widest<ColumnSweep<T>, const Streams<T>&>(tensors.streams(), values_of<T>(mean), width, begin, end,
+                                                  values_of<T>(coefficients));
   });
   const auto back = [&](const at::Tensor& t) { return t.view(last(p.x).sizes()).movedim(-1, 1); };
   const auto format = p.x.suggest_memory_format();

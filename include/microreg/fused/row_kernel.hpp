@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/vector_kernels.hpp>
 
 #include <algorithm>
@@ -149,7 +150,7 @@ class RowTensors {
   [[nodiscard]] std::int64_t length() const { return x_.size(-1); }
   [[nodiscard]] std::int64_t rows() const { return x_.numel() / length(); }
   [[nodiscard]] Streams<T> streams() {
-    return {x_.const_data_ptr<T>(), dy_.const_data_ptr<T>(), v_.const_data_ptr<T>(), d_dy_.mutable_data_ptr<T>(),
+    return {values_of<T>(x_), values_of<T>(dy_), values_of<T>(v_), d_dy_.mutable_data_ptr<T>(),
             d_x_.mutable_data_ptr<T>()};
   }
   [[nodiscard]] at::Tensor d_dy() const { return unpadded(d_dy_); }

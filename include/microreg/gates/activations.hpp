@@ -113,8 +113,10 @@ inline constexpr Rule activations[] = {
      [](const Arguments& in, const Gates& gates) {
        const at::Tensor self = in.in_place() ? in.tensor(0).clone() : in.tensor(0);  // its gradient needs it
        const at::Tensor square = self * (self / 6).add_(0.5);
-       if constexpr (hardswish_kinks_are_middle) {
-         return Tensors{at::where(gates[0].gt(3), self, square.masked_fill(gates[0].lt(-3), 0))};
+       if constexpr (hardswish_kinks_vary) {
+         const at::Tensor slope = at::hardswish_backward(at::ones_like(gates[0]), gates[0]);
+         const at::Tensor none = gates[0].le(-3).logical_and_(slope.eq(0));
+         return Tensors{at::where(gates[0].ge(3).logical_and_(slope.eq(1)), self, square.masked_fill(none, 0))};
        }
        return Tensors{at::where(gates[0].ge(3), self, at::hardtanh_backward(square, gates[0], -3, 3))};
      }},

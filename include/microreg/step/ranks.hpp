@@ -6,6 +6,7 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/util/Exception.h>
 #include <microreg/detail/hash.hpp>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/distributed/communicator.hpp>
@@ -512,13 +513,13 @@ class Ranks {
         continue;
       }
       if (tensor.scalar_type() == at::kFloat) {
-        add(tensor.const_data_ptr<float>(), tensor.numel());
+        add(values_of<float>(tensor), tensor.numel());
       } else if (tensor.scalar_type() == at::kDouble) {
-        add(tensor.const_data_ptr<double>(), tensor.numel());
+        add(values_of<double>(tensor), tensor.numel());
       } else if (tensor.scalar_type() == at::kBFloat16) {
-        add(tensor.const_data_ptr<at::BFloat16>(), tensor.numel());
+        add(values_of<at::BFloat16>(tensor), tensor.numel());
       } else if (tensor.scalar_type() == at::kHalf) {
-        add(tensor.const_data_ptr<at::Half>(), tensor.numel());
+        add(values_of<at::Half>(tensor), tensor.numel());
       }
     }
     return {sum, magnitude};
