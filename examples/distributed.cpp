@@ -30,8 +30,8 @@ c10::intrusive_ptr<c10d::ProcessGroup> join() {
 
 int main() {
   auto ranks = std::make_shared<microreg::ProcessGroupCommunicator>(join());
-  torch::nn::Sequential model(torch::nn::Linear(8, 16), torch::nn::Tanh(), torch::nn::Linear(16, 3));
   microreg::manual_seed(0, *ranks);  // labels, directions and dropout: independent between the ranks
+  torch::nn::Sequential model(torch::nn::Linear(8, 16), torch::nn::Tanh(), torch::nn::Linear(16, 3));
   microreg::Regularizer regularizer(model, torch::nn::CrossEntropyLoss(), microreg::FisherTrace{},
                                     {.strength = 0.01, .micro_batch_size = 16, .communicator = ranks});
   torch::optim::SGD optimizer(model->parameters(), 0.5);

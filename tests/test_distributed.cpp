@@ -356,6 +356,36 @@ TEST_CASE("The first step makes the ranks equal, and training keeps them so; run
   }
 }
 
+TEST_CASE("The first step makes frozen parameters equal too; ranks that freeze different ones are refused") {
+  const Samples all = samples_of(8);
+  const auto frozen = [](std::uint64_t seed) {
+    auto model = mlp(seed);
+    model->parameters().front().set_requires_grad(false);
+    return model;
+  };
+  auto one = frozen(1);
+  microreg::Regularizer<>(one, cross_entropy, microreg::GradientNorm{}, {.micro_batch_size = 4}).backward(all.x, all.y);
+  run_ranks(2, [&](const Ranks& ranks) {
+    auto model = frozen(static_cast<std::uint64_t>(1 + ranks->rank()));
+    microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                        {.micro_batch_size = 4, .communicator = ranks});
+    const Samples mine = all.narrow(4 * ranks->rank(), 4);
+    regularizer.backward(mine.x, mine.y);
+    const std::lock_guard lock(making);
+    CHECK(relative_error(helpers::flat_grad(model->parameters()), helpers::flat_grad(one->parameters())) < 1e-12);
+  });
+  const auto errors = try_ranks(2, [&](const Ranks& ranks) {
+    const torch::Tensor a = torch::eye(6, torch::kFloat64), b = 2 * a;  // of one shape
+    (ranks->rank() == 0 ? a : b).set_requires_grad(true);
+    microreg::FunctionModel model{[&](const torch::Tensor& x) { return x.matmul(a).tanh().matmul(b); }, {a, b}};
+    microreg::Regularizer<>(model, cross_entropy, microreg::GradientNorm{}, {.communicator = ranks})
+        .backward(all.x, all.y);
+  });
+  CHECK(is<microreg::ModelError>(errors[0]));
+  CHECK(is<microreg::ModelError>(errors[1]));
+  CHECK(helpers::has(words_of(errors[0]), {"rank 1 has parameters or buffers of other number, name"}));
+}
+
 TEST_CASE("What goes wrong on one rank goes wrong on all, and nothing has changed; the next step goes on") {
   const Cut cut{{8, 4}};
   const Samples all = samples_of(12);
@@ -488,6 +518,17 @@ TEST_CASE("Ranks that are not about the same thing say so") {
                        }
                      }),
                      {"rank 1 are no longer those of rank 0 in step 1", "reduced()"}));
+  for (const auto type : {torch::kBFloat16, torch::kHalf}) {
+    const auto changed = try_ranks(2, [&](const Ranks& ranks) {
+      const torch::Tensor w = torch::ones({6, networks::classes}, type).requires_grad_();
+      microreg::FunctionModel model{[&](const torch::Tensor& x) { return x.matmul(w.to(torch::kFloat64)); }, {w}};
+      microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{}, {.communicator = ranks});
+      regularizer.backward(all.x, all.y);
+      w.detach().add_(ranks->rank());
+      regularizer.backward(all.x, all.y);
+    });
+    CHECK(helpers::has(words_of(changed[0]), {"rank 1 are no longer those of rank 0 in step 1"}));
+  }
   CHECK(helpers::has(message([](auto&, auto&, bool) {}, microreg::FisherTrace{}, true),
                      {"ranks 0 and 1 draw the same random numbers in step 0", "manual_seed"}));
   const auto errors = try_ranks(2, [&](const Ranks& ranks) {
@@ -531,20 +572,48 @@ TEST_CASE("shard() gives the ranks the micro-batches of one process; rank_seed()
   CHECK(seeds[1] != 18);
 }
 
-TEST_CASE("Sums go in buckets of 25 MiB") {
-  run_ranks(2, [&](const Ranks& ranks) {
+namespace {
+
+/// Another communicator, whose all-reduces go through `change`.
+class ChangedCommunicator final : public microreg::Communicator {
+ public:
+  using Change = std::function<std::function<void()>(microreg::Communicator& inner, const torch::Tensor& flat)>;
+  ChangedCommunicator(Ranks inner, Change change) : inner_(std::move(inner)), change_(std::move(change)) {}
+  [[nodiscard]] std::int64_t rank() const override { return inner_->rank(); }
+  [[nodiscard]] std::int64_t size() const override { return inner_->size(); }
+  void abandon(const std::string& why) noexcept override { inner_->abandon(why); }
+
+ private:
+  std::function<void()> begin_all_reduce(const torch::Tensor& flat) override { return change_(*inner_, flat); }
+  void do_broadcast(const torch::Tensor& flat, std::int64_t root) override { inner_->broadcast(flat, root); }
+
+  Ranks inner_;
+  Change change_;
+};
+
+}  // namespace
+
+TEST_CASE("Sums go in buckets of 25 MiB, the last parameters first") {
+  run_ranks(2, [&](const Ranks& inner) {
+    std::vector<std::int64_t> sizes;
+    const Ranks ranks =
+        std::make_shared<ChangedCommunicator>(inner, [&](microreg::Communicator& c, const torch::Tensor& flat) {
+          sizes.push_back(flat.numel());
+          return c.all_reduce(flat);
+        });
     const torch::Tensor a = torch::ones({4'000'000}, torch::kFloat64).requires_grad_();  // 32 MB: a bucket alone
     const torch::Tensor b = torch::ones({3}, torch::kFloat64).requires_grad_();
     const torch::Tensor c = torch::ones({2, 2}).requires_grad_();  // another type
-    microreg::FunctionModel model{[&](const torch::Tensor& x) { return x * (a.mean() + b.sum() + c.sum()); },
-                                  {a, b, c}};
+    const torch::Tensor d = torch::ones({5}).requires_grad_();
+    microreg::FunctionModel model{[&](const torch::Tensor& x) { return x * (a.mean() + b.sum() + c.sum() + d.sum()); },
+                                  {a, b, c, d}};
     microreg::Regularizer<torch::Tensor, microreg::NoTarget> regularizer(
         model, [](const torch::Tensor& o) { return o.mean(); }, microreg::GradientNorm{}, {.communicator = ranks});
-    const std::uint64_t before = ranks->bytes();
     regularizer.backward(torch::full({3, 1}, 1.0 + static_cast<double>(ranks->rank()), torch::kFloat64));
     const std::lock_guard lock(making);
-    // The start, the three sums, and some numbers.
-    CHECK(ranks->bytes() - before == Approx(2.0 * (32'000'000 + 24 + 16)).epsilon(1e-3));
+    CHECK(ranks->bytes() == 2 * (32'000'000 + 24 + 16 + 20) + 2 * 8 + 4 + 8 * (55 * 2 + 4));
+    // Two exchanges, four sums in three buckets that end with a 1 each, and the last exchange: 55 numbers a rank.
+    CHECK(sizes == std::vector<std::int64_t>{40 * 2, 12 * 2 + 4, 10, 4, 4'000'001, 3 * 2});
     CHECK(torch::allclose(b.grad(), torch::full({3}, 1.5, torch::kFloat64)));
     CHECK(torch::allclose(c.grad(), torch::full({2, 2}, 1.5)));
     CHECK(torch::allclose(a.grad(), torch::full({4'000'000}, 1.5 / 4'000'000, torch::kFloat64)));
@@ -599,26 +668,13 @@ struct ThrowingDerivative : torch::autograd::Function<ThrowingDerivative> {
   }
 };
 
-/// Fails in the collective number `at`, as where memory runs out.
-class FailingCommunicator final : public microreg::Communicator {
- public:
-  FailingCommunicator(Ranks inner, int at) : inner_(std::move(inner)), left_(at) {}
-  [[nodiscard]] std::int64_t rank() const override { return inner_->rank(); }
-  [[nodiscard]] std::int64_t size() const override { return inner_->size(); }
-  void abandon(const std::string& why) noexcept override { inner_->abandon(why); }
-
- private:
-  std::function<void()> begin_all_reduce(const torch::Tensor& flat) override {
-    if (left_-- == 0) {
-      throw std::runtime_error("no memory for a bucket");
-    }
-    return inner_->all_reduce(flat);
-  }
-  void do_broadcast(const torch::Tensor& flat, std::int64_t root) override { inner_->broadcast(flat, root); }
-
-  Ranks inner_;
-  int left_;
-};
+/// Fails in the all-reduce number `at`, as where memory runs out.
+Ranks failing(Ranks inner, int at) {
+  return std::make_shared<ChangedCommunicator>(
+      std::move(inner), [at](microreg::Communicator& c, const torch::Tensor& flat) mutable {
+        return at-- == 0 ? throw std::runtime_error("no memory for a bucket") : c.all_reduce(flat);
+      });
+}
 
 }  // namespace
 
@@ -662,7 +718,7 @@ TEST_CASE("What fails in the midst of a reduction ends the step of all, and .gra
     INFO("collective " << at);
     std::vector<std::string> words(2);
     const auto errors = try_ranks(2, [&](const Ranks& inner) {
-      const Ranks ranks = inner->rank() == 1 ? std::make_shared<FailingCommunicator>(inner, at) : inner;
+      const Ranks ranks = inner->rank() == 1 ? failing(inner, at) : inner;
       const torch::Tensor a = torch::full({6, networks::classes}, 0.1, torch::kFloat64).requires_grad_();
       const torch::Tensor b = torch::ones({networks::classes}).requires_grad_();
       microreg::FunctionModel model{[&](const torch::Tensor& x) { return x.matmul(a) * b; }, {a, b}};
@@ -682,6 +738,46 @@ TEST_CASE("What fails in the midst of a reduction ends the step of all, and .gra
     });
     CHECK(words[1] == "no memory for a bucket");
     CHECK(helpers::has(words[0], {"rank 1: no memory for a bucket (step 1)"}));
+  }
+}
+
+TEST_CASE("An engine that does not add up is refused on all ranks, and .grad is what it was") {
+  const Samples all = samples_of(8);
+  const auto averaging = [](microreg::Communicator& c, const torch::Tensor& flat) {
+    c.all_reduce(flat)();
+    return [flat] { flat.div_(2); };
+  };
+  std::vector<std::pair<ChangedCommunicator::Change, bool>> changes{{averaging, false}};
+  for (int at : {0, 1, 2, 3}) {  // loses one, on all ranks or on one alone: enter, agree, a bucket, commit
+    changes.emplace_back(
+        [at](microreg::Communicator& c, const torch::Tensor& flat) mutable {
+          return at-- == 0 ? std::function<void()>([] {}) : c.all_reduce(flat);
+        },
+        false);
+    changes.emplace_back(
+        [at](microreg::Communicator& c, const torch::Tensor& flat) mutable {
+          return c.all_reduce(at-- == 0 ? flat.clone() : flat);
+        },
+        true);
+  }
+  for (const auto& [change, one_alone] : changes) {
+    const auto errors = try_ranks(2, [&](const Ranks& inner) {
+      const Ranks ranks =
+          one_alone && inner->rank() == 0 ? inner : std::make_shared<ChangedCommunicator>(inner, change);
+      auto model = mlp();
+      microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                          {.micro_batch_size = 4, .communicator = ranks});
+      const Samples mine = all.narrow(4 * ranks->rank(), 4);
+      try {
+        regularizer.backward(mine.x, mine.y);
+      } catch (const std::exception&) {
+        const std::lock_guard lock(making);
+        CHECK_FALSE(model->parameters().front().grad().defined());
+        throw;
+      }
+    });
+    CHECK(is<microreg::RankError>(errors[1]));
+    CHECK(helpers::has(words_of(errors[1]), {"has not added up what 2 ranks handed in, in step 0"}));
   }
 }
 
@@ -749,6 +845,39 @@ TEST_CASE("A dynamic loss scale that overflows on one rank leaves the step out o
     CHECK(report.skipped);
     CHECK_FALSE(w.grad().defined());
     CHECK(regularizer.loss_scale().item<double>() == 512);
+  });
+}
+
+TEST_CASE("A step that a dynamic loss scale leaves out moves running statistics alike on all ranks") {
+  auto generator = seeded(5);
+  const torch::Tensor x = torch::randn({12, 6}, generator, torch::kFloat64);
+  const torch::Tensor y = torch::randint(0, networks::classes, {12}, generator, torch::kInt64);
+  run_ranks(2, [&](const Ranks& ranks) {
+    torch::nn::BatchNorm1d norm(6);
+    torch::nn::Sequential model(norm, torch::nn::Linear(6, networks::classes));
+    model->to(torch::kFloat64);
+    bool overflows = false;
+    const microreg::SquaredGradientNorm penalty{
+        [&](const torch::Tensor& o) { return overflows ? o.sum() * 1e300 * 1e300 : o.mean(); }};
+    microreg::Regularizer<> regularizer(
+        model, cross_entropy, penalty,
+        {.micro_batch_size = 4, .loss_scale = microreg::DynamicLossScale{.start = 1024}, .communicator = ranks});
+    const auto step = [&] {
+      const std::int64_t size = ranks->rank() == 0 ? 8 : 4;
+      return regularizer.backward(x.narrow(0, 8 * ranks->rank(), size), y.narrow(0, 8 * ranks->rank(), size));
+    };
+    static_cast<void>(step());
+    const torch::Tensor before = norm->running_mean.clone();
+    overflows = ranks->rank() == 1;
+    const bool skipped = step().skipped;
+    const torch::Tensor own = norm->running_mean.clone(), first = own.clone();
+    overflows = false;
+    static_cast<void>(step());  // and they are still those of rank 0
+    ranks->broadcast(first, 0);
+    const std::lock_guard lock(making);
+    CHECK(skipped);
+    CHECK(torch::equal(own, first));
+    CHECK_FALSE(torch::equal(own, before));
   });
 }
 
@@ -876,10 +1005,17 @@ TEST_CASE("A report that is reduced on one rank alone, or of another step, is re
     const std::string other =
         thrown([&] { static_cast<void>(microreg::reduced(ranks->rank() == 0 ? first : second, *ranks)); });
     const microreg::Report both = microreg::reduced(second, *ranks);
+    const std::string twice = thrown([&] { static_cast<void>(microreg::reduced(both, *ranks)); });
+    const std::string foreign = thrown([&] {
+      microreg::Regularizer<> of_one(mlp(), cross_entropy, microreg::GradientNorm{}, {.micro_batch_size = 4});
+      static_cast<void>(microreg::reduced(of_one.backward(mine.x, mine.y), *ranks));
+    });
     const std::lock_guard lock(making);
     CHECK(helpers::has(alone, {"rank 1 calls backward() where rank 0 calls reduced()"}));
     CHECK(helpers::has(other, {"rank 0 of step 0, another one of step 1"}));
     CHECK(both.samples == 8);
+    CHECK(helpers::has(twice, {"4 micro-batches together and their step has 2", "reduced already"}));
+    CHECK(helpers::has(foreign, {"2 micro-batches together and their step has 1", "without this communicator"}));
   });
 }
 
@@ -955,6 +1091,25 @@ TEST_CASE("Gloo over a HashStore: two and four ranks take the step of one proces
     for (const auto& error : errors) {
       CHECK(words_of(error).empty());
     }
+  }
+}
+
+TEST_CASE("Gloo over a HashStore: buffers of types that it does not know become those of rank 0") {
+  const Samples all = samples_of(8);
+  for (const auto type : {torch::kInt16, torch::kBool, torch::kComplexDouble, torch::kBFloat16}) {
+    INFO(type);
+    const auto errors = thread_ranks::try_gloo_ranks(2, [&](const Ranks& ranks) {
+      torch::nn::Sequential model(torch::nn::Linear(6, networks::classes));
+      model->to(torch::kFloat64);
+      const torch::Tensor buffer = model->register_buffer("b", torch::full({3}, 1 - ranks->rank()).to(type));
+      const Samples mine = all.narrow(4 * ranks->rank(), 4);
+      microreg::Regularizer<>(model, cross_entropy, microreg::GradientNorm{}, {.communicator = ranks})
+          .backward(mine.x, mine.y);
+      const std::lock_guard lock(making);
+      CHECK(torch::equal(buffer, torch::ones({3}).to(type)));
+    });
+    CHECK(words_of(errors[0]).empty());
+    CHECK(words_of(errors[1]).empty());
   }
 }
 

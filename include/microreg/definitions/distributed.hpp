@@ -56,8 +56,10 @@ MICROREG_INLINE Report reduced(const Report& report, Communicator& communicator)
   }
   detail::Ranks ranks(&communicator, report.step);
   const auto shapes = ranks.meet_for_report({static_cast<double>(report.step), static_cast<double>(all),
-                                             static_cast<double>(report.penalties.size()), static_cast<double>(parts)});
+                                             static_cast<double>(report.penalties.size()), static_cast<double>(parts),
+                                             static_cast<double>(here)});
   std::int64_t all_parts = 0;  // which a rank without a sample does not know
+  double micro_batches = 0;
   for (const std::vector<double>& shape : shapes) {
     if (!std::equal(shape.begin(), shape.begin() + 3, shapes.front().begin())) {
       throw OptionError(detail::text({"the ranks have reports of different steps (rank 0 of step ", shapes.front()[0],
@@ -65,6 +67,13 @@ MICROREG_INLINE Report reduced(const Report& report, Communicator& communicator)
                                       "); call reduced() with the reports of one step on every rank"}));
     }
     all_parts = std::max(all_parts, static_cast<std::int64_t>(shape[3]));
+    micro_batches += shape[4];
+  }
+  if (micro_batches != static_cast<double>(all)) {
+    throw OptionError(
+        detail::text({"the reports have ", micro_batches, " micro-batches together and their step has ", all,
+                      ": they are of a Regularizer without this communicator, or reduced already; call "
+                      "reduced() once, with what backward() returned on each rank"}));
   }
 
   detail::ReducedRow row;

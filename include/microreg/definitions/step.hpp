@@ -130,6 +130,15 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
         difference->finish();
       }
     };
+    std::vector<at::Tensor> merged;
+    const auto write_buffers = [&] {
+      const at::NoGradGuard no_grad;
+      for (std::size_t i = 0; i < merged.size(); ++i) {
+        if (merged[i].defined()) {
+          without_repetitions(loop.buffers()[i].detach()).copy_(merged[i]);
+        }
+      }
+    };
 
     Ranks::Outcome outcome = loop.outcome(lists);
     const bool counted = outcome.counts.has_value();
@@ -144,8 +153,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
     }
     next.proof.factor = ranks.alone() ? next.proof.factor : outcome.factor;
     ranks.add_up(lists, parameters.tensors);
-    const std::vector<at::Tensor> merged =
-        ranks.merged(loop.buffers(), loop.snapshot(), outcome.moved, options.rank_buffers);
+    merged = ranks.merged(loop.buffers(), loop.snapshot(), outcome.moved, options.rank_buffers);
     ranks.check();
     scale_sums(loop.scale(counted || ranks.counts() > 0));
     if (counted) {
@@ -166,6 +174,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
       if (looks_for_non_finite(report, options) && report.loss.isfinite().item<bool>() &&
           report.overflow.item<bool>()) {
         ranks.commit(Fared::well);
+        write_buffers();  // which such a step moves, as in plain training
         report.skipped = true;
         progress.scale = next.scale;
         return report;
@@ -179,12 +188,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
     if (ranks.commit(fared)) {
       return skipped();
     }
-    for (std::size_t i = 0; i < merged.size(); ++i) {
-      if (merged[i].defined()) {
-        const at::NoGradGuard no_grad;
-        without_repetitions(loop.buffers()[i].detach()).copy_(merged[i]);
-      }
-    }
+    write_buffers();
     update.write();
     progress.proof = next.proof;  // and no more: a callable may have set or replaced the rest
     progress.scale = next.scale;

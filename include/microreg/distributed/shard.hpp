@@ -28,8 +28,8 @@ struct Shard {
 [[nodiscard]] std::uint64_t rank_seed(std::uint64_t seed, const Communicator& communicator);
 
 /// Seeds LibTorch's default generators, of all devices, with rank_seed(): labels, directions and dropout are then
-/// independent between the ranks and a function of `seed` and the number of ranks. To be called when the model is made,
-/// whose weights may be those of any seed: they become rank 0's.
+/// independent between the ranks and a function of `seed` and the number of ranks. To be called before the model is
+/// made, whose weights differ between the ranks then until the first step: they become rank 0's.
 void manual_seed(std::uint64_t seed, const Communicator& communicator);
 
 }  // namespace microreg::inline MICROREG_ABI

@@ -61,7 +61,8 @@ class Step {
         step_(step),
         ranks_(ranks),
         strengths_(strengths_at(batch, options, step)),
-        parameters_(trainable(all_parameters(batch, options), options.select)),
+        all_parameters_(all_parameters(batch, options)),
+        parameters_(trainable(all_parameters_, options.select)),
         parts_(batch.parts()),
         active_(parameters_, options.estimator.differences() != nullptr),
         buffers_(batch.buffers()),
@@ -122,8 +123,8 @@ class Step {
     const at::AutoGradMode enable_grad(true);
     if (workers() > 0) {
       std::vector<at::Tensor> state;
-      for (NamedParameter& each : all_parameters(batch_, options_)) {
-        state.push_back(std::move(each.tensor));
+      for (const NamedParameter& each : all_parameters_) {
+        state.push_back(each.tensor);
       }
       side_by_side_.emplace(batch_, parameters_, std::move(state), options_.estimator.differences() != nullptr);
     }
@@ -310,7 +311,7 @@ class Step {
     check_devices(batch_, options_, parameters_.tensors);
     check_parameters(parameters_);
     SnapshotMemory* const memory = batch_.memory();
-    ranks_.enter({options_, parameters_, buffers_, batch_, strengths_, memory}, parts_);
+    ranks_.enter({options_, parameters_, all_parameters_, buffers_, batch_, strengths_, memory}, parts_);
     std::vector<at::Tensor> tensors = buffers_;
     const std::vector<at::Tensor>& written =
         memory != nullptr && !memory->first ? memory->written : parameters_.tensors;
@@ -335,6 +336,7 @@ class Step {
   std::int64_t step_;
   Ranks& ranks_;
   std::vector<double> strengths_;
+  std::vector<NamedParameter> all_parameters_;
   Parameters parameters_;
   std::vector<Part> parts_;
   ActiveStep active_;  // before anything is copied that another thread may be moving

@@ -64,6 +64,7 @@ class Ranks {
   struct Task {
     const RegularizerOptions& options;
     const Parameters& parameters;
+    const std::vector<NamedParameter>& all_parameters;  ///< frozen ones too
     const std::vector<at::Tensor>& buffers;
     const MiniBatch& batch;
     const std::vector<double>& strengths;
@@ -71,8 +72,8 @@ class Ranks {
   };
 
   /// Tells the others, and learns where `parts` stand among the micro-batches of all. In the first step, overwrites
-  /// parameters and buffers with those of rank 0. Throws on all ranks if one of them failed before, or is about
-  /// something else.
+  /// parameters, frozen ones too, and buffers with those of rank 0. Throws on all ranks if one of them failed before,
+  /// or is about something else.
   void enter(const Task& task, std::vector<Part>& parts) {
     if (alone()) {
       micro_batches_ = parts.front().count;
@@ -286,15 +287,25 @@ class Ranks {
     return result;
   }
 
-  /// To be called before commit() where something may still be found wrong, which is then told to the others.
-  void check() noexcept { phase_ = alone() ? phase_ : Phase::committing; }
+  /// To be called before commit() where something may still be found wrong, which is then told to the others. Throws
+  /// where sums are not those of all ranks.
+  void check() {
+    phase_ = alone() ? phase_ : Phase::committing;
+    for (const at::Tensor& ones : ones_) {
+      if (ones.item<double>() != static_cast<double>(size_)) {
+        throw_not_added();
+      }
+    }
+  }
 
   /// Whether the step is to be skipped, when everything has arrived everywhere. Throws on all ranks otherwise.
   bool commit(Fared fared) {
     if (alone()) {
       return fared == Fared::to_be_skipped;
     }
-    gather({static_cast<double>(fared), 0}, {});
+    Words own(head);
+    own.front() = static_cast<double>(fared);
+    gather(own, {});
     return settle(Phase::away);
   }
 
@@ -346,7 +357,8 @@ class Ranks {
   /// Until when `leave` has something to say, and in which exchange.
   enum class Phase { entering, computing, reducing, committing, away };
 
-  static constexpr std::size_t head = 2;  ///< each exchange begins with how a rank fared, and in which micro-batch
+  /// Each exchange begins with how a rank fared, in which micro-batch, and a 1.
+  static constexpr std::size_t head = 3;
   static constexpr std::size_t watched_generators = 4;
   static constexpr std::size_t compared_settings = 21;
   static constexpr std::size_t bucket_bytes = std::size_t{25} << 20;
@@ -399,16 +411,30 @@ class Ranks {
     return as_word(hash.value());
   }
 
+  /// All parameters and buffers, which have to be the same on all ranks.
+  static std::vector<at::Tensor> state_of(const Task& task) {
+    std::vector<at::Tensor> result;
+    for (const NamedParameter& parameter : task.all_parameters) {
+      if (parameter.tensor.defined()) {
+        result.push_back(parameter.tensor);
+      }
+    }
+    result.insert(result.end(), task.buffers.begin(), task.buffers.end());
+    return result;
+  }
+
   static double shapes_of(const Task& task) {
     Hash hash;
-    for (const auto* list : {&task.parameters.tensors, &task.buffers}) {
-      hash.add(list->size());
-      for (const at::Tensor& tensor : *list) {
-        hash.add(tensor.scalar_type());
-        hash.add(tensor.dim());
-        for (const std::int64_t size : tensor.sizes()) {
-          hash.add(size);
-        }
+    hash.add(task.parameters.names.size());
+    for (const std::string& name : task.parameters.names) {
+      hash.add(name);
+    }
+    hash.add(task.buffers.size());
+    for (const at::Tensor& tensor : state_of(task)) {
+      hash.add(tensor.scalar_type());
+      hash.add(tensor.dim());
+      for (const std::int64_t size : tensor.sizes()) {
+        hash.add(size);
       }
     }
     return as_word(hash.value());
@@ -482,16 +508,18 @@ class Ranks {
         magnitude += std::abs(static_cast<double>(data[i]));
       }
     };
-    for (const auto* list : {&task.parameters.tensors, &task.buffers}) {
-      for (const at::Tensor& tensor : *list) {
-        if (!tensor.is_cpu() || tensor.layout() != at::kStrided || !tensor.is_non_overlapping_and_dense()) {
-          continue;
-        }
-        if (tensor.scalar_type() == at::kFloat) {
-          add(values_of<float>(tensor), tensor.numel());
-        } else if (tensor.scalar_type() == at::kDouble) {
-          add(values_of<double>(tensor), tensor.numel());
-        }
+    for (const at::Tensor& tensor : state_of(task)) {
+      if (!tensor.is_cpu() || tensor.layout() != at::kStrided || !tensor.is_non_overlapping_and_dense()) {
+        continue;
+      }
+      if (tensor.scalar_type() == at::kFloat) {
+        add(values_of<float>(tensor), tensor.numel());
+      } else if (tensor.scalar_type() == at::kDouble) {
+        add(values_of<double>(tensor), tensor.numel());
+      } else if (tensor.scalar_type() == at::kBFloat16) {
+        add(values_of<at::BFloat16>(tensor), tensor.numel());
+      } else if (tensor.scalar_type() == at::kHalf) {
+        add(values_of<at::Half>(tensor), tensor.numel());
       }
     }
     return {sum, magnitude};
@@ -521,8 +549,9 @@ class Ranks {
                 "there are no samples, and set_step() alike"}));
     }
     if (of(r, Entry::shapes) != of(0, Entry::shapes)) {
-      throw ModelError(text({"rank ", r, " has parameters or buffers of other number, shape or type than rank 0 in ",
-                             where(), "; make the same model on every rank, with the same parameters frozen"}));
+      throw ModelError(
+          text({"rank ", r, " has parameters or buffers of other number, name, shape or type than rank 0 in ", where(),
+                "; make the same model on every rank, with the same parameters frozen"}));
     }
     for (std::size_t i = 0; i < settings.size(); ++i) {
       const auto value = [&](std::size_t rank) {
@@ -598,19 +627,29 @@ class Ranks {
     double* const data = all.mutable_data_ptr<double>();
     std::copy(own.begin(), own.end(), data + rank_ * own.size());
     data[rank_ * own.size() + 1] = static_cast<double>(micro_batch_);
+    data[rank_ * own.size() + 2] = 1;
     std::copy(shared.begin(), shared.end(), data + size_ * own.size());
     together([&] { communicator_->all_reduce(all)(); });
-    phase_ = Phase::away;
     Table table;
     fared_.clear();
     micro_batches_of_ranks_.clear();
     for (std::size_t r = 0; r < size_; ++r) {
       table.emplace_back(data + r * own.size(), data + (r + 1) * own.size());
+      if (table.back()[2] != 1) {
+        throw_not_added();
+      }
       fared_.push_back(static_cast<Fared>(static_cast<int>(table.back().front())));
       micro_batches_of_ranks_.push_back(static_cast<std::int64_t>(table.back()[1]));
     }
     shared_.assign(data + size_ * own.size(), data + all.numel());
+    phase_ = Phase::away;
     return table;
+  }
+
+  [[noreturn]] void throw_not_added() const {
+    throw RankError(text({"all_reduce() of the communicator has not added up what ", size_, " ranks handed in, in ",
+                          where(), "; it has to add up, wait in what it returns, and throw where it fails"}),
+                    {});
   }
 
   /// Throws on all ranks what the last exchange says went wrong on one of them; otherwise whether the step is skipped.
@@ -646,24 +685,21 @@ class Ranks {
 
   void make_equal(const Task& task) {
     const at::NoGradGuard no_grad;
-    for (const auto* list : {&task.parameters.tensors, &task.buffers}) {
-      for (const at::Tensor& tensor : *list) {
-        if (tensor.layout() != at::kStrided || tensor.numel() == 0) {
-          continue;
-        }
-        at::Tensor plain = without_repetitions(tensor.detach());
-        at::Tensor real = plain.is_complex() ? at::view_as_real(plain) : plain;
-        at::Tensor flat = real.contiguous().view(-1);
-        flat = flat.scalar_type() == at::kBool ? flat.to(at::kByte) : flat;
-        together([&] { communicator_->broadcast(flat, 0); });
-        if (!flat.is_alias_of(real)) {
-          real.copy_(flat.view(real.sizes()));
-        }
+    for (const at::Tensor& tensor : state_of(task)) {
+      if (tensor.layout() != at::kStrided || tensor.numel() == 0) {
+        continue;
+      }
+      const at::Tensor plain = without_repetitions(tensor.detach());
+      const at::Tensor flat = plain.contiguous().view(-1);
+      // As bytes: an engine need not know the type.
+      together([&] { communicator_->broadcast(flat.view(at::kByte), 0); });
+      if (!flat.is_alias_of(plain)) {
+        plain.copy_(flat.view(plain.sizes()));
       }
     }
   }
 
-  /// Adds up in buckets, the last tensor first, while the next one is packed.
+  /// Adds up in buckets, the last tensor first, while the next one is packed. Each ends with a 1, for check().
   void add_up(const std::vector<at::Tensor*>& tensors) {
     const at::NoGradGuard no_grad;
     struct Bucket {
@@ -682,6 +718,7 @@ class Ranks {
         real.copy_(bucket.flat.narrow(0, offset, real.numel()).view(real.sizes()));
         offset += real.numel();
       }
+      ones_.push_back(bucket.flat.narrow(0, offset, 1).clone());
       under_way.pop_front();
     };
     for (std::size_t end = tensors.size(); end > 0;) {
@@ -698,6 +735,7 @@ class Ranks {
         packed.push_back((tensor.is_complex() ? at::view_as_real(tensor) : tensor).reshape({-1}));
       }
       std::reverse(packed.begin(), packed.end());
+      packed.push_back(at::ones({1}, packed.front().options()));
       at::Tensor flat = at::cat(packed);
       auto wait = together([&] { return communicator_->all_reduce(flat); });
       under_way.push_back({std::move(flat), std::move(wait), begin, end});
@@ -730,6 +768,7 @@ class Ranks {
   std::int64_t micro_batch_ = 0;                      ///< the same of this rank
   Words shared_;
   std::vector<std::vector<bool>> taking_part_;
+  std::vector<at::Tensor> ones_;  ///< added up with each bucket
   std::string message_;
 };
 
