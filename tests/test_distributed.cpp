@@ -1142,7 +1142,7 @@ TEST_CASE("Gloo over a HashStore: the rank that does not come is named, with the
         regularizer.backward(mine.x, mine.y);  // and from now on always
       },
       {.timeout = std::chrono::seconds(2), .roll_call = std::chrono::seconds(2)});
-  for (const std::size_t r : {0, 2}) {
+  for (const std::size_t r : {0U, 2U}) {
     CHECK(is<microreg::RankError>(errors[r]));
     CHECK(helpers::has(words_of(errors[r]), {"rank 1 does not answer", "step 1"}));
   }
@@ -1157,7 +1157,7 @@ TEST_CASE("Gloo over a HashStore: a rank that gives up in the midst of a reducti
     }
     ranks->all_reduce(torch::zeros({3}))();
   });
-  for (const std::size_t r : {0, 1}) {
+  for (const std::size_t r : {0U, 1U}) {
     CHECK(is<microreg::RankError>(errors[r]));
     CHECK(helpers::has(words_of(errors[r]), {"rank 2: out of memory"}));
   }

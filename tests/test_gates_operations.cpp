@@ -215,7 +215,9 @@ TEST_CASE("gates of clamp, clamp_min, clamp_max with numbers", "[gates]") {
   using Bound = std::optional<torch::Scalar>;
   const auto both = [](double low, double high) {
     return [=](const torch::Tensor& a, const torch::Tensor& b) {
-      return where(a > high, filled_like(b, high), where(a < low, filled_like(b, low), b));
+      constexpr bool open = microreg::detail::clamp_shares_ties;
+      return where(open ? a >= high : a > high, filled_like(b, high),
+                   where(open ? a <= low : a < low, filled_like(b, low), b));
     };
   };
   check_unary(
@@ -247,10 +249,18 @@ TEST_CASE("bounds of clamp that are crossed give the upper one", "[gates]") {
 }
 
 TEST_CASE("gates of clamp, clamp_min, clamp_max with tensors, and their gradients", "[gates]") {
-  const auto min_by_hand = [](const Tensors& a, const Tensors& b) { return where(a[0] < a[1], b[1], b[0]); };
-  const auto max_by_hand = [](const Tensors& a, const Tensors& b) { return where(a[0] > a[1], b[1], b[0]); };
-  const auto both_by_hand = [](const Tensors& a, const Tensors& b) {
-    return where(a[0] > a[2], b[2], where(a[0] < a[1], b[1], b[0]));
+  const auto shared = [](const torch::Tensor& tie, const torch::Tensor& one, const torch::Tensor& other) {
+    return microreg::detail::clamp_shares_ties ? where(tie, (one + other) / 2, one) : one;
+  };
+  const auto min_by_hand = [&](const Tensors& a, const Tensors& b) {
+    return where(a[0] < a[1], b[1], shared(a[0] == a[1], b[0], b[1]));
+  };
+  const auto max_by_hand = [&](const Tensors& a, const Tensors& b) {
+    return where(a[0] > a[1], b[1], shared(a[0] == a[1], b[0], b[1]));
+  };
+  const auto both_by_hand = [&](const Tensors& a, const Tensors& b) {
+    const torch::Tensor inside = shared(a[0] == a[1], shared(a[0] == a[2], b[0], b[2]), b[1]);
+    return where(a[0] > a[2], b[2], where(a[0] < a[1], b[1], inside));
   };
   for (const torch::Dtype type : {torch::kFloat64, torch::kFloat32}) {
     for (const auto& bound : std::vector<std::vector<std::int64_t>>{{6, 5}, {5}, {}}) {
@@ -295,8 +305,9 @@ TEST_CASE("gates of clamp, clamp_min, clamp_max with tensors, and their gradient
 }
 
 TEST_CASE("tensor bounds that meet or cross have LibTorch's gradients", "[gates]") {
-  const Tensors at = {helpers::tensor({-1.0, 0.0, 1.0, -1.0, 0.5, 2.0}),
-                      helpers::tensor({0.0, 0.0, 0.0, 1.0, 1.0, 1.0}), torch::zeros({6})};
+  const Tensors at = {helpers::tensor({-1.0, 0.0, 1.0, -1.0, 0.5, 2.0, 0.0, 0.0, 0.0}),
+                      helpers::tensor({0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, -1.0, 1.0}),
+                      helpers::tensor({0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0})};
   const auto operation = [](const Tensors& in) {
     return torch::clamp(in[0], std::optional(in[1]), std::optional(in[2]));
   };
@@ -407,7 +418,8 @@ TEST_CASE("gates of maximum, minimum, fmax, fmin", "[gates]") {
     for (const auto& other : std::vector<std::vector<std::int64_t>>{{6, 5}, {5}, {6, 1}, {}}) {
       INFO("other " << other);
       const auto where_to = points({{6, 5}, other}, type, 0.75);
-      // Each operand weighs 1 where it is beyond the other, 1/2 at a tie (fmax: all to the first).
+      // Each operand weighs 1 where it is beyond the other, 1/2 at a tie (fmax before LibTorch 2.14: all to the first).
+      constexpr double tie_of_fmax = microreg::detail::clamp_shares_ties ? 0.5 : 1;
       const auto by_hand = [=](int sign, double tie) {
         return [=](const Tensors& a, const Tensors& b) {
           const torch::Tensor difference = (a[0] - a[1]) * sign;
@@ -421,8 +433,10 @@ TEST_CASE("gates of maximum, minimum, fmax, fmin", "[gates]") {
                   8);
       check_gates(
           {"minimum", where_to, [](const Tensors& at) { return torch::minimum(at[0], at[1]); }, by_hand(-1, 0.5)}, 8);
-      check_gates({"fmax", where_to, [](const Tensors& at) { return torch::fmax(at[0], at[1]); }, by_hand(1, 1)}, 8);
-      check_gates({"fmin", where_to, [](const Tensors& at) { return torch::fmin(at[0], at[1]); }, by_hand(-1, 1)}, 8);
+      check_gates(
+          {"fmax", where_to, [](const Tensors& at) { return torch::fmax(at[0], at[1]); }, by_hand(1, tie_of_fmax)}, 8);
+      check_gates(
+          {"fmin", where_to, [](const Tensors& at) { return torch::fmin(at[0], at[1]); }, by_hand(-1, tie_of_fmax)}, 8);
     }
   }
 }

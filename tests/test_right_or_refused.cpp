@@ -670,7 +670,7 @@ TEST_CASE("right or refused: several regularizers on one model", "[right_or_refu
     microreg::Regularizer one(model, entropy_loss, microreg::GradientNorm{}, {.strength = 2., .estimator = estimator});
     microreg::Regularizer other(model, entropy_loss, microreg::JacobianNorm{},
                                 {.strength = .5, .micro_batch_size = 5, .estimator = estimator});
-    for (int i = 0; i < 3; ++i) {
+    for (std::uint64_t i = 0; i < 3; ++i) {
       if (first) {
         (void)one.backward(n.x, n.y);
       }

@@ -150,8 +150,8 @@ TEST_CASE("the exact Fisher trace is the mean over every set of labels, and so i
 
   // Through Regularizer, with a loss of gradient zero.
   clear_grad(parameters);
-  const auto no_loss = [](const torch::Tensor& output, const torch::Tensor&) { return (output * 0).sum(); };
-  microreg::Regularizer regularizer(model, no_loss, penalty, {.micro_batch_size = 3});
+  const auto zero_loss = [](const torch::Tensor& output, const torch::Tensor&) { return (output * 0).sum(); };
+  microreg::Regularizer regularizer(model, zero_loss, penalty, {.micro_batch_size = 3});
   CHECK(relative_error(regularizer.backward(x, x).penalties[0].value, expected) < 1e-12);
   CHECK(relative_error(flat_grad(parameters), gradient) < 1e-12);
 }

@@ -30,6 +30,11 @@ namespace microreg::inline MICROREG_ABI::detail {
 /// gates has to take the same.
 inline constexpr bool hardswish_kinks_vary = MICROREG_LIBTORCH < 208;
 
+/// Whether clamp, fmax and fmin have the smallest of the derivatives at a kink, from 2.14 on (pytorch #191142): at a
+/// bound that is a number 0, at one that is a tensor, and where the two of fmax are equal, a half for each. Before, a
+/// value at a bound passes, and the first of two that are equal.
+inline constexpr bool clamp_shares_ties = MICROREG_LIBTORCH >= 214;
+
 /// A pointer that owns a node of autograd's graph: counted by the node itself from 2.13 on, before by std::shared_ptr.
 using NodePointer = decltype(torch::autograd::Edge::function);
 

@@ -74,7 +74,7 @@ inline constexpr Rule native_group_norm_backward_rule{
                                                         call.tensor(3), call.arguments[8].toInt(), upstream),
                                      needs);
       return {needs[0] ? d_dy.view(x.sizes()) : at::Tensor(), needs[1] ? d_x.view(x.sizes()) : at::Tensor(),
-              needs[2] ? d_weight.flatten() : at::Tensor()};
+              needs[2] ? d_weight.reshape(-1) : at::Tensor()};
     }};
 
 /// d_x, d_weight, d_bias by elementary operations, which any transform and any order of derivative can take.
@@ -83,7 +83,7 @@ inline Tensors group_norm_backward_aten(NormProblem p, const at::Tensor& x) {
   const at::Tensor xh = (p.x - p.mean) * p.rstd;
   const at::Tensor h = p.weight.defined() ? p.dy * p.weight : p.dy;
   const auto mean = [](const at::Tensor& z) { return z.mean(at::IntArrayRef{2, 3}, /*keepdim=*/true); };
-  const auto channels = [](const at::Tensor& z) { return z.sum(at::IntArrayRef{0, 3}).flatten(); };
+  const auto channels = [](const at::Tensor& z) { return z.sum(at::IntArrayRef{0, 3}).reshape(-1); };
   return {((h - mean(h) - xh * mean(h * xh)) * p.rstd).view(x.sizes()), channels(p.dy * xh), channels(p.dy)};
 }
 

@@ -18,7 +18,7 @@ inline NormProblem layer_norm_problem(const at::Tensor& dy, const at::Tensor& x,
                                       const at::Tensor& mean, const at::Tensor& rstd, const Tensors& upstream) {
   const std::int64_t rows = mean.numel();
   const auto matrix = [&](const at::Tensor& t) { return t.defined() ? t.reshape({rows, -1}) : t; };
-  const auto vector = [](const at::Tensor& t) { return t.defined() ? t.flatten() : t; };
+  const auto vector = [](const at::Tensor& t) { return t.defined() ? t.reshape(-1) : t; };
   return {matrix(dy),          matrix(x),           vector(weight),      matrix(mean), matrix(rstd),
           matrix(upstream[0]), vector(upstream[1]), vector(upstream[2]), {},           {1}};
 }

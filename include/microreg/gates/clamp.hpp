@@ -1,13 +1,15 @@
 /// @file
-/// clamp, clamp_min, clamp_max with numbers and tensors as bounds, and abs. A value at a bound passes, as in LibTorch's
-/// gradient.
+/// clamp, clamp_min, clamp_max with numbers and tensors as bounds, and abs, with LibTorch's derivatives at the bounds.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <microreg/detail/finite.hpp>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/gates/activations.hpp>
+#include <microreg/gates/extrema.hpp>
 #include <microreg/gates/rule.hpp>
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 
@@ -20,18 +22,37 @@ inline at::Scalar beyond(double bound, bool above, at::ScalarType type) {
                              : at::Scalar(next_to<float, std::uint32_t>(static_cast<float>(bound), above));
 }
 
+/// `passes`: so does a value at a bound.
 inline Tensors replay_clamp(const at::Tensor& self, const at::Tensor& first, const std::optional<double>& min,
-                            const std::optional<double>& max) {
-  const at::ScalarType type = self.scalar_type();
-  return {replay_between(self, first, at::clamp(first, min, max),
-                         min.has_value() ? beyond(*min, /*above=*/false, type) : at::Scalar(-unbounded()),
-                         max.has_value() ? beyond(*max, /*above=*/true, type) : at::Scalar(unbounded()))};
+                            const std::optional<double>& max, bool passes = !clamp_shares_ties) {
+  const auto edge = [&](const std::optional<double>& bound, bool above) {
+    return !bound.has_value() ? at::Scalar(above ? unbounded() : -unbounded())
+           : passes           ? beyond(*bound, above, self.scalar_type())
+                              : at::Scalar(*bound);
+  };
+  return {replay_between(self, first, at::clamp(first, min, max), edge(min, false), edge(max, true))};
 }
 
 // Bounds that are tensors may be differentiated.
 
 inline Gates clamp_tensor_gates(const Arguments& in) {
   const at::Tensor& self = in.tensor(0);
+  if constexpr (clamp_shares_ties) {
+    Gates gates;
+    for (const std::size_t bound : {1U, 2U}) {
+      if (in.given(bound)) {
+        gates.push_back(bound == 1 ? self.lt(in.tensor(1)) : self.gt(in.tensor(2)));
+        gates.push_back(self.eq(in.tensor(bound)));
+      }
+    }
+    if (gates.size() == 4) {  // crossed bounds give the upper one, equal ones share nothing
+      gates[2] = gates[2].logical_or(in.tensor(2).lt(in.tensor(1)));
+      const at::Tensor apart = in.tensor(1).lt(in.tensor(2));
+      gates[1] = gates[1].logical_and(apart);
+      gates[3] = gates[3].logical_and(apart);
+    }
+    return gates;
+  }
   Gates gates;
   if (in.given(1)) {
     gates.push_back(self.lt(in.tensor(1)));
@@ -49,6 +70,17 @@ inline Gates clamp_tensor_gates(const Arguments& in) {
 
 inline Tensors replay_clamp_tensor(const Arguments& in, const Gates& gates) {
   at::Tensor result = in.tensor(0);
+  if constexpr (clamp_shares_ties) {
+    std::size_t next = 0;
+    for (const std::size_t bound : {1U, 2U}) {
+      if (in.given(bound)) {
+        const at::Tensor shared = (in.tensor(0) + in.tensor(bound)) / 2;
+        result = at::where(gates[next], in.tensor(bound), at::where(gates[next + 1], shared, result));
+        next += 2;
+      }
+    }
+    return {result};
+  }
   if (in.given(1)) {
     const at::Tensor& min = in.tensor(1);
     result = at::where(gates[0], in.given(2) ? at::where(gates[2], min.detach(), min) : min, result);
@@ -59,8 +91,13 @@ inline Tensors replay_clamp_tensor(const Arguments& in, const Gates& gates) {
   return {result};
 }
 
-inline Tensors replay_bound(const Arguments& in, const Gates& gates) {
-  return {at::where(gates[0], in.tensor(1), in.tensor(0))};
+inline Gates lower_bound_gates(const Arguments& in) {
+  return clamp_shares_ties ? gates_of_pair(in.tensor(0), in.tensor(1))
+                           : Gates{in.tensor(0).lt(in.tensor(1)).logical_not_()};
+}
+inline Gates upper_bound_gates(const Arguments& in) {
+  return clamp_shares_ties ? gates_of_pair(in.tensor(1), in.tensor(0))
+                           : Gates{in.tensor(0).gt(in.tensor(1)).logical_not_()};
 }
 
 inline constexpr Rule clamps[] = {
@@ -77,10 +114,8 @@ inline constexpr Rule clamps[] = {
        return replay_clamp(in.tensor(0), gates[0], std::nullopt, in.number(1));
      }},
     {"clamp.Tensor", "Tensor self, Tensor? min, Tensor? max", clamp_tensor_gates, nullptr, replay_clamp_tensor},
-    {"clamp_min.Tensor", "Tensor self, Tensor min",
-     [](const Arguments& in) { return Gates{in.tensor(0).lt(in.tensor(1))}; }, nullptr, replay_bound},
-    {"clamp_max.Tensor", "Tensor self, Tensor max",
-     [](const Arguments& in) { return Gates{in.tensor(0).gt(in.tensor(1))}; }, nullptr, replay_bound},
+    {"clamp_min.Tensor", "Tensor self, Tensor min", lower_bound_gates, nullptr, replay_pair},
+    {"clamp_max.Tensor", "Tensor self, Tensor max", upper_bound_gates, nullptr, replay_pair},
     // The sign of the first input times the second.
     {"abs", "Tensor self", [](const Arguments& in) { return Gates{in.tensor(0).sign().to(at::kChar)}; }, nullptr,
      [](const Arguments& in, const Gates& gates) {
@@ -90,7 +125,7 @@ inline constexpr Rule clamps[] = {
      nullptr,
      [](const Arguments& in, const Gates& gates) {
        const double low = in.number(1);
-       return Tensors{at::logit(replay_clamp(in.tensor(0), gates[0], low, 1 - low).front())};
+       return Tensors{at::logit(replay_clamp(in.tensor(0), gates[0], low, 1 - low, /*passes=*/true).front())};
      },
      [](const Arguments& in) { return in.given(1); }},
 };

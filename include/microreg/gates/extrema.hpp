@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/gates/rule.hpp>
 
 #include <cstdint>
@@ -52,6 +53,20 @@ inline std::vector<std::int64_t> dimension_or_all(const Arguments& in) {
 }
 
 /// One operand, the other, or the mean of both.
+/// Where `one` is the larger, and where both are equal.
+inline Gates gates_of_pair(const at::Tensor& one, const at::Tensor& other) { return {one.gt(other), one.eq(other)}; }
+
+/// The gates of fmax and fmin, which pass over NaN.
+inline Gates without_nan(const Arguments& in, Gates gates) {
+  gates[0].logical_or_(in.tensor(1).isnan());
+  if (!clamp_shares_ties) {
+    gates[0].logical_or_(gates[1]);
+    gates.pop_back();
+  }
+  return gates;
+}
+
+/// The first where gates[0], the mean of both where gates[1].
 inline Tensors replay_pair(const Arguments& in, const Gates& gates) {
   const at::Tensor& self = in.tensor(0);
   const at::Tensor& other = in.tensor(1);
@@ -122,16 +137,14 @@ inline constexpr Rule extrema[] = {
                       mean_where(in.tensor(0), gates[1], dim, in.flag(2))};
      }},
     {"maximum", "Tensor self, Tensor other",
-     [](const Arguments& in) { return Gates{in.tensor(0).gt(in.tensor(1)), in.tensor(0).eq(in.tensor(1))}; }, nullptr,
-     replay_pair},
+     [](const Arguments& in) { return gates_of_pair(in.tensor(0), in.tensor(1)); }, nullptr, replay_pair},
     {"minimum", "Tensor self, Tensor other",
-     [](const Arguments& in) { return Gates{in.tensor(0).lt(in.tensor(1)), in.tensor(0).eq(in.tensor(1))}; }, nullptr,
-     replay_pair},
+     [](const Arguments& in) { return gates_of_pair(in.tensor(1), in.tensor(0)); }, nullptr, replay_pair},
     {"fmax", "Tensor self, Tensor other",
-     [](const Arguments& in) { return Gates{in.tensor(0).ge(in.tensor(1)).logical_or(in.tensor(1).isnan())}; }, nullptr,
+     [](const Arguments& in) { return without_nan(in, gates_of_pair(in.tensor(0), in.tensor(1))); }, nullptr,
      replay_pair},
     {"fmin", "Tensor self, Tensor other",
-     [](const Arguments& in) { return Gates{in.tensor(0).le(in.tensor(1)).logical_or(in.tensor(1).isnan())}; }, nullptr,
+     [](const Arguments& in) { return without_nan(in, gates_of_pair(in.tensor(1), in.tensor(0))); }, nullptr,
      replay_pair},
     {"scatter_reduce.two", "Tensor self, int dim, Tensor index, Tensor src, str reduce, bool include_self",
      gates_of_reduced_index, nullptr, replay_reduced_index, reduces_to_extremes},
