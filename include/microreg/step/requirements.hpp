@@ -9,6 +9,7 @@
 #include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/mini_batch.hpp>
+#include <microreg/step/tensor_lists.hpp>
 
 #include <algorithm>
 #include <cstddef>
