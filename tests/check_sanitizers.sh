@@ -5,7 +5,7 @@
 #     tests/check_sanitizers.sh address    the whole test suite under address and undefined behaviour
 #     tests/check_sanitizers.sh thread     the tests with threads under the thread sanitizer
 # Leaks are not looked for: what LibTorch keeps until the process ends is no leak, and cannot be told from one. The test
-# `memory` watches for growth instead.
+# `repeated_steps` watches for growth instead, in an ordinary build.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
@@ -13,7 +13,9 @@ address() {
   export ASAN_OPTIONS="detect_leaks=0:strict_string_checks=1:detect_stack_use_after_return=1"
   export UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1"
   microreg_build
-  ctest --test-dir "$microreg_build_dir" --output-on-failure --no-tests=error --parallel "$microreg_jobs"
+  # Freed memory is kept for a while here, so that nothing can be said of growth.
+  ctest --test-dir "$microreg_build_dir" --output-on-failure --no-tests=error --parallel "$microreg_jobs" \
+    --exclude-regex '^repeated_steps$'
 }
 
 thread() {
