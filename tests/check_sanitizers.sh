@@ -21,7 +21,8 @@ address() {
 thread() {
   export TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1 suppressions=$root/tests/tsan.supp"
   microreg_build microreg_thread_tests
-  OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive "$microreg_build_dir/tests/microreg_thread_tests"
+  # The barriers of OpenMP's runtime, which is not instrumented, are not seen: no loops on its threads here.
+  OMP_NUM_THREADS=1 "$microreg_build_dir/tests/microreg_thread_tests" '~[parallel]'
 }
 
 check() (
