@@ -61,6 +61,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
     }
     const FusedScope fused(options.fused && difference == nullptr);
     const HalfRange range(scale, options.autocast, parameters);
+    const bool side_by_side = loop.workers() > 0;
     Report report = loop.run(
         choose_penalised(options.sampling, progress.step, loop.count()),
         [&](const Part& part, const Weights& weights, const Visitor& visitor) -> Estimated {
@@ -78,7 +79,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
                                        visitor.go_on(evaluation, probes, through_first);
                                        result.loss_gradient = ratio(evaluation);
                                      }};
-            if (loop.workers() == 0) {
+            if (!side_by_side) {
               result.squared_norms = (*difference)(batch, part, weights, loop.snapshot(), sums, also_ratio);
             } else {  // the sums have an order
               std::vector<at::Tensor> own(sums.size());

@@ -216,6 +216,9 @@ class FiniteDifference final : public Differences {
     }
     DoubleBackward step(*evaluation, parameters_, HalfRange(1, std::nullopt, parameters_), largest);
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
+      if (!counts(i)) {
+        continue;
+      }
       const TermInfo& info = passes.batch.term(i);
       for (std::size_t k = 0; k < probes[i].size(); ++k) {
         if (!only || only->second == k) {
@@ -224,13 +227,11 @@ class FiniteDifference final : public Differences {
           ProbeWatch::require_repeated(info.name, before, probes[i][k], moved.item<double>());
         }
       }
-      if (only && only->first == i) {
+      if (only) {
         probes[i] = {probes[i][only->second]};
       }
       try {
-        if (counts(i)) {
-          (void)step.add(info, probes[i], factor(i), passes.terms[i].squared_norm);
-        }
+        (void)step.add(info, probes[i], factor(i), passes.terms[i].squared_norm);
       } catch (const std::exception&) {
         return std::nullopt;
       }

@@ -121,7 +121,8 @@ class Step {
   template <class Estimate>
   Report run(const Choice& choice, const Estimate& estimate) {
     const at::AutoGradMode enable_grad(true);
-    if (workers() > 0) {
+    const std::int64_t side_by_side = workers();
+    if (side_by_side > 0) {
       std::vector<at::Tensor> state;
       for (const NamedParameter& each : all_parameters_) {
         state.push_back(each.tensor);
@@ -132,7 +133,7 @@ class Step {
       return choice.chosen[static_cast<std::size_t>(part.index)];
     });
     judged_ = penalised == parts_.end() ? 0 : penalised - parts_.begin();
-    in_turns(workers(), static_cast<std::int64_t>(parts_.size()),
+    in_turns(side_by_side, static_cast<std::int64_t>(parts_.size()),
              [&](std::int64_t i, Turns& turns) { estimate_part(i, turns, choice, estimate); });
     collected_.weigh_by_counts();
     return collected_.report(step_, count(), strengths_, choice.factor, total_scale(),
