@@ -6,7 +6,9 @@
 
 namespace cifar {
 
-/// While it lives, the first SIGINT or SIGTERM is only noted; a second one of the same kind ends the process as usual.
+/// While it lives, the first SIGINT or SIGTERM is only noted; a second one of the same kind ends the process as usual,
+/// unless it comes within a second: `timeout` sends its signal to the process and once more to its group, launchers
+/// hand on what a terminal has sent to all.
 class StopSignals {
  public:
   StopSignals();

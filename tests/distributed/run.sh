@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=1
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 \
   OMPI_MCA_hwloc_base_binding_policy=none OMPI_MCA_btl_vader_single_copy_mechanism=none OMPI_MCA_plm=isolated
 folder=$(mktemp -d)
-groups=()  # process groups, of which `timeout` leads one each
+groups=()  # process groups, of which a `timeout` leads one each, in a session of its own
 end() {
   local group
   for group in "${groups[@]}"; do kill -KILL -- "-$group" 2>/dev/null || true; done
@@ -21,7 +21,7 @@ trap end EXIT
 trap 'exit 143' TERM
 
 start() {
-  timeout -s KILL "$limit" "$@" &
+  setsid timeout --foreground -s KILL "$limit" "$@" &  # without --foreground it hands on each signal twice
   groups+=($!)
 }
 

@@ -23,7 +23,8 @@ same_end() {
 }
 # The number of records that are there: how far a run is.
 records() { if [ -e "$1/metrics.jsonl" ]; then wc -l <"$1/metrics.jsonl"; else echo 0; fi; }
-# Starts or resumes a run and sends it `signal` some moments after it has made another `more` records; its exit code.
+# Starts or resumes a run and sends it `signal` some moments after it has made another `more` records, twice at once, as
+# `timeout` does; its exit code.
 stopped() {
   local run=$1 signal=$2 more=$3 before pid
   before=$(records "$folder/$run")
@@ -31,6 +32,8 @@ stopped() {
   pid=$!
   while [ "$(records "$folder/$run")" -lt $((before + more)) ] && kill -0 "$pid" 2>/dev/null; do sleep 0.01; done
   sleep "0.0$((RANDOM % 10))"
+  kill "-$signal" "$pid" 2>/dev/null || true
+  sleep 0.005
   kill "-$signal" "$pid" 2>/dev/null || true
   local code=0
   wait "$pid" || code=$?
