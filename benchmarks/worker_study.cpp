@@ -1,10 +1,12 @@
 // Micro-batches side by side: the time of a step by workers and threads, on a quiet machine and beside busy processes.
 //
 //     worker_study [--model resnet18_w16] [--micro-batch 32] [--micro-batches 4] [--workers 2] [--busy 0] [--busy 1]
+//                  [--estimator exact|forward|central]
 //
 // Every round takes one step of each kind in turn: one micro-batch after the other with one thread, the same with all
 // of LibTorch's threads, and with 1, 2, .. workers. Printed are medians over the rounds, as the speed-up over one
-// thread of the same load. `--busy N` measures beside N processes that do nothing but count.
+// thread of the same load. `--busy N` measures beside N processes that do nothing but count. Differences displace the
+// parameters without workers, and copies of them with workers.
 #include "case.hpp"
 #include "networks.hpp"
 #include "rounds.hpp"
@@ -65,10 +67,23 @@ struct Kind {
   std::int64_t workers;
 };
 
-std::function<void()> step_of(const overhead::Workload& workload, const Kind& kind) {
-  microreg::Regularizer regularizer(
-      workload.model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
-      {.strength = 1.0, .micro_batch_size = workload.micro_batch, .workers = kind.workers});
+microreg::Estimator estimator_called(const std::string& name, std::int64_t workers) {
+  const auto displace = workers > 0 ? microreg::Displace::copies : microreg::Displace::parameters;
+  if (name == "forward") {
+    return microreg::ForwardDifference{.displace = displace};
+  }
+  if (name == "central") {
+    return microreg::CentralDifference{.displace = displace};
+  }
+  return microreg::Exact{};
+}
+
+std::function<void()> step_of(const overhead::Workload& workload, const std::string& estimator, const Kind& kind) {
+  microreg::Regularizer regularizer(workload.model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
+                                    {.strength = 1.0,
+                                     .micro_batch_size = workload.micro_batch,
+                                     .estimator = estimator_called(estimator, kind.workers),
+                                     .workers = kind.workers});
   return [workload, regularizer, threads = kind.threads]() mutable {
     torch::set_num_threads(threads);
     workload.model->zero_grad();
@@ -85,12 +100,15 @@ int main(int argc, char** argv) {
   std::int64_t micro_batches = 4;
   std::int64_t most_workers = torch::get_num_threads();
   double seconds = 20;
-  CLI::App app{"The time of an exact gradient-norm step by workers and threads, beside busy processes too"};
+  std::string estimator = "exact";
+  CLI::App app{"The time of a gradient-norm step by workers and threads, beside busy processes too"};
   app.add_option("--model", models, "Networks")->type_name("NAME");
   app.add_option("--micro-batch", micro_batch, "Samples in a micro-batch")->type_name("N");
   app.add_option("--micro-batches", micro_batches, "Micro-batches in a step")->type_name("N");
   app.add_option("--workers", most_workers, "The largest number of workers")->type_name("N");
   app.add_option("--busy", busy, "Busy processes beside it")->type_name("N");
+  app.add_option("--estimator", estimator, "How the penalty is differentiated")
+      ->check(CLI::IsMember({"exact", "forward", "central"}));
   app.add_option("--seconds", seconds, "Time for a table")->type_name("S");
   CLI11_PARSE(app, argc, argv);
 
@@ -110,14 +128,14 @@ int main(int argc, char** argv) {
     const overhead::Workload workload = overhead::make_workload(which);
     std::vector<std::function<void()>> steps;
     for (const Kind& kind : kinds) {
-      steps.push_back(step_of(workload, kind));
+      steps.push_back(step_of(workload, estimator, kind));
     }
     for (const int count : busy) {
       const BusyProcesses processes(count);
       (void)overhead::run_rounds(steps, {.rounds = 1, .seconds = 0});  // the warm-up
       const overhead::Samples samples = overhead::run_rounds(steps, {.rounds = {}, .seconds = seconds});
-      fmt::print("{}, {} micro-batches of {}, beside {} busy processes, {} rounds\n", model, micro_batches, micro_batch,
-                 count, samples.size());
+      fmt::print("{}, {}, {} micro-batches of {}, beside {} busy processes, {} rounds\n", model, estimator,
+                 micro_batches, micro_batch, count, samples.size());
       for (std::size_t i = 0; i < kinds.size(); ++i) {
         fmt::print("  {:<12}{:>10.1f} ms{:>8.2f}\n", kinds[i].name, overhead::median_time(samples, i),
                    overhead::median_ratio(samples, 0, i));

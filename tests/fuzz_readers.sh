@@ -35,5 +35,5 @@ for reader in "${readers[@]}"; do
   MICROREG_READER="$reader" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
     "$microreg_build_dir/examples/cifar/fuzz/microreg_fuzz_readers" -runs="$runs" -timeout=10 -malloc_limit_mb=64 \
     -rss_limit_mb=2048 -print_final_stats=1 -artifact_prefix="$microreg_build_dir/found/$reader-" \
-    "$microreg_build_dir/corpus/$reader" "$corpus/$reader" 2>&1 | tail -n 12
+    "$microreg_build_dir/corpus/$reader" "$corpus/$reader" 2>&1 >/dev/null | tail -n 12  # the command line prints its help
 done

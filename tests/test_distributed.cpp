@@ -801,18 +801,24 @@ TEST_CASE("A number that is not finite is found in one micro-batch by all ranks"
   CHECK(found == std::vector<std::int64_t>{3, 3});
 }
 
+microreg::RegularizerOptions dynamically_scaled(const Ranks& ranks) {
+  return {.micro_batch_size = 4, .loss_scale = microreg::DynamicLossScale{.start = 1024}, .communicator = ranks};
+}
+
+/// A penalty whose probe is too large for float64 while `overflows`.
+auto overflowing_while(const bool& overflows) {
+  return microreg::SquaredGradientNorm{
+      [&overflows](const torch::Tensor& o) { return overflows ? o.sum() * 1e300 * 1e300 : o.mean(); }};
+}
+
 TEST_CASE("A dynamic loss scale that overflows on one rank leaves the step out on all, and falls on all") {
   const Cut cut{{8, 4}};
   const Samples all = samples_of(12);
   run_ranks(2, [&](const Ranks& ranks) {
     auto model = mlp();
     bool overflows = false;
-    // The penalty's probe is too large on rank 1, in the first micro-batch alone.
-    const microreg::SquaredGradientNorm penalty{
-        [&](const torch::Tensor& o) { return overflows ? o.sum() * 1e300 * 1e300 : o.mean(); }};
-    microreg::Regularizer<> regularizer(
-        model, cross_entropy, penalty,
-        {.micro_batch_size = 4, .loss_scale = microreg::DynamicLossScale{.start = 1024}, .communicator = ranks});
+    const auto penalty = overflowing_while(overflows);
+    microreg::Regularizer<> regularizer(model, cross_entropy, penalty, dynamically_scaled(ranks));
     const Samples mine = cut.of(all, ranks);
     const microreg::Report good = regularizer.backward(mine.x, mine.y);
     const torch::Tensor before = helpers::flat_grad(model->parameters());
@@ -836,9 +842,7 @@ TEST_CASE("A dynamic loss scale that overflows on one rank leaves the step out o
     microreg::FunctionModel model{[&](const torch::Tensor& x) { return x.matmul(w); }, {w}};
     const microreg::SquaredGradientNorm penalty{
         [&](const torch::Tensor& o) { return ranks->rank() == 1 ? o.sum() * 1e200 : o.sum(); }};
-    microreg::Regularizer<> regularizer(
-        model, cross_entropy, penalty,
-        {.micro_batch_size = 4, .loss_scale = microreg::DynamicLossScale{.start = 1024}, .communicator = ranks});
+    microreg::Regularizer<> regularizer(model, cross_entropy, penalty, dynamically_scaled(ranks));
     const Samples mine = cut.of(all, ranks);
     const microreg::Report report = regularizer.backward(mine.x, mine.y);
     const std::lock_guard lock(making);
@@ -857,11 +861,8 @@ TEST_CASE("A step that a dynamic loss scale leaves out moves running statistics 
     torch::nn::Sequential model(norm, torch::nn::Linear(6, networks::classes));
     model->to(torch::kFloat64);
     bool overflows = false;
-    const microreg::SquaredGradientNorm penalty{
-        [&](const torch::Tensor& o) { return overflows ? o.sum() * 1e300 * 1e300 : o.mean(); }};
-    microreg::Regularizer<> regularizer(
-        model, cross_entropy, penalty,
-        {.micro_batch_size = 4, .loss_scale = microreg::DynamicLossScale{.start = 1024}, .communicator = ranks});
+    const auto penalty = overflowing_while(overflows);
+    microreg::Regularizer<> regularizer(model, cross_entropy, penalty, dynamically_scaled(ranks));
     const auto step = [&] {
       const std::int64_t size = ranks->rank() == 0 ? 8 : 4;
       return regularizer.backward(x.narrow(0, 8 * ranks->rank(), size), y.narrow(0, 8 * ranks->rank(), size));

@@ -1,10 +1,10 @@
 #include "device.hpp"
 
+#include <ATen/Context.h>
 #include <fmt/format.h>
 
 #include <cstdint>
 
-#include "options.hpp"
 #include "ranks.hpp"
 
 namespace cifar {
@@ -30,6 +30,27 @@ torch::Device device_of(const std::string& name) {
     throw UsageError(
         fmt::format("--device is {}: {}; use cpu, cuda, cuda:1 or auto", name, error.what_without_backtrace()));
   }
+}
+
+void choose_kernels_by_trial(torch::Device device) {
+  if (device.is_cuda()) {
+    at::globalContext().setBenchmarkCuDNN(true);
+  }
+}
+
+std::string description(torch::Device device, Layout layout) {
+  std::string result = fmt::format("{}, {}", device.str(), name_of(layout_names, layout));
+  if (device.is_cuda()) {
+    const at::Context& context = at::globalContext();
+    const auto precision = [](bool tf32) { return tf32 ? "TF32" : "float32"; };
+    result += fmt::format(", convolutions in {}, products in {}{}", precision(context.allowTF32CuDNN()),
+                          precision(context.allowTF32CuBLAS()), context.benchmarkCuDNN() ? ", cudnn.benchmark" : "");
+  }
+  return result;
+}
+
+torch::Tensor sent_to(torch::Device device, const torch::Tensor& tensor) {
+  return device.is_cuda() ? tensor.pin_memory().to(device, /*non_blocking=*/true) : tensor.to(device);
 }
 
 }  // namespace cifar

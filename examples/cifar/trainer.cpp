@@ -209,7 +209,7 @@ class Run {
     const torch::Tensor whole = order_.batch(step);
     const auto mine = ranks_ == nullptr ? microreg::Shard{0, whole.size(0)}
                                         : microreg::shard(whole.size(0), options_.micro_batch_size, *ranks_);
-    const torch::Tensor indices = whole.narrow(0, mine.begin, mine.size).to(device_);
+    const torch::Tensor indices = sent_to(device_, whole.narrow(0, mine.begin, mine.size));
     torch::Tensor pixels = train_.pixels.index_select(0, indices);
     if (options_.augment) {
       const std::int64_t padding = options_.image_size / 8;  // 4 at the full size, as usual
@@ -237,11 +237,9 @@ class Run {
   [[nodiscard]] Images measured_images() const {
     const std::int64_t count = std::min(train_.size(), probe_micro_batches * options_.micro_batch_size);
     const std::int64_t index = options_.monitor_on == MonitorOn::fresh ? state_.step : 0;
-    const torch::Tensor chosen =
-        torch::randperm(train_.size(), stream_generator(torch::kCPU, options_.seed, Stream::probe, index),
-                        torch::kInt64)
-            .narrow(0, 0, count)
-            .to(device_);
+    const torch::Tensor order = torch::randperm(
+        train_.size(), stream_generator(torch::kCPU, options_.seed, Stream::probe, index), torch::kInt64);
+    const torch::Tensor chosen = sent_to(device_, order.narrow(0, 0, count));
     return {train_.pixels.index_select(0, chosen), train_.labels.index_select(0, chosen)};
   }
 
@@ -338,6 +336,7 @@ Summary train(const Options& options, Progress& progress, const std::shared_ptr<
   if (options.threads > 0) {
     torch::set_num_threads(options.threads);
   }
+  choose_kernels_by_trial(device);
   const Data data = load_data(options);
   Options resolved = options;
   resolved.workers = resolved_workers(options, device.is_cpu(), torch::get_num_threads());
@@ -349,22 +348,21 @@ Summary train(const Options& options, Progress& progress, const std::shared_ptr<
   for (const std::string& note : data.notes) {
     progress.say("note: " + note);
   }
-  progress.say(fmt::format("{} on {}: {} training, {} validation and {} test images of {}x{}, {} classes",
+  progress.say(fmt::format("{} on {}: {} training, {} validation and {} test images of {}x{}, {} classes; {}",
                            name_of(architecture_names, options.model),
                            options.data == "synthetic" ? "synthetic images" : name_of(dataset_names, options.dataset),
                            resolved.train_size, resolved.validation_size, resolved.test_size, options.image_size,
-                           options.image_size, data.classes));
+                           options.image_size, data.classes, description(device, options.layout)));
   if (options.split == Split::reference && options.data != "synthetic") {
     progress.say(
         "note: with --split reference the best checkpoint is chosen on the test images, as in the authors' code; that "
         "flatters its test accuracy");
   }
-  progress.say(
-      fmt::format("{}, strength {}, batch {} in micro-batches of {}, learning rate {}, seed {}, {}, {} threads{}",
-                  name_of(method_names, options.method), options.strength, options.batch_size, options.micro_batch_size,
-                  options.learning_rate, options.seed, device.str(), torch::get_num_threads(),
-                  (resolved.workers > 0 ? fmt::format(", {} workers", resolved.workers) : "") +
-                      (ranks == nullptr ? "" : fmt::format(", {} ranks", ranks->size()))));
+  progress.say(fmt::format("{}, strength {}, batch {} in micro-batches of {}, learning rate {}, seed {}, {} threads{}",
+                           name_of(method_names, options.method), options.strength, options.batch_size,
+                           options.micro_batch_size, options.learning_rate, options.seed, torch::get_num_threads(),
+                           (resolved.workers > 0 ? fmt::format(", {} workers", resolved.workers) : "") +
+                               (ranks == nullptr ? "" : fmt::format(", {} ranks", ranks->size()))));
   if (options.method == Method::external_grafting) {
     const std::int64_t recorded = RecordedNorms(options.norms_from).steps();
     progress.say(fmt::format("gradient norms of {}, {} steps{}", options.norms_from, recorded,

@@ -32,7 +32,7 @@ enum class OwnFunctions {
 /// What a difference moves in its further passes.
 enum class Displace {
   parameters,  ///< the memory of the parameters, which whoever else reads them meanwhile sees displaced
-  copies,      ///< copies, which all operations of the step's thread see in place of the parameters: other threads may
+  copies,      ///< copies, which all operations of the pass's thread see in place of the parameters: other threads may
                ///< read these at any time, and two parameters may share memory. Costs a boxed call an operation
 };
 
