@@ -2,6 +2,11 @@
 
 #include <microreg/microreg.hpp>
 
+#if defined(MICROREG_WITH_CUDA)
+#include <microreg/cuda_graph.hpp>
+#endif
+
+#include <memory>
 #include <stdexcept>
 #include <utility>
 
@@ -27,7 +32,7 @@ microreg::AnyPenalty<> penalty_called(const std::string& name) {
 
 microreg::Estimator estimator_called(const std::string& name) {
   using microreg::Gates;
-  if (name == "exact") {
+  if (name.starts_with("exact")) {
     return microreg::Exact{};
   }
   const Gates gates = name.ends_with("-frozen") ? Gates::frozen : Gates::free;
@@ -46,6 +51,13 @@ microreg::RegularizerOptions options_of(const Case& which) {
   options.estimator = estimator_called(which.estimator);
   options.sampling.share = which.micro_batch_share;
   options.workers = which.workers;
+  if (which.estimator == "exact-graph") {
+#if defined(MICROREG_WITH_CUDA)
+    options.cuda_graph = std::make_shared<microreg::CudaGraph>();
+#else
+    throw std::invalid_argument("exact-graph needs a build against a LibTorch for CUDA");
+#endif
+  }
   return options;
 }
 

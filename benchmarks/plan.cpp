@@ -16,8 +16,8 @@ bool allows(const std::vector<T>& filter, const U& value) {
 Group make_group(const Options& options, const Case& common) {
   Group group;
   for (const Estimator& estimator : estimators) {
-    const bool central = estimator.name.starts_with("central");
-    if (!allows(options.estimators, estimator.name) || (central && options.quick && options.estimators.empty())) {
+    const bool left_out = estimator.name == "exact-graph" || (options.quick && estimator.name.starts_with("central"));
+    if (options.estimators.empty() ? left_out : !allows(options.estimators, estimator.name)) {
       continue;
     }
     for (const bool fused : {true, false}) {

@@ -24,6 +24,19 @@ if(MPI_CXX_FOUND)
   target_compile_definitions(microreg_mpi INTERFACE OMPI_SKIP_MPICXX MICROREG_WITH_MPI)
 endif()
 
+# Graphs of CUDA, and making every wait for the device an error: a LibTorch for CUDA, and headers of CUDA's.
+add_library(microreg_cuda INTERFACE)
+if(EXISTS "${TORCH_INSTALL_PREFIX}/lib/libtorch_cuda.so")
+  find_path(MICROREG_CUDA_HEADERS crt/host_defines.h
+            HINTS /usr/local/cuda/include "${TORCH_INSTALL_PREFIX}/../nvidia/cu13/include")
+  if(MICROREG_CUDA_HEADERS)
+    target_include_directories(microreg_cuda SYSTEM INTERFACE "${MICROREG_CUDA_HEADERS}")
+    target_link_libraries(microreg_cuda INTERFACE "${TORCH_INSTALL_PREFIX}/lib/libtorch_cuda.so"
+                                                  "${TORCH_INSTALL_PREFIX}/lib/libc10_cuda.so")
+    target_compile_definitions(microreg_cuda INTERFACE MICROREG_WITH_CUDA)
+  endif()
+endif()
+
 set(microreg_warnings -Wall -Wextra -Wpedantic -Wshadow -Wconversion
                       $<$<BOOL:${MICROREG_WARNINGS_AS_ERRORS}>:-Werror>)
 target_compile_options(microreg_compiled PRIVATE ${microreg_warnings})

@@ -4,8 +4,9 @@
 
 #include <microreg/microreg.hpp>
 
-#if defined(MICROREG_TESTS_WAITS)
+#if defined(MICROREG_WITH_CUDA)
 #include <c10/cuda/CUDAFunctions.h>
+#include <microreg/cuda_graph.hpp>
 #endif
 
 #include <iostream>
@@ -141,7 +142,7 @@ TEST_CASE("a batch or a generator on another device than the model is named", "[
             {"generator", "cpu", "cuda"}));
 }
 
-#if defined(MICROREG_TESTS_WAITS)
+#if defined(MICROREG_WITH_CUDA)
 namespace {
 
 /// While it lives, whatever makes the host wait for the device is an error.
@@ -218,5 +219,103 @@ TEST_CASE("measuring does not make the host wait for the device", "[cuda]") {
   (void)microreg::measure(model, cross_entropy, microreg::GradientNorm{}, x, y, {.micro_batch_size = 4});
   const NoWaiting errors;
   CHECK_NOTHROW((void)microreg::measure(model, cross_entropy, microreg::GradientNorm{}, x, y, {.micro_batch_size = 4}));
+}
+
+namespace {
+
+/// A few steps with `penalty`, with or without a graph: the parameters, running statistics and norms behind them.
+std::pair<std::vector<torch::Tensor>, std::int64_t> trained(int penalty, torch::Dtype type, bool with_graph) {
+  torch::manual_seed(3);
+  networks::Cnn model(networks::Norm::batch, networks::Activation::kinked);
+  model->to(torch::kCUDA, type);
+  const torch::Tensor x = torch::randn({14, 2, 6, 6}, torch::TensorOptions(torch::kCUDA).dtype(type));
+  const torch::Tensor y =
+      torch::randint(networks::classes, {14}, torch::TensorOptions(torch::kCUDA).dtype(torch::kLong));
+  torch::optim::SGD optimizer(model->parameters(), 0.1);
+  microreg::RegularizerOptions options{.strength = microreg::LinearWarmUp{.peak = 0.1, .steps = 9},
+                                       .micro_batch_size = 4};
+  if (with_graph) {
+    options.cuda_graph = std::make_shared<microreg::CudaGraph>(microreg::CudaGraphOptions{.check_every = 5});
+  }
+  microreg::Regularizer<> regularizer(model, cross_entropy, penalty_number(penalty), options);
+  std::int64_t replayed = 0;
+  std::vector<torch::Tensor> state;
+  for (int step = 0; step < 6; ++step) {
+    optimizer.zero_grad();
+    const microreg::Report report = regularizer.backward(x, y);
+    optimizer.step();
+    replayed += report.replayed;
+    state.push_back(report.penalties[0].micro_batch_norms);
+  }
+  for (const std::vector<torch::Tensor>& tensors : {clones(model->parameters()), clones(model->buffers())}) {
+    state.insert(state.end(), tensors.begin(), tensors.end());
+  }
+  state.push_back(at::globalContext().defaultGenerator(x.device()).get_state());
+  return {state, replayed};
+}
+
+}  // namespace
+
+TEST_CASE("a CUDA graph gives the steps that there are without it", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  at::globalContext().setAllowTF32CuDNN(false);
+  at::globalContext().setAllowTF32CuBLAS(false);
+  const int which = GENERATE(0, 1, 2, 3, 4);
+  const auto type = GENERATE(torch::kFloat64, torch::kFloat32);
+  CAPTURE(which, type);
+  const auto [plain, none] = trained(which, type, false);
+  const auto [repeated, replayed] = trained(which, type, true);
+  CHECK(none == 0);
+  CHECK(replayed > 8);
+  REQUIRE(plain.size() == repeated.size());
+  for (std::size_t i = 0; i < plain.size(); ++i) {
+    CHECK((plain[i] - repeated[i]).abs().max().item<double>() <=
+          (type == torch::kFloat64 ? 1e-9 : 1e-3) * (1 + plain[i].abs().max().item<double>()));
+  }
+}
+
+TEST_CASE("a step by CUDA graphs does not make the host wait for the device", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  networks::Cnn model(networks::Norm::batch, networks::Activation::kinked);
+  model->to(torch::kCUDA);
+  const torch::Tensor x = torch::randn({8, 2, 6, 6}, torch::kCUDA);
+  const torch::Tensor y = torch::zeros({8}, torch::TensorOptions(torch::kCUDA).dtype(torch::kLong));
+  microreg::Regularizer regularizer(
+      model, cross_entropy, microreg::GradientNorm{},
+      {.strength = 0.1, .micro_batch_size = 4, .cuda_graph = std::make_shared<microreg::CudaGraph>()});
+  (void)regularizer.backward(x, y);
+  (void)regularizer.backward(x, y);  // records
+  const NoWaiting errors;
+  microreg::Report report;
+  CHECK_NOTHROW(report = regularizer.backward(x, y));
+  CHECK(report.replayed == 2);
+}
+
+TEST_CASE("what a CUDA graph cannot record is named", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  networks::Mlp model;
+  model->to(torch::kCUDA);
+  const auto waits = [](const torch::Tensor& output, const torch::Tensor& y) {
+    return torch::cross_entropy_loss(output, y) * (output.sum().item<double>() > 1e9 ? 2 : 1);
+  };
+  microreg::Regularizer regularizer(model, waits, microreg::GradientNorm{},
+                                    {.micro_batch_size = 4, .cuda_graph = std::make_shared<microreg::CudaGraph>()});
+  const torch::Tensor x = torch::randn({8, 6}, torch::kCUDA);
+  const torch::Tensor y = torch::zeros({8}, x.options().dtype(torch::kInt64));
+  (void)regularizer.backward(x, y);
+  CHECK(has(message_of<microreg::ModelError>([&] { (void)regularizer.backward(x, y); }),
+            {"cannot be recorded as a CUDA graph", "leave cuda_graph empty"}));
+  CHECK(torch::ones({3}, torch::kCUDA).sum().item<float>() == 3);  // the device goes on
+  networks::Mlp on_cpu;
+  microreg::Regularizer misplaced(on_cpu, cross_entropy, microreg::GradientNorm{},
+                                  {.cuda_graph = std::make_shared<microreg::CudaGraph>()});
+  CHECK(has(message_of<microreg::OptionError>([&] { (void)misplaced.backward(x.cpu(), y.cpu()); }),
+            {"cuda_graph is set and the model is on cpu"}));
 }
 #endif

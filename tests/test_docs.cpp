@@ -6,6 +6,10 @@
 #include <microreg/format.hpp>
 #include <microreg/microreg.hpp>
 
+#if defined(MICROREG_WITH_CUDA)
+#include <microreg/cuda_graph.hpp>
+#endif
+
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -569,3 +573,21 @@ TEST_CASE("docs: micro-batches side by side", "[docs]") {
                                     {.strength = 0.01, .micro_batch_size = 32, .workers = 2});
   CHECK(regularizer.backward(::images(), ::labels()).micro_batches() > 1);
 }
+
+#if defined(MICROREG_WITH_CUDA)
+TEST_CASE("docs: CUDA graphs", "[docs]") {
+  if (!torch::cuda::is_available()) {
+    return;
+  }
+  auto model = small_network();
+  model->to(torch::kCUDA);
+
+  microreg::Regularizer regularizer(
+      model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
+      {.strength = 0.01, .micro_batch_size = 32, .cuda_graph = std::make_shared<microreg::CudaGraph>()});
+  for (int step = 0; step < 3; ++step) {
+    model->zero_grad();
+    (void)regularizer.backward(::images().cuda(), ::labels().cuda());
+  }
+}
+#endif

@@ -66,11 +66,12 @@ stage_tests() {
 # What the card can do: bytes copied, products multiplied.
 stage_ceilings() { python3 "$root/benchmarks/gpu/ceilings.py"; }
 
-# The overhead of a penalty, and the authors' formula in Python, on one network; then where the time goes. Differences
-# only in full float32: in coarser types they are refused.
+# The overhead of a penalty, with and without CUDA graphs, and the authors' formula in Python, on one network; then where
+# the time goes. Differences only in full float32: in coarser types they are refused.
 stage_benchmark() {
-  local -A options=([float32]="--estimator exact --estimator forward-frozen" [tf32]="--estimator exact --tf32"
-    [bfloat16]="--estimator exact --tf32 --autocast bfloat16")
+  local -A options=([float32]="--estimator forward-frozen --estimator exact-graph --estimator exact"
+    [tf32]="--estimator exact-graph --estimator exact --tf32"
+    [bfloat16]="--estimator exact-graph --estimator exact --tf32 --autocast bfloat16")
   local overhead=("$bin/penalty_overhead" --device cuda --micro-batch 128 --penalty gradient_norm --no-sweep --seconds 1)
   local precision
   for precision in float32 tf32 bfloat16; do

@@ -12,7 +12,7 @@ constexpr long long one_signal_sent_twice = 1'000'000'000;  // nanoseconds
 std::atomic<long long> interrupted = 0;
 std::atomic<long long> terminated = 0;
 volatile std::sig_atomic_t last_signal = 0;
-static_assert(std::atomic<long long>::is_always_lock_free, "a signal's handler may not wait");
+static_assert(std::atomic<long long>::is_always_lock_free);  // a signal's handler may not wait
 
 extern "C" void note_signal(int signal) {
   timespec now{};

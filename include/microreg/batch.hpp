@@ -185,6 +185,33 @@ constexpr bool has_own_types() {
   }
 }
 
+/// Whether all that is in `T` is tensors, but for those that stay on the host.
+template <class T>
+constexpr bool holds_tensors_alone();
+
+template <class T, std::size_t... I>
+constexpr bool all_hold_tensors_alone(std::index_sequence<I...>) {
+  return (holds_tensors_alone<std::remove_cvref_t<std::tuple_element_t<I, T>>>() && ...);
+}
+
+template <class T>
+constexpr bool holds_tensors_alone() {
+  if constexpr (is_tensor<T>) {
+    return !std::is_base_of_v<OnHost, T>;
+  } else if constexpr (is_plain_value<T> || HasSlices<T>) {
+    return false;
+  } else if constexpr (HasFields<T>) {
+    using Fields = decltype(microreg_fields(std::declval<T&>()));
+    return all_hold_tensors_alone<Fields>(std::make_index_sequence<std::tuple_size_v<Fields>>{});
+  } else if constexpr (IsVector<T>::value || IsOptional<T>::value) {
+    return holds_tensors_alone<typename T::value_type>();
+  } else if constexpr (IsMap<T>::value) {
+    return holds_tensors_alone<typename T::mapped_type>();
+  } else {
+    return all_hold_tensors_alone<T>(std::make_index_sequence<std::tuple_size_v<T>>{});
+  }
+}
+
 template <class From, class To, std::size_t... I>
 constexpr bool all_keep_cut(std::index_sequence<I...>);
 

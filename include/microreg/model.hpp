@@ -33,6 +33,8 @@ class Modules {
   /// Named after the module's place and their own name: `modules[1].weight`.
   [[nodiscard]] std::vector<NamedParameter> parameters() const;
   [[nodiscard]] std::vector<at::Tensor> buffers() const;
+  /// Adds of each module, and of those in it, whether it is in training mode.
+  void add_modes(std::vector<bool>& modes) const;
 
  private:
   std::vector<std::shared_ptr<torch::nn::Module>> modules_;
@@ -97,6 +99,8 @@ std::vector<NamedParameter> named_parameters_of(const torch::nn::Module& module)
 std::vector<NamedParameter> named_parameters_of(const torch::jit::Module& module);
 std::vector<NamedParameter> named_parameters_of(const std::vector<at::Tensor>& tensors);
 std::vector<at::Tensor> buffers_of(const torch::jit::Module& module);
+/// Adds of each module whether it is in training mode.
+void add_modes_of(const torch::nn::Module& module, std::vector<bool>& modes);
 
 /// A module with a statically known forward().
 template <class Module>
@@ -116,6 +120,7 @@ class ModuleHandle {
   }
   [[nodiscard]] std::vector<NamedParameter> parameters() const { return named_parameters_of(*module_); }
   [[nodiscard]] std::vector<at::Tensor> buffers() const { return module_->buffers(); }
+  void add_modes(std::vector<bool>& modes) const { add_modes_of(*module_, modes); }
 
  private:
   std::shared_ptr<Module> module_;
@@ -148,6 +153,7 @@ class AnyModuleHandle {
   }
   [[nodiscard]] std::vector<NamedParameter> parameters() const { return named_parameters_of(*module_.ptr()); }
   [[nodiscard]] std::vector<at::Tensor> buffers() const { return module_.ptr()->buffers(); }
+  void add_modes(std::vector<bool>& modes) const { add_modes_of(*module_.ptr(), modes); }
 
  private:
   torch::nn::AnyModule module_;
@@ -207,6 +213,7 @@ class ScriptHandle {
   }
   [[nodiscard]] std::vector<NamedParameter> parameters() const { return named_parameters_of(module_); }
   [[nodiscard]] std::vector<at::Tensor> buffers() const { return buffers_of(module_); }
+  void add_modes(std::vector<bool>& modes) const { modes.push_back(module_.is_training()); }
 
  private:
   /// Of an error of ours, which TorchScript turns into text of its own, it makes one again.
@@ -240,6 +247,11 @@ class FunctionHandle {
       return model_.buffers;
     }
   }
+  void add_modes(std::vector<bool>& modes) const {
+    if constexpr (std::is_same_v<Parameters, Modules>) {
+      model_.parameters.add_modes(modes);
+    }
+  }
 
  private:
   FunctionModel<Function, Parameters> model_;
@@ -262,7 +274,7 @@ inline constexpr bool is_model =
     is_module_holder<M> || std::is_base_of_v<torch::nn::Module, M> || IsSharedModule<M>::value ||
     std::is_same_v<M, torch::nn::AnyModule> || std::is_same_v<M, torch::jit::Module> || IsFunctionModel<M>::value;
 
-/// One interface to every kind of model: forward(input), parameters(), buffers().
+/// One interface to every kind of model: forward(input), parameters(), buffers(), add_modes(modes).
 template <class M>
 auto make_handle(M&& model) {
   using Plain = std::remove_cvref_t<M>;

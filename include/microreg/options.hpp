@@ -20,6 +20,9 @@
 namespace microreg::inline MICROREG_ABI {
 
 class Communicator;  // distributed/communicator.hpp
+namespace detail {
+class Replay;
+}
 
 /// How the user's loss reduces over the samples of a micro-batch.
 enum class Reduction {
@@ -139,6 +142,8 @@ struct RegularizerOptions {
   ///   penalties by the input's gradient only. Otherwise all is as with 0.
   /// - No effect on other devices, which have a parallelism of their own.
   std::int64_t workers = 0;
+  /// A CudaGraph (microreg/cuda_graph.hpp), which records a micro-batch on CUDA once and repeats it. Null: none.
+  std::shared_ptr<detail::Replay> cuda_graph = nullptr;
   /// Whether each call that succeeds counts as a step of the schedules. False where an iteration calls several times
   /// (the two networks of a GAN, an optimizer with a closure): call advance() once an iteration then.
   bool advance = true;

@@ -38,6 +38,7 @@ struct Report {
   at::Tensor micro_batch_losses;        ///< L_M, one per micro-batch; [K]
   std::vector<std::int64_t> penalised;  ///< which micro-batches were penalised, ascending; by default all K
   std::vector<PenaltyReport> penalties;
+  std::int64_t replayed = 0;     ///< how many micro-batches were repeated from a recording, with `.cuda_graph`
   bool skipped = false;          ///< NonFinite::skip_step, or a loss scale that was too large, left this step out
   bool penalty_skipped = false;  ///< NonFinite::skip_penalty left the penalties out of this step's gradient
   at::Tensor gradient_norm;      ///< norm of what this step added to the `.grad` fields; scalar; undefined in `measure`

@@ -41,7 +41,17 @@ MICROREG_INLINE std::vector<at::Tensor> Modules::buffers() const {
   return result;
 }
 
+MICROREG_INLINE void Modules::add_modes(std::vector<bool>& modes) const {
+  for (const auto& module : modules_) {
+    detail::add_modes_of(*module, modes);
+  }
+}
+
 namespace detail {
+
+MICROREG_INLINE void add_modes_of(const torch::nn::Module& module, std::vector<bool>& modes) {
+  module.apply([&](const torch::nn::Module& each) { modes.push_back(each.is_training()); });
+}
 
 MICROREG_INLINE std::vector<NamedParameter> named_parameters_of(const torch::nn::Module& module) {
   std::vector<NamedParameter> result;

@@ -61,6 +61,13 @@ MICROREG_INLINE void require_loss_alone(const std::vector<at::Tensor>& probes, c
   }
 }
 
+MICROREG_INLINE void throw_not_recorded(const std::string& name) {
+  throw ModelError(text({name,
+                         " holds more than tensors on the device (numbers, strings, OnHost or PerSample lists, a type "
+                         "with microreg_slice), which a CUDA graph would not see change; pass tensors, or leave "
+                         "cuda_graph empty"}));
+}
+
 MICROREG_INLINE void add_parameters_of_loss(const torch::nn::Module& loss, std::vector<NamedParameter>& parameters) {
   for (auto& [name, tensor] : named_parameters_of(loss)) {
     parameters.push_back({"loss." + name, tensor});

@@ -67,6 +67,11 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
     throw OptionError(text({"loss_scale is ", options.loss_scale.number,
                             " with a difference, which half types are too coarse for; use Exact"}));
   }
+  if (options.cuda_graph != nullptr && !std::holds_alternative<Exact>(options.estimator)) {
+    throw OptionError(
+        "cuda_graph is set and the estimator is a difference, which moves parameters on the host's word; use Exact, or "
+        "leave cuda_graph empty");
+  }
   if (options.workers < 0) {
     throw OptionError(text({"workers is ", options.workers,
                             "; it must be a number of threads, such as the processor has cores, or 0 for micro-batches "

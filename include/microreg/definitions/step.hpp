@@ -10,7 +10,7 @@
 #include <microreg/parameters.hpp>
 #include <microreg/report.hpp>
 #include <microreg/step/differences.hpp>
-#include <microreg/step/double_backward.hpp>
+#include <microreg/step/exact.hpp>
 #include <microreg/step/grad_update.hpp>
 #include <microreg/step/graph.hpp>
 #include <microreg/step/loop.hpp>
@@ -18,6 +18,7 @@
 #include <microreg/step/non_finite.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/ranks.hpp>
+#include <microreg/step/replay.hpp>
 #include <microreg/step/requirements.hpp>
 #include <microreg/step/sampling.hpp>
 #include <microreg/step/scaling.hpp>
@@ -36,13 +37,6 @@
 
 namespace microreg::inline MICROREG_ABI::detail {
 
-/// The gradient of weight * loss.
-inline WeightedGradients loss_gradient(const at::Tensor& loss, double weight, const Scale& scale,
-                                       const Parameters& parameters, bool retain_graph) {
-  return {gradients({loss}, parameters.tensors, scale.seeds(loss), retain_graph, /*create_graph=*/false, "the loss"),
-          scale.over(weight)};
-}
-
 inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Progress& progress, Ranks& ranks,
                         bool without_penalties) {
   ranks.expect_lists(options.gradient_ratio ? 2 : 1);
@@ -60,24 +54,20 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
           {options.estimator, parameters, next.proof, options.fused, options.check_finite});
     }
     const FusedScope fused(options.fused && difference == nullptr);
-    const HalfRange range(scale, options.autocast, parameters);
+    const ExactTask exact{parameters, HalfRange(scale, options.autocast, parameters), options.gradient_ratio};
     const bool side_by_side = loop.workers() > 0;
     Report report = loop.run(
         choose_penalised(options.sampling, progress.step, loop.count()),
         [&](const Part& part, const Weights& weights, const Visitor& visitor) -> Estimated {
-          const auto of_loss = [&](const Evaluation& evaluation, bool retain_graph) {
-            return loss_gradient(evaluation.loss, weights.loss, scale, parameters, retain_graph);
-          };
-          const auto ratio = [&](const Evaluation& evaluation) {
-            return options.gradient_ratio ? std::vector{of_loss(evaluation, /*retain_graph=*/true)}
-                                          : std::vector<WeightedGradients>();
-          };
           if (difference != nullptr && weights.penalty != 0) {
             Estimated result;
             const Visitor also_ratio{visitor.calls, visitor.begin, visitor.keep,
                                      [&](const Evaluation& evaluation, const auto& probes, bool through_first) {
                                        visitor.go_on(evaluation, probes, through_first);
-                                       result.loss_gradient = ratio(evaluation);
+                                       if (options.gradient_ratio) {
+                                         result.loss_gradient = {loss_gradient(evaluation.loss, weights.loss, scale,
+                                                                               parameters, /*retain_graph=*/true)};
+                                       }
                                      }};
             if (!side_by_side) {
               result.squared_norms = (*difference)(batch, part, weights, loop.snapshot(), sums, also_ratio);
@@ -88,17 +78,9 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
             }
             return result;
           }
-          visitor.begin();
-          const auto evaluation = batch.evaluate(part, {});
-          visitor.keep(*evaluation);
-          auto probes = weights.penalty != 0 ? all_probes(batch, *evaluation) : std::vector<std::vector<at::Tensor>>();
-          visitor.go_on(*evaluation, probes, /*through_first=*/false);
-          auto of_ratio = ratio(*evaluation);
-          Estimated result = weights.penalty != 0
-                                 ? double_backward(batch, *evaluation, std::move(probes), weights, parameters, range)
-                                 : Estimated{{}, {of_loss(*evaluation, evaluation->shares_graph)}};
-          result.loss_gradient = std::move(of_ratio);
-          return result;
+          return options.cuda_graph != nullptr
+                     ? options.cuda_graph->estimate(exact, batch, part, weights, visitor, loop.snapshot())
+                     : exact_estimate(exact, batch, part, weights, visitor);
         });
     report.penalty_skipped = without_penalties;
     if (without_penalties) {

@@ -269,11 +269,12 @@ class Verifier {
       DoubleBackward step(*evaluation, parameters_, range(), strongest);
       for (std::size_t i = 0; i < strengths.size(); ++i) {
         const TermInfo& term = batch_.term(i);
-        result.squared_norms.push_back(step.add(term, checked_probes(*evaluation, i, term), strengths[i]));
+        result.squared_norms.push_back(
+            step.add(term, checked_probes(*evaluation, i, term), strengths[i], strengths[i] > 0));
       }
       dead_ends = count(step.roots(), evaluation->loss, result);
       Gradient sums = empty();
-      add_scaled(sums, step.finish(0));
+      add_scaled(sums, step.finish(std::nullopt));
       result.gradient = std::move(sums);
     } catch (const MissingDerivative& error) {
       dead_ends.insert(error.operation());

@@ -32,6 +32,23 @@ class CallWatch {
   CallWatch& operator=(const CallWatch&) = delete;
 
  protected:
+  /// While it lives, nobody is told on this thread.
+  class Unwatched {
+   public:
+    Unwatched() : before_(std::exchange(current(), nullptr)) {}
+    Unwatched(const Unwatched&) = delete;
+    Unwatched& operator=(const Unwatched&) = delete;
+    ~Unwatched() { current() = before_; }
+
+   private:
+    Watch* before_;
+  };
+
+  static Watch*& current() {
+    thread_local Watch* one = nullptr;
+    return one;
+  }
+
   explicit CallWatch(bool wanted) {
     if (wanted) {
       before_ = current();
@@ -52,10 +69,6 @@ class CallWatch {
   }
 
  private:
-  static Watch*& current() {
-    thread_local Watch* one = nullptr;
-    return one;
-  }
   static std::unique_ptr<at::ObserverContext> tell(const at::RecordFunction& function) {
     if (current() != nullptr) {
       current()->note(function);

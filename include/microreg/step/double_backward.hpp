@@ -77,13 +77,13 @@ class DoubleBackward {
         apart_(range.narrow && largest > 0) {}
 
   /// Differentiates a penalty by its probes with `factor` = strength * weight, and returns its squared gradient norm.
-  /// `whole`: that norm, where the probes are a part of the penalty's.
+  /// `wanted`: the factor is not 0; otherwise the penalty is measured. `whole`: that norm, where the probes are a part
+  /// of the penalty's.
   ///
   /// The first pass gives the gradient g itself, which is what hooks and functions of the user's own see, at any
   /// strength. A squared norm needs no copy of g for the seeds: g is scaled in place where nobody else holds it.
-  at::Tensor add(const TermInfo& term, const std::vector<at::Tensor>& probes, double factor,
+  at::Tensor add(const TermInfo& term, const std::vector<at::Tensor>& probes, const Factor& factor, bool wanted,
                  const at::Tensor& whole = {}) {
-    const bool wanted = factor > 0;
     at::Tensor squared;
     std::vector<at::Tensor> differentiable;
     std::vector<GramFactors> products;
@@ -108,9 +108,9 @@ class DoubleBackward {
     }
     if (!differentiable.empty() || !products.empty()) {
       const at::NoGradGuard no_grad;
-      const double share = apart_ ? factor / (2 * largest_) : factor;
-      const Factor seed = term.squared ? seed_factor(2 * share)
-                                       : seed_factor(1).times(over_norm(whole.defined() ? whole : squared, share));
+      const Factor share = apart_ ? Factor(factor.number() / (2 * largest_)) : factor;
+      const Factor seed = term.squared ? seed_factor(share.times(2))
+                                       : seed_factor(share).times(over_norm(whole.defined() ? whole : squared, 1));
       start(differentiable, term.squared ? taken_and_scaled(differentiable, seed) : scaled(differentiable, seed));
       for (const GramFactors& product : products) {
         std::vector<at::Tensor> seeds = product.seeds();
@@ -123,25 +123,23 @@ class DoubleBackward {
   /// The gradients of the probes, with their graph.
   [[nodiscard]] const std::vector<at::Tensor>& roots() const noexcept { return roots_; }
 
-  /// The gradient of weight * loss and of all penalties; of these alone where the weight is 0. The graph is gone
-  /// afterwards.
-  [[nodiscard]] std::vector<WeightedGradients> finish(double weight) {
+  /// The gradient of weight * loss and of all penalties; of these alone without a weight. The graph is gone afterwards.
+  [[nodiscard]] std::vector<WeightedGradients> finish(const std::optional<Factor>& weight) {
     const bool penalised = !roots_.empty();
-    const bool with_loss = weight != 0;
     std::vector<WeightedGradients> result;
     std::vector<at::Tensor> starts;
     std::vector<at::Tensor> start_seeds;
-    if (!with_loss) {
-      // nothing of it
+    if (!weight.has_value()) {
+      // nothing of the loss
     } else if (!loss_gradient_.empty() && (apart_ || !penalised)) {
-      result.push_back({std::move(loss_gradient_), scale_.over(weight)});
+      result.push_back({std::move(loss_gradient_), scale_.over(*weight)});
     } else if (apart_ || !scale_.is_one()) {
       result.push_back({gradients({evaluation_.loss}, parameters_.tensors, scale_.seeds(evaluation_.loss),
                                   penalised || evaluation_.shares_graph, /*create_graph=*/false, "the loss"),
-                        scale_.over(weight)});
+                        scale_.over(*weight)});
     } else {
       starts.push_back(evaluation_.loss);
-      start_seeds.push_back(at::full_like(evaluation_.loss, weight));
+      start_seeds.push_back(weight->like(evaluation_.loss));
     }
     loss_gradient_.clear();
     if (penalised) {
@@ -181,7 +179,7 @@ class DoubleBackward {
   }
 
   /// From S g to the seed: apart, it is g itself for the strongest penalty, and 2 * largest / S is left to the end.
-  [[nodiscard]] Factor seed_factor(double share) const { return apart_ ? scale_.over(share) : Factor(share); }
+  [[nodiscard]] Factor seed_factor(const Factor& share) const { return apart_ ? scale_.over(share) : share; }
 
   const Evaluation& evaluation_;
   const Parameters& parameters_;
@@ -203,10 +201,10 @@ inline Estimated double_backward(const MiniBatch& batch, const Evaluation& evalu
   DoubleBackward step(evaluation, parameters, range, strongest * weights.penalty);
   try {
     for (std::size_t i = 0; i < batch.terms(); ++i) {
-      result.squared_norms.push_back(
-          step.add(batch.term(i), std::exchange(probes[i], {}), weights.strengths[i] * weights.penalty));
+      result.squared_norms.push_back(step.add(batch.term(i), std::exchange(probes[i], {}), weights.on_penalty(i),
+                                              /*wanted=*/weights.strengths[i] * weights.penalty > 0));
     }
-    result.gradients = step.finish(weights.loss);
+    result.gradients = step.finish(weights.loss != 0 ? std::optional(weights.on_loss()) : std::nullopt);
   } catch (const MissingDerivative& error) {
     const std::string place = place_of(error.operation(), evaluation.loss, parameters.tensors, parameters.names);
     throw ModelError(place.empty() ? std::string(error.what()) : text({error.what(), " (it stands ", place, ")"}));

@@ -231,14 +231,14 @@ class FiniteDifference final : public Differences {
         probes[i] = {probes[i][only->second]};
       }
       try {
-        (void)step.add(info, probes[i], factor(i), passes.terms[i].squared_norm);
+        (void)step.add(info, probes[i], factor(i), factor(i) > 0, passes.terms[i].squared_norm);
       } catch (const std::exception&) {
         return std::nullopt;
       }
     }
     try {
       std::vector<at::Tensor> result(parameters_.tensors.size());
-      add_scaled(result, step.finish(0));
+      add_scaled(result, step.finish(std::nullopt));
       return result;
     } catch (const std::exception&) {
       return std::nullopt;

@@ -111,8 +111,8 @@ class Step {
   /// a parallelism of its own, and where somebody's scope on this thread wants to see all operations.
   [[nodiscard]] std::int64_t workers() const {
     const auto device = common_device(parameters_.tensors);
-    const bool possible =
-        options_.workers > 0 && !displaces() && device.has_value() && device->is_cpu() && !gates_are_watched();
+    const bool possible = options_.workers > 0 && options_.cuda_graph == nullptr && !displaces() &&
+                          device.has_value() && device->is_cpu() && !gates_are_watched();
     return possible ? options_.workers : 0;
   }
 
@@ -136,8 +136,10 @@ class Step {
     in_turns(side_by_side, static_cast<std::int64_t>(parts_.size()),
              [&](std::int64_t i, Turns& turns) { estimate_part(i, turns, choice, estimate); });
     collected_.weigh_by_counts();
-    return collected_.report(step_, count(), strengths_, choice.factor, total_scale(),
-                             parameters_.tensors.front().options().requires_grad(false));
+    Report report = collected_.report(step_, count(), strengths_, choice.factor, total_scale(),
+                                      parameters_.tensors.front().options().requires_grad(false));
+    report.replayed = replayed_;
+    return report;
   }
 
   /// What the sums of this rank are to be multiplied by before they are added up with those of others, if by anything.
@@ -269,6 +271,7 @@ class Step {
     turns.await(Turns::Stage::sum, i);
     add_scaled(sums_.objective, std::move(estimated.gradients));
     add_scaled(sums_.loss, std::move(estimated.loss_gradient));
+    replayed_ += estimated.replayed ? 1 : 0;
     if (penalised) {
       collected_.add_penalised(part, std::move(estimated.squared_norms));
     }
@@ -348,6 +351,7 @@ class Step {
 
   std::optional<OwnDraws> draws_;
   std::optional<SideBySide> side_by_side_;  // where there are workers
+  std::int64_t replayed_ = 0;
   std::int64_t judged_ = 0;  // the first micro-batch with probes shows what graphs keep; those before it run alone
   std::mutex calling_;
 };

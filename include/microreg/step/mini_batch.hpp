@@ -46,6 +46,14 @@ class Evaluation {
   bool shares_graph = false;           ///< the input carries a graph, which other micro-batches need too
 };
 
+/// What decides, beside its tensors, what a micro-batch's passes do: a recording of them is for this alone.
+struct RecordingTraits {
+  const void* owner = nullptr;        ///< model, loss and penalties, together
+  std::vector<bool> training = {};    ///< of each module of model and loss, as far as they are known
+  std::int64_t micro_batch_size = 0;  ///< of a whole one
+  std::optional<at::Generator> generator = std::nullopt;
+};
+
 /// What model, loss and penalties say of one mini-batch.
 class MiniBatch {
  public:
@@ -68,6 +76,15 @@ class MiniBatch {
   /// Forward pass and loss of one micro-batch; `inputs`, if there are any, take the place of Evaluation::inputs.
   [[nodiscard]] virtual std::unique_ptr<Evaluation> evaluate(const Part& part,
                                                              const std::vector<at::Tensor>& inputs) = 0;
+
+  // For recordings of a Regularizer's micro-batches.
+  [[nodiscard]] virtual RecordingTraits traits() const { return {}; }
+  /// Calls `visit(tensor, path)` for every tensor of one micro-batch, a view.
+  virtual void for_each_tensor_of(const Part& /*part*/,
+                                  const std::function<void(const at::Tensor&, const std::string&)>& /*visit*/) const {}
+  /// A mini-batch of this one micro-batch, on copies of its tensors and with everything else that it needs. Throws
+  /// ModelError where a batch holds more than tensors.
+  [[nodiscard]] virtual std::unique_ptr<MiniBatch> copied(const Part& /*part*/) const { return nullptr; }
 };
 
 /// What is remembered from step to step of the proofs of a difference.

@@ -158,7 +158,7 @@ class OptionalAutocast {
 
 /// The objective of one Regularizer on batches of these types.
 template <class Input, class Target>
-class Objective {
+class Objective : public std::enable_shared_from_this<Objective<Input, Target>> {
  public:
   Objective() = default;
   Objective(const Objective&) = delete;
@@ -167,6 +167,8 @@ class Objective {
 
   [[nodiscard]] virtual std::vector<NamedParameter> parameters() const = 0;
   [[nodiscard]] virtual std::vector<at::Tensor> buffers() const = 0;
+  /// Of each module of model and loss, as far as they are known, whether it is in training mode.
+  [[nodiscard]] virtual std::vector<bool> modes() const = 0;
   [[nodiscard]] virtual std::size_t terms() const = 0;
   [[nodiscard]] virtual const TermInfo& term(std::size_t index) const = 0;
   [[nodiscard]] virtual std::unique_ptr<Evaluation> evaluate(Input input, Target target, std::int64_t size,
@@ -249,6 +251,14 @@ class TypedObjective final : public Objective<Input, Target> {
     }
     return result;
   }
+  [[nodiscard]] std::vector<bool> modes() const override {
+    std::vector<bool> result;
+    handle_.add_modes(result);
+    if constexpr (is_module_holder<Loss>) {
+      add_modes_of(*loss_.ptr(), result);
+    }
+    return result;
+  }
   [[nodiscard]] std::size_t terms() const override { return penalty_.size(); }
   [[nodiscard]] const TermInfo& term(std::size_t index) const override { return penalty_.terms()[index]; }
 
@@ -290,9 +300,23 @@ auto make_objective(M&& model, Loss loss, Expression penalty) {
                                  as_any_penalty<Input, typename Typed::Output, Target>(std::move(penalty)));
 }
 
+/// What stands behind a mini-batch that lives on its own.
+template <class Input, class Target>
+struct OwnBatch {
+  std::shared_ptr<Objective<Input, Target>> objective;
+  RegularizerOptions options;
+  Input input;
+  Target target;
+};
+template <class Input, class Target>
+class StandingBatch;
+
+/// Throws ModelError: `name` holds more than tensors, which a recording would not see change.
+[[noreturn]] void throw_not_recorded(const std::string& name);
+
 /// An objective on one mini-batch.
 template <class Input, class Target>
-class ObjectiveOnBatch final : public MiniBatch {
+class ObjectiveOnBatch : public MiniBatch {
  public:
   ObjectiveOnBatch(Objective<Input, Target>& objective, const RegularizerOptions& options, const Input& input,
                    const Target& target, SnapshotMemory* memory = nullptr)
@@ -374,6 +398,35 @@ class ObjectiveOnBatch final : public MiniBatch {
     return result;
   }
 
+  [[nodiscard]] RecordingTraits traits() const override {
+    return {&objective_, objective_.modes(), options_.micro_batch_size, options_.generator};
+  }
+  void for_each_tensor_of(const Part& part,
+                          const std::function<void(const at::Tensor&, const std::string&)>& visit) const override {
+    Input input = slice(input_, part.begin, part.size);
+    detail::for_each_tensor(input, "input", visit);
+    Target target = slice(target_, part.begin, part.size);
+    detail::for_each_tensor(target, "target", visit);
+  }
+  [[nodiscard]] std::unique_ptr<MiniBatch> copied(const Part& part) const override {
+    if constexpr (!holds_tensors_alone<Input>()) {
+      throw_not_recorded("the input");
+    } else if constexpr (!holds_tensors_alone<Target>() && !std::is_same_v<Target, NoTarget>) {
+      throw_not_recorded("the target");
+    } else {
+      OwnBatch<Input, Target> own{objective_.shared_from_this(), options_, slice(input_, part.begin, part.size),
+                                  slice(target_, part.begin, part.size)};
+      own.options.cuda_graph = nullptr;  // which will own it
+      own.options.communicator = nullptr;
+      const auto copy = [](at::Tensor& tensor, const std::string& /*path*/) {
+        tensor = tensor.detach().clone().requires_grad_(tensor.requires_grad());
+      };
+      detail::for_each_tensor(own.input, "input", copy);
+      detail::for_each_tensor(own.target, "target", copy);
+      return std::make_unique<StandingBatch<Input, Target>>(std::move(own));
+    }
+  }
+
  private:
   Objective<Input, Target>& objective_;
   const RegularizerOptions& options_;
@@ -382,6 +435,14 @@ class ObjectiveOnBatch final : public MiniBatch {
   SnapshotMemory* memory_;
   bool input_gradient_ = false;
   c10::DeviceType device_ = c10::kCPU;
+};
+
+template <class Input, class Target>
+class StandingBatch final : private OwnBatch<Input, Target>, public ObjectiveOnBatch<Input, Target> {
+ public:
+  explicit StandingBatch(OwnBatch<Input, Target> own)
+      : OwnBatch<Input, Target>(std::move(own)),
+        ObjectiveOnBatch<Input, Target>(*this->objective, this->options, this->input, this->target) {}
 };
 
 /// What `look` finds on one mini-batch with an objective of its own.

@@ -22,6 +22,23 @@ class OwnDraws final : public CallWatch<OwnDraws> {
 
   OwnDraws(bool wanted, const GeneratorStates& beginning) : CallWatch(wanted), wanted_(wanted), last_(beginning) {}
 
+  /// Does `work` without following it: what it draws, and puts back, is this step's own.
+  template <class Work>
+  static void around(const Work& work) {
+    OwnDraws* const watch = current();
+    if (watch == nullptr) {
+      work();
+      return;
+    }
+    watch->look();
+    struct GoOn {
+      OwnDraws& watch;
+      ~GoOn() { watch.go_on(); }
+    } behind{*watch};
+    const Unwatched pause;
+    work();
+  }
+
   /// Whether it is so up to now; true where nobody looked.
   [[nodiscard]] bool alone() const { return !wanted_ || (alone_ && !last_.moved()); }
 
@@ -29,20 +46,29 @@ class OwnDraws final : public CallWatch<OwnDraws> {
   friend class CallWatch<OwnDraws>;
 
   void note(const at::RecordFunction& function) {
-    const std::lock_guard lock(mutex_);
-    if (alone_ && draws(function)) {
-      alone_ = !last_.moved();
+    if (draws(function)) {
+      look();
     }
   }
   void note_end(const at::RecordFunction& function) {
+    if (draws(function)) {
+      go_on();
+    }
+  }
+  void look() {
     const std::lock_guard lock(mutex_);
-    if (alone_ && draws(function)) {
+    alone_ = alone_ && !last_.moved();
+  }
+  void go_on() {
+    const std::lock_guard lock(mutex_);
+    if (alone_) {
       last_ = last_.now();
     }
   }
 
   /// Asked once for each operation: a schema keeps its name in one place.
   bool draws(const at::RecordFunction& function) {
+    const std::lock_guard lock(mutex_);
     const char* const name = function.name();
     if (const auto known = known_.find(name); known != known_.end()) {
       return known->second;

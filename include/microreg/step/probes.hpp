@@ -108,6 +108,7 @@ struct Estimated {
   std::vector<at::Tensor> squared_norms;              ///< of the gradient of each penalty
   std::vector<WeightedGradients> gradients = {};      ///< of loss and penalties, to be added up
   std::vector<WeightedGradients> loss_gradient = {};  ///< of the loss alone, where it is asked for
+  bool replayed = false;                              ///< from a recording
 };
 
 /// What one penalised micro-batch counts, and how strong each penalty is in this step.
@@ -115,6 +116,14 @@ struct Weights {
   double loss;                           ///< weight(M)
   double penalty;                        ///< weight(M) times the factor of sampling; 0: not penalised in this step
   const std::vector<double>& strengths;  ///< of the step, one a penalty
+  /// What on_loss() and on_penalty() are instead, where a recording is to be repeated with other numbers: scalars on
+  /// the device, one for the loss and one a penalty. The numbers say then what is 0.
+  const std::vector<at::Tensor>* scalars = nullptr;
+
+  [[nodiscard]] Factor on_loss() const { return scalars == nullptr ? Factor(loss) : Factor(scalars->front()); }
+  [[nodiscard]] Factor on_penalty(std::size_t i) const {
+    return scalars == nullptr ? Factor(strengths[i] * penalty) : Factor((*scalars)[i + 1]);
+  }
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail

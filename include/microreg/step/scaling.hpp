@@ -28,8 +28,7 @@ class Scale {
     if (is_one()) {
       return {};
     }
-    return {scalar_.defined() ? scalar_.to(root.device(), root.scalar_type()).expand_as(root).contiguous()
-                              : at::full_like(root, number_)};
+    return {(scalar_.defined() ? Factor(scalar_) : Factor(number_)).like(root)};
   }
 
   /// numerator / S^power.
@@ -40,6 +39,9 @@ class Scale {
     }
     return scalar_.defined() ? Factor(numerator * scalar_.pow(-power)) : Factor(numerator / divisor);
   }
+
+  /// weight / S, where a weight that is no number meets an S of 1 alone.
+  [[nodiscard]] Factor over(const Factor& weight) const { return is_one() ? weight : over(weight.number()); }
 
   /// squared / S^2: the squared norm of a gradient that is S times too large.
   [[nodiscard]] at::Tensor divided_out(const at::Tensor& squared) const {

@@ -214,6 +214,13 @@ class Factor {
   [[nodiscard]] at::Tensor times(const at::Tensor& tensor) const {
     return is_number() ? tensor * number_ : tensor * beside(tensor);
   }
+  [[nodiscard]] Factor times(double number) const {
+    return is_number() ? Factor(number_ * number) : Factor(scalar_ * number);
+  }
+  /// It, in a tensor of its own in the shape of `tensor`.
+  [[nodiscard]] at::Tensor like(const at::Tensor& tensor) const {
+    return is_number() ? at::full_like(tensor, number_) : beside(tensor).expand_as(tensor).clone();
+  }
 
  private:
   double number_;
@@ -264,10 +271,20 @@ inline at::Tensor over_norm(const at::Tensor& squared, double scalar) {
   return at::where(squared == 0, at::zeros_like(squared), scalar * squared.rsqrt());
 }
 
+/// Whether there are some, and all of one type on one device.
+inline bool alike(const std::vector<at::Tensor>& tensors) {
+  return !tensors.empty() && std::all_of(tensors.begin(), tensors.end(), [&](const at::Tensor& tensor) {
+    return tensor.scalar_type() == tensors.front().scalar_type() && tensor.device() == tensors.front().device();
+  });
+}
+
 /// tensors[i] * factor.
 inline std::vector<at::Tensor> scaled(const std::vector<at::Tensor>& tensors, const Factor& factor) {
   if (factor.is_number()) {
     return at::_foreach_mul(tensors, factor.number());
+  }
+  if (alike(tensors)) {
+    return at::_foreach_mul(tensors, factor.beside(tensors.front()));
   }
   std::vector<at::Tensor> result;
   result.reserve(tensors.size());
@@ -294,7 +311,9 @@ inline std::vector<at::Tensor> taken_and_scaled(std::vector<at::Tensor>& tensors
       ours.push_back(result.back());
     }
   }
-  if (!factor.is_number()) {
+  if (!factor.is_number() && alike(ours)) {
+    at::_foreach_mul_(ours, factor.beside(ours.front()));
+  } else if (!factor.is_number()) {
     for (at::Tensor& tensor : ours) {
       tensor.mul_(factor.beside(tensor));
     }
