@@ -190,6 +190,48 @@ TEST_CASE("Recorded micro-batches give the steps that they give otherwise") {
   SECTION("the ratio, and outputs") {
     agrees(microreg::GradientNorm{}, {.strength = 0.1, .keep_outputs = true, .gradient_ratio = true});
   }
+  SECTION("a generator of one's own") {
+    const auto run = [](bool with_graph) {
+      microreg::RegularizerOptions options{.strength = 0.1, .generator = generator(5)};
+      options.cuda_graph = with_graph ? std::make_shared<Again>() : nullptr;
+      Trained result = trained(microreg::UnitJacobian{}, options);
+      result.random = options.generator->get_state();
+      return result;
+    };
+    const Trained plain = run(false), repeated = run(true);
+    CHECK(repeated.replayed == 11);
+    CHECK(relative_error(repeated.state.front(), plain.state.front()) < 1e-12);
+    CHECK(same_bits(repeated.random, plain.random));
+  }
+  SECTION("under autocast, the user's and the option's") {
+    Net model = net();
+    model->to(torch::kFloat32);
+    model->eval();
+    const torch::Tensor x = samples().input.to(torch::kFloat32);
+    const auto run = [&](bool with_graph, bool by_option) {
+      microreg::RegularizerOptions options{.strength = 0.1, .micro_batch_size = 4};
+      if (by_option) {
+        options.autocast = torch::kBFloat16;
+      }
+      options.cuda_graph = with_graph ? std::make_shared<Again>() : nullptr;
+      microreg::Regularizer regularizer(model, cross_entropy, microreg::GradientNorm{}, options);
+      for (int i = 0; i < 3; ++i) {
+        std::optional<microreg::Autocast> half;
+        if (!by_option) {
+          half.emplace(torch::kCPU);
+        }
+        model->zero_grad();
+        (void)regularizer.backward(x, samples().target);
+        const torch::NoGradGuard no_grad;
+        model->first->weight.mul_(1.01);  // what was cast before is of other weights
+      }
+      model->first->weight.data().div_(1.01 * 1.01 * 1.01);
+      return flat_grad(model->parameters());
+    };
+    const bool by_option = GENERATE(true, false);
+    const torch::Tensor plain = run(false, by_option);
+    CHECK(relative_error(run(true, by_option), plain) < 1e-2);
+  }
   SECTION("stock") { agrees(microreg::GradientNorm{}, {.strength = 0.1, .fused = false}); }
 }
 
@@ -338,6 +380,20 @@ TEST_CASE("What cannot be recorded is refused by name") {
               }),
               {"cuda_graph is set and the estimator is a difference"}));
   }
+  SECTION("parameters that the forward pass writes to") {
+    torch::nn::Embedding table(torch::nn::EmbeddingOptions(9, 6).max_norm(0.1));
+    table->to(torch::kFloat64);
+    torch::nn::Linear last(6, networks::classes);
+    last->to(torch::kFloat64);
+    microreg::FunctionModel function{[&](const torch::Tensor& x) { return last->forward(table->forward(x)); },
+                                     microreg::modules(table, last)};
+    microreg::Regularizer regularizer(function, cross_entropy, gradient_norm,
+                                      {.micro_batch_size = 4, .cuda_graph = std::make_shared<Again>()});
+    const torch::Tensor x = torch::randint(9, {8}), y = torch::randint(networks::classes, {8});
+    (void)regularizer.backward(x, y);
+    CHECK(has(message_of<microreg::ModelError>([&] { (void)regularizer.backward(x, y); }),
+              {"the forward pass writes to parameters", "cuda_graph"}));
+  }
   SECTION("a loss scale") {
     microreg::Regularizer regularizer(model, cross_entropy, gradient_norm,
                                       {.loss_scale = 16, .cuda_graph = std::make_shared<Again>()});
@@ -407,4 +463,20 @@ TEST_CASE("A step that fails behind a recorded micro-batch leaves nothing") {
   x[6].fill_(std::nan(""));  // in a recorded one
   CHECK_THROWS_AS(regularizer.backward(x, samples().target), microreg::NonFiniteError);
   CHECK(watch.unchanged());
+}
+
+TEST_CASE("No recording is made of a micro-batch that is not finite") {
+  Net model = net();
+  const auto graph = std::make_shared<Again>();
+  microreg::Regularizer regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                    {.strength = 0.1, .micro_batch_size = 4, .cuda_graph = graph});
+  const torch::Tensor four = samples().input.narrow(0, 0, 4), labels = samples().target.narrow(0, 0, 4);
+  (void)regularizer.backward(four, labels);
+  const Watch watch(*model);
+  CHECK_THROWS_AS(regularizer.backward(torch::full_like(four, std::nan("")), labels), microreg::NonFiniteError);
+  CHECK(watch.unchanged());
+  CHECK(graph->recordings() == 0);
+  CHECK(regularizer.backward(four, labels).replayed == 0);
+  CHECK(graph->recordings() == 1);
+  CHECK(regularizer.backward(four, labels).replayed == 1);
 }
