@@ -10,8 +10,8 @@
 #include <ATen/core/Generator.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/core/Device.h>
+#include <c10/core/StreamGuard.h>
 #include <c10/cuda/CUDAFunctions.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
@@ -93,7 +93,8 @@ class CudaGraph final : public detail::Recordings {
 
   std::unique_ptr<detail::Recording> record(const std::function<void()>& work,
                                             const std::vector<at::Generator>& generators) override {
-    const c10::cuda::CUDAStreamGuard on_side(c10::cuda::getStreamFromPool());
+    // Not a CUDAStreamGuard, which would have to be linked with CUDA's runtime.
+    const c10::StreamGuard on_side(c10::cuda::getStreamFromPool().unwrap());
     c10::cuda::device_synchronize();
     for (int i = 0; i < warm_ups; ++i) {
       work();
@@ -101,7 +102,7 @@ class CudaGraph final : public detail::Recordings {
     c10::cuda::device_synchronize();
     auto captured = std::make_unique<Captured>();
     for (const at::Generator& generator : generators) {
-      captured->graph.register_generator_state(generator);
+      take_from(generator, captured->graph);
     }
     captured->graph.capture_begin();
     try {
@@ -113,6 +114,14 @@ class CudaGraph final : public detail::Recordings {
     captured->graph.capture_end();
     c10::cuda::device_synchronize();
     return captured;
+  }
+
+  /// Later versions of LibTorch find out by themselves what a graph draws from.
+  template <class Graph>
+  static void take_from(const at::Generator& generator, Graph& graph) {
+    if constexpr (requires { graph.register_generator_state(generator); }) {
+      graph.register_generator_state(generator);
+    }
   }
 
   /// A stream stays in capture until that is ended, also where it has failed.
