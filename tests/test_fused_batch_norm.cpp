@@ -2,6 +2,7 @@
 #include "fused_helpers.hpp"
 
 #include <microreg/fused/batch_norm.hpp>
+#include <microreg/microreg.hpp>
 
 #include <array>
 
@@ -211,4 +212,45 @@ TEST_CASE("every instruction set gives the same batch normalisation", "[fused]")
     check_close(avx2, baseline, 1e-5);
   }
 #endif
+}
+
+// LibTorch 2.13 is wrong there by itself: docs/libtorch-bugs.md.
+TEST_CASE("batch normalisation of one sample takes gradients in any strides", "[fused]") {
+  const auto type = GENERATE(torch::kFloat64, torch::kFloat32);
+  torch::manual_seed(3);
+  const torch::Tensor x = torch::randn({1, 2, 8, 7}, type), direction = torch::randn({1, 2, 8, 7}, type);
+  const torch::Tensor w = (torch::rand({2}, type) + 0.5).requires_grad_();
+  const torch::Tensor b = torch::randn({2}, type).requires_grad_();
+  const torch::Tensor h = torch::randn({3, 2}, type).requires_grad_();
+  const std::vector<torch::Tensor> parameters{w, b, h};
+  // Of y one branch has a contiguous gradient, the other one in channels-last.
+  const auto two_branches = [&](const torch::Tensor& y) {
+    return (y * direction).sum() + torch::linear(y.movedim(1, -1), h).square().sum();
+  };
+  const auto by_hand = [&](const torch::Tensor& input) {
+    const torch::Tensor centred = input - input.mean({2, 3}, true);
+    const torch::Tensor y = centred / (centred.square().mean({2, 3}, true) + 1e-5).sqrt();
+    return y * w.to(torch::kFloat64).view({1, 2, 1, 1}) + b.to(torch::kFloat64).view({1, 2, 1, 1});
+  };
+  const auto instance_norm = [&](const torch::Tensor& input) {
+    return torch::instance_norm(input, w, b, {}, {}, true, 0.1, 1e-5, true);
+  };
+  torch::Tensor expected, plain;
+  {
+    const torch::Tensor y = by_hand(x.to(torch::kFloat64));
+    const torch::Tensor loss = (y * direction.to(torch::kFloat64)).sum() +
+                               torch::linear(y.movedim(1, -1), h.to(torch::kFloat64)).square().sum();
+    plain = flattened(torch::autograd::grad({loss}, parameters, {}, true, true), parameters);
+    expected = plain + penalty_by_hand(loss, parameters) * 1e-3;
+  }
+  const double bound = type == torch::kFloat64 ? 1e-12 : 1e-4;
+  {
+    const microreg::FusedScope scope;
+    const torch::Tensor loss = two_branches(instance_norm(x));
+    CHECK(relative_error(flattened(torch::autograd::grad({loss}, parameters), parameters), plain) < bound);
+  }
+  microreg::FunctionModel model{instance_norm, parameters};
+  microreg::Regularizer regularizer(model, two_branches, microreg::GradientNorm{}, {.strength = 1e-3});
+  (void)regularizer.backward(x);
+  CHECK(relative_error(flat_grad(parameters), expected) < bound);
 }

@@ -386,8 +386,9 @@ class Builder {
       add(
           c10::str("batch norm", suffix, tracked ? "" : " untracked", training ? "" : " in evaluation mode"),
           [=](const Tensor& x, const State& s) {
-            return torch::batch_norm(x, of(s, w), of(s, b), tracked ? s.buffers[m] : Tensor(),
-                                     tracked ? s.buffers[m + 1] : Tensor(), training, 0.1, eps, true);
+            return libtorch_bugs::normalised_sample(
+                x, torch::batch_norm(x, of(s, w), of(s, b), tracked ? s.buffers[m] : Tensor(),
+                                     tracked ? s.buffers[m + 1] : Tensor(), training, 0.1, eps, true));
           },
           before);
     } else if (which == 1) {
@@ -395,18 +396,17 @@ class Builder {
       add(
           c10::str("instance norm", suffix),
           [=](const Tensor& x, const State& s) {
-            return torch::instance_norm(x, of(s, w), of(s, b), {}, {}, true, 0.1, eps, true);
+            return libtorch_bugs::normalised_sample(
+                x, torch::instance_norm(x, of(s, w), of(s, b), {}, {}, true, 0.1, eps, true));
           },
           before);
     } else if (which == 2) {
       const std::int64_t groups = channels % 2 == 0 && random_.once_in(2) ? 2 : random_.once_in(3) ? channels : 1;
-      const bool first = network_.layers.empty();
       const std::size_t w = scale({channels}), b = shift({channels});
       add(
           c10::str("group norm ", groups, suffix),
           [=](const Tensor& x, const State& s) {
-            return torch::group_norm(first ? libtorch_bugs::first_layer_of_group_norm(x) : x, groups, of(s, w),
-                                     of(s, b), eps);
+            return torch::group_norm(libtorch_bugs::input_of_group_norm(x), groups, of(s, w), of(s, b), eps);
           },
           before);
     } else {
