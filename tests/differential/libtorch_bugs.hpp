@@ -23,13 +23,12 @@ inline bool pointwise_strided_convolution(const std::vector<std::int64_t>& weigh
 inline torch::Tensor input_of_group_norm(const torch::Tensor& x) { return x.requires_grad() ? x : x.contiguous(); }
 
 /// Batch normalisation of one sample, and so instance normalisation with a batch of one: the backward pass in
-/// channels-last of a gradient whose stride between samples is not that of a whole one. `y` with a hook that lays it
-/// out as the input is.
-inline torch::Tensor normalised_sample(const torch::Tensor& x, torch::Tensor y) {
-  if (x.size(0) == 1 && y.requires_grad() && x.is_non_overlapping_and_dense()) {
-    y.register_hook([sizes = x.sizes().vec(), strides = x.strides().vec()](const torch::Tensor& g) {
-      return torch::empty_strided(sizes, strides, g.options().requires_grad(false)).copy_(g);
-    });
+/// channels-last of a gradient whose stride between samples is not that of a whole one. `y` with a hook that makes it
+/// contiguous, strides of dimensions of one element too.
+inline torch::Tensor normalised_sample(torch::Tensor y) {
+  if (y.size(0) == 1 && y.requires_grad()) {
+    y.register_hook(
+        [](const torch::Tensor& g) { return torch::empty(g.sizes(), g.options().requires_grad(false)).copy_(g); });
   }
   return y;
 }

@@ -387,8 +387,8 @@ class Builder {
           c10::str("batch norm", suffix, tracked ? "" : " untracked", training ? "" : " in evaluation mode"),
           [=](const Tensor& x, const State& s) {
             return libtorch_bugs::normalised_sample(
-                x, torch::batch_norm(x, of(s, w), of(s, b), tracked ? s.buffers[m] : Tensor(),
-                                     tracked ? s.buffers[m + 1] : Tensor(), training, 0.1, eps, true));
+                torch::batch_norm(x, of(s, w), of(s, b), tracked ? s.buffers[m] : Tensor(),
+                                  tracked ? s.buffers[m + 1] : Tensor(), training, 0.1, eps, true));
           },
           before);
     } else if (which == 1) {
@@ -397,7 +397,7 @@ class Builder {
           c10::str("instance norm", suffix),
           [=](const Tensor& x, const State& s) {
             return libtorch_bugs::normalised_sample(
-                x, torch::instance_norm(x, of(s, w), of(s, b), {}, {}, true, 0.1, eps, true));
+                torch::instance_norm(x, of(s, w), of(s, b), {}, {}, true, 0.1, eps, true));
           },
           before);
     } else if (which == 2) {
