@@ -38,8 +38,8 @@ struct CudaGraphOptions {
 };
 
 /// Records the work of a micro-batch (forward pass, loss, probes, double backward) as a CUDA graph in its second step,
-/// and repeats that from then on: one call starts what took thousands. For networks whose kernels are shorter than the
-/// 5 to 20 microseconds that it takes to start one.
+/// and repeats that from then on: one call starts what took hundreds. For networks whose kernels are shorter than it
+/// takes the host to start one.
 ///
 /// ```cpp
 /// microreg::Regularizer regularizer(

@@ -437,6 +437,7 @@ class ObjectiveOnBatch : public MiniBatch {
   c10::DeviceType device_ = c10::kCPU;
 };
 
+/// A mini-batch that owns what it is made of.
 template <class Input, class Target>
 class StandingBatch final : private OwnBatch<Input, Target>, public ObjectiveOnBatch<Input, Target> {
  public:
