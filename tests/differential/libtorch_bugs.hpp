@@ -33,6 +33,13 @@ inline torch::Tensor normalised_sample(torch::Tensor y) {
   return y;
 }
 
+/// Max pooling with dilation whose window has all of its elements in the padding: the index of its maximum lies outside
+/// the map, and the backward pass writes there. Its value is minus infinity; throws for such a `y`.
+inline torch::Tensor pooled(torch::Tensor y) {
+  TORCH_CHECK(!y.isneginf().any().item<bool>(), "a window without an element");
+  return y;
+}
+
 /// The second derivative of torch::_weight_norm holds the norms constant.
 inline torch::Tensor weight_norm(const torch::Tensor& v, const torch::Tensor& g) {
   return v * (g / v.flatten(1).norm(2, 1).view_as(g));

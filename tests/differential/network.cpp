@@ -297,9 +297,9 @@ class Builder {
         add(
             name("max pool") + c10::str(" dilation ", one[0]),
             [=](const Tensor& x, const State&) {
-              return d == 1   ? torch::max_pool1d(x, kernel, stride, padding, one, ceil)
-                     : d == 2 ? torch::max_pool2d(x, kernel, stride, padding, one, ceil)
-                              : torch::max_pool3d(x, kernel, stride, padding, one, ceil);
+              return libtorch_bugs::pooled(d == 1   ? torch::max_pool1d(x, kernel, stride, padding, one, ceil)
+                                           : d == 2 ? torch::max_pool2d(x, kernel, stride, padding, one, ceil)
+                                                    : torch::max_pool3d(x, kernel, stride, padding, one, ceil));
             },
             mark());
         return;

@@ -77,11 +77,14 @@ inline bool are_plain(at::TensorList tensors, HalfTypes halves) {
   return !is_transformed();
 }
 
+inline bool any_requires_grad(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); });
+}
+
 /// Whether an intercepted backward operation should be recorded with a formula of ours for its own derivative.
 inline bool should_fuse(at::TensorList tensors, HalfTypes halves) {
-  return at::GradMode::is_enabled() && are_plain(tensors, halves) &&
-         std::any_of(tensors.begin(), tensors.end(),
-                     [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); });
+  return at::GradMode::is_enabled() && are_plain(tensors, halves) && any_requires_grad(tensors);
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail

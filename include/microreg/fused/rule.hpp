@@ -78,6 +78,9 @@ struct Rule {
   bool (*fits)(const Call& call) = nullptr;
   /// Runs the operation, with a graph or without. Null: as LibTorch does.
   Tensors (*forward)(const Call& call) = nullptr;
+  /// The same call with arguments that LibTorch gets right, whether `fits` says so or not; differentiable where
+  /// gradient mode is on. Null: it gets all of them right.
+  Call (*repaired)(const Call& call) = nullptr;
   /// Only the first result has a derivative; the others are kept for it, as arguments behind those of the schema.
   bool keeps_results = false;
   /// In which type the derivative is taken of half types. What it returns autograd rounds to the type of its input.
@@ -153,7 +156,8 @@ inline Tensors record(const Rule& rule, const Call& call) {
   Tensors results;
   {
     const at::NoGradGuard no_graph;
-    results = rule.forward != nullptr ? rule.forward(call) : call.run();
+    const Call& right = rule.repaired != nullptr ? rule.repaired(call) : call;
+    results = rule.forward != nullptr ? rule.forward(right) : right.run();
   }
   const auto differentiable = results.begin() + (rule.keeps_results ? 1 : static_cast<std::ptrdiff_t>(results.size()));
   const NodePointer node = make_node<Recorded>(rule, call, Tensors(differentiable, results.end()));
@@ -173,7 +177,7 @@ class RuleKernel final : public c10::OperatorKernel {
   void operator()(const c10::OperatorHandle& operation, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) const {
     const StockKernels stock;
     const bool graph = at::GradMode::is_enabled();
-    if (!graph && rule_.forward == nullptr) {
+    if (!graph && rule_.forward == nullptr && rule_.repaired == nullptr) {
       return operation.callBoxed(stack);
     }
     const auto count = static_cast<std::ptrdiff_t>(operation.schema().arguments().size());
@@ -182,17 +186,25 @@ class RuleKernel final : public c10::OperatorKernel {
     for (const std::size_t position : rule_.inputs) {
       inputs.push_back(call.tensor(position));
     }
-    if (!(graph ? should_fuse(inputs, rule_.halves) : are_plain(inputs, rule_.halves)) ||
-        (rule_.fits != nullptr && !rule_.fits(call))) {
+    if (!are_plain(inputs, rule_.halves)) {
       return operation.callBoxed(stack);
     }
     torch::jit::drop(*stack, static_cast<std::size_t>(count));
-    for (at::Tensor& result : graph ? record(rule_, call) : rule_.forward(call)) {
+    for (at::Tensor& result : results(call, graph && any_requires_grad(inputs))) {
       stack->emplace_back(std::move(result));
     }
   }
 
  private:
+  [[nodiscard]] Tensors results(const Call& call, bool graph) const {
+    const bool fits = rule_.fits == nullptr || rule_.fits(call);
+    if (graph && fits) {
+      return record(rule_, call);
+    }
+    const Call right = rule_.repaired != nullptr ? rule_.repaired(call) : call;
+    return !graph && fits && rule_.forward != nullptr ? rule_.forward(right) : right.run();
+  }
+
   const Rule& rule_;
 };
 
