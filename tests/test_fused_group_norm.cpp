@@ -2,6 +2,7 @@
 #include "fused_helpers.hpp"
 
 #include <microreg/fused/group_norm.hpp>
+#include <microreg/microreg.hpp>
 
 #include <array>
 
@@ -72,6 +73,55 @@ TEST_CASE("fused group normalisation gives the gradients of any subset of its in
     const auto inputs = inputs_of(c, torch::kFloat64, 0, {(subset & 1) != 0, (subset & 2) != 0, (subset & 4) != 0});
     CHECK(fused_error(group_norm(c.groups), inputs) < 1e-9);
   }
+}
+
+// LibTorch 2.13 crashes there by itself: docs/libtorch-bugs.md.
+TEST_CASE("group normalisation in channels-last takes an input without a gradient", "[fused]") {
+  const bool volume = GENERATE(false, true);
+  const bool penalise_input = GENERATE(false, true);
+  torch::manual_seed(6);
+  const std::vector<std::int64_t> shape =
+      volume ? std::vector<std::int64_t>{4, 8, 3, 5, 2} : std::vector<std::int64_t>{4, 8, 6, 5};
+  const torch::Tensor x =
+      torch::randn(shape, torch::kFloat64)
+          .contiguous(volume ? torch::MemoryFormat::ChannelsLast3d : torch::MemoryFormat::ChannelsLast);
+  const torch::Tensor w = (torch::rand({8}, torch::kFloat64) + 0.5).requires_grad_();
+  const torch::Tensor b = torch::randn({8}, torch::kFloat64).requires_grad_();
+  const torch::Tensor h = torch::randn({3, 8}, torch::kFloat64).requires_grad_();
+  const std::vector<torch::Tensor> parameters{w, b, h};
+  const auto head = [&](const torch::Tensor& y) { return torch::linear(y.flatten(2).square().mean(2), h); };
+  const auto loss_of = [](const torch::Tensor& output) { return output.logsumexp(1).square().mean(); };
+  const auto by_hand = [&](const torch::Tensor& input) {
+    const torch::Tensor groups = input.contiguous().view({4, 2, -1});
+    const torch::Tensor centred = groups - groups.mean(2, true);
+    const torch::Tensor y = (centred / (centred.square().mean(2, true) + 1e-5).sqrt()).view({4, 8, -1});
+    return head(y * w.view({1, 8, 1}) + b.view({1, 8, 1}));
+  };
+  microreg::FunctionModel model{[&](const torch::Tensor& input) { return head(torch::group_norm(input, 2, w, b)); },
+                                parameters};
+  const torch::Tensor input = x.clone().requires_grad_();
+  const torch::Tensor output = by_hand(input), loss = loss_of(output);
+  torch::Tensor expected = flattened(torch::autograd::grad({loss}, parameters, {}, /*retain_graph=*/true), parameters);
+  if (penalise_input) {
+    torch::Tensor value = torch::zeros({}, x.options());
+    for (const torch::Tensor& each : output.sum(0).unbind()) {
+      value = value + torch::autograd::grad({each}, {input}, {}, true, true)[0].square().sum() / 4;
+    }
+    expected =
+        expected + 1e-2 * flattened(torch::autograd::grad({value}, parameters, {}, false, false, true), parameters);
+  } else {
+    expected = expected + 1e-2 * penalty_by_hand(loss, parameters);
+  }
+  const auto step = [&](auto penalty) {
+    microreg::Regularizer regularizer(model, loss_of, penalty, {.strength = 1e-2});
+    (void)regularizer.backward(x);
+  };
+  if (penalise_input) {
+    step(microreg::InputJacobian{.expectation = microreg::Expectation::exact});
+  } else {
+    step(microreg::GradientNorm{});
+  }
+  CHECK(relative_error(flat_grad(parameters), expected) < 1e-12);
 }
 
 TEST_CASE("group normalisation recorded in a scope has its gradients after the scope too", "[fused]") {

@@ -118,7 +118,7 @@ Tensor flat(const Plan& plan, const State& state, const std::function<Tensor(std
 
 Outcome by_hand(const Plan& plan, torch::Dtype type) {
   State state = state_in(plan, type);
-  state.by_hand = true;
+  state.by_libtorch = state.by_hand = true;
   Tensors trained, selected;
   std::vector<std::size_t> places(state.parameters.size());
   for (std::size_t i = 0; i < state.parameters.size(); ++i) {

@@ -122,7 +122,9 @@ Way regularizer(double strength, microreg::Estimator estimator, bool fused) {
     if (options.estimator.differences() != nullptr) {
       options.loss_scale = 1;
     }
-    const auto model = model_of(plan, state, options.also_train);
+    State own = state;
+    own.by_libtorch = !fused || options.estimator.differences() != nullptr;
+    const auto model = model_of(plan, own, options.also_train);
     if (plan.loss == LossName::counted) {
       return microreg::Regularizer<>(
                  model, [&](const Tensor& o, const Tensor& y) { return plan.evaluate_loss(o, y); }, penalty_of(plan),

@@ -19,16 +19,23 @@ inline bool pointwise_strided_convolution(const std::vector<std::int64_t>& weigh
   return !transposed && all(weight.begin() + 2, weight.end(), 1) && !all(stride.begin(), stride.end(), 1);
 }
 
-/// The backward of group_norm that does not need its input's gradient fails on a channels-last input.
-inline torch::Tensor input_of_group_norm(const torch::Tensor& x) { return x.requires_grad() ? x : x.contiguous(); }
+/// The backward of group_norm that does not need its input's gradient fails on a channels-last input. Whether it needs
+/// it depends on what is asked for: `group_norm` of a contiguous input, in the layout of `x`, by which dropout draws.
+template <class GroupNorm>
+torch::Tensor group_normalised(const torch::Tensor& x, const GroupNorm& group_norm) {
+  return group_norm(x.clone(torch::MemoryFormat::Contiguous)).contiguous(x.suggest_memory_format());
+}
 
-/// Batch normalisation of one sample, and so instance normalisation with a batch of one: the backward pass in
-/// channels-last of a gradient whose stride between samples is not that of a whole one. `y` with a hook that makes it
-/// contiguous, strides of dimensions of one element too.
-inline torch::Tensor normalised_sample(torch::Tensor y) {
-  if (y.size(0) == 1 && y.requires_grad()) {
-    y.register_hook(
-        [](const torch::Tensor& g) { return torch::empty(g.sizes(), g.options().requires_grad(false)).copy_(g); });
+/// Batch normalisation over a dimension of one element, and so instance normalisation with a batch of one: the backward
+/// pass of a gradient that lies otherwise than the input, which those strides do not tell. `y` with a hook that lays it
+/// out as `x`.
+inline torch::Tensor normalised(torch::Tensor y, const torch::Tensor& x) {
+  const auto sizes = x.sizes();
+  if (y.requires_grad() && std::find(sizes.begin(), sizes.end(), 1) != sizes.end() &&
+      x.is_non_overlapping_and_dense()) {
+    y.register_hook([sizes = sizes.vec(), strides = x.strides().vec()](const torch::Tensor& g) {
+      return torch::empty_strided(sizes, strides, g.options().requires_grad(false)).copy_(g);
+    });
   }
   return y;
 }
@@ -40,9 +47,11 @@ inline torch::Tensor pooled(torch::Tensor y) {
   return y;
 }
 
-/// The second derivative of torch::_weight_norm holds the norms constant.
+/// The second derivative of torch::_weight_norm holds the norms constant. Its values in its layout, by which dropout
+/// draws, bit by bit, so that a maximum over what comes of them is where it is for others.
 inline torch::Tensor weight_norm(const torch::Tensor& v, const torch::Tensor& g) {
-  return v * (g / v.flatten(1).norm(2, 1).view_as(g));
+  const torch::Tensor w = v * (g / v.flatten(1).norm(2, 1).view_as(g));
+  return torch::_weight_norm(v.detach(), g.detach(), 0) + (w - w.detach());
 }
 
 /// torch::hardsigmoid has no second derivative, and for a first one in float64 the float32 nearest to 1/6.

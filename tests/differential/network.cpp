@@ -386,9 +386,9 @@ class Builder {
       add(
           c10::str("batch norm", suffix, tracked ? "" : " untracked", training ? "" : " in evaluation mode"),
           [=](const Tensor& x, const State& s) {
-            return libtorch_bugs::normalised_sample(
-                torch::batch_norm(x, of(s, w), of(s, b), tracked ? s.buffers[m] : Tensor(),
-                                  tracked ? s.buffers[m + 1] : Tensor(), training, 0.1, eps, true));
+            const Tensor y = torch::batch_norm(x, of(s, w), of(s, b), tracked ? s.buffers[m] : Tensor(),
+                                               tracked ? s.buffers[m + 1] : Tensor(), training, 0.1, eps, true);
+            return s.by_libtorch ? libtorch_bugs::normalised(y, x) : y;
           },
           before);
     } else if (which == 1) {
@@ -396,8 +396,8 @@ class Builder {
       add(
           c10::str("instance norm", suffix),
           [=](const Tensor& x, const State& s) {
-            return libtorch_bugs::normalised_sample(
-                torch::instance_norm(x, of(s, w), of(s, b), {}, {}, true, 0.1, eps, true));
+            const Tensor y = torch::instance_norm(x, of(s, w), of(s, b), {}, {}, true, 0.1, eps, true);
+            return s.by_libtorch ? libtorch_bugs::normalised(y, x.detach().contiguous().clone()) : y;
           },
           before);
     } else if (which == 2) {
@@ -406,7 +406,10 @@ class Builder {
       add(
           c10::str("group norm ", groups, suffix),
           [=](const Tensor& x, const State& s) {
-            return torch::group_norm(libtorch_bugs::input_of_group_norm(x), groups, of(s, w), of(s, b), eps);
+            const auto group_norm = [&](const Tensor& in) {
+              return torch::group_norm(in, groups, of(s, w), of(s, b), eps);
+            };
+            return s.by_libtorch ? libtorch_bugs::group_normalised(x, group_norm) : group_norm(x);
           },
           before);
     } else {

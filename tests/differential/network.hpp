@@ -18,7 +18,8 @@ using Tensors = std::vector<Tensor>;
 /// What the layers of a network read, and the running statistics that they write.
 struct State {
   Tensors parameters, buffers;
-  bool by_hand = false;  // composed of operations whose second derivative LibTorch gets right
+  bool by_libtorch = false;  // what LibTorch's own passes get wrong is avoided
+  bool by_hand = false;      // composed of operations whose second derivative LibTorch gets right
 };
 
 using Layer = std::function<Tensor(const Tensor& x, const State& state)>;

@@ -8,6 +8,7 @@
 #include <microreg/fused/normalisation.hpp>
 #include <microreg/fused/rule.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
@@ -60,21 +61,23 @@ inline bool batch_norm_fits(const at::Tensor& x, const at::Tensor& mean, const a
          wide_type(rstd.scalar_type()) == wide_type(x.scalar_type());
 }
 
-/// `dy` as LibTorch 2.13 can take it on the CPU. It is wrong, without a word, where a batch of one (all of instance
-/// normalisation, whose samples are channels) has a gradient in channels-last with another stride between samples than
-/// a whole one, as a sum of gradients in both layouts has it. It is right where the gradient lies as the input does:
-/// copied, or only looked at otherwise where they differ in dimensions of one element alone.
-inline at::Tensor laid_out_for_one_sample(const at::Tensor& x, const at::Tensor& dy) {
-  if (!x.is_cpu() || x.size(0) != 1 || dy.strides() == x.strides() || dy.sizes() != x.sizes() ||
-      !x.is_non_overlapping_and_dense()) {
+/// `dy` as LibTorch 2.13 can take it on the CPU. Where a dimension has one element (a batch of one, as all of instance
+/// normalisation is, whose samples are channels; a map of one row), strides do not tell the layout, and it may take a
+/// gradient that lies otherwise than the input for one that lies alike: wrong, without a word. A sum of gradients in
+/// both layouts can be such a one. It is right where the gradient lies as the input does: copied, or only looked at
+/// otherwise where they differ in dimensions of one element alone.
+inline at::Tensor laid_out_as_input(const at::Tensor& x, const at::Tensor& dy) {
+  const at::IntArrayRef sizes = x.sizes();
+  if (!x.is_cpu() || std::find(sizes.begin(), sizes.end(), 1) == sizes.end() || dy.strides() == x.strides() ||
+      dy.sizes() != sizes || !x.is_non_overlapping_and_dense()) {
     return dy;
   }
   for (std::int64_t d = 0; d < x.dim(); ++d) {
-    if (x.size(d) > 1 && dy.stride(d) != x.stride(d)) {
-      return at::empty_strided(x.sizes(), x.strides(), dy.options()).copy_(dy);
+    if (sizes[static_cast<std::size_t>(d)] > 1 && dy.stride(d) != x.stride(d)) {
+      return at::empty_strided(sizes, x.strides(), dy.options()).copy_(dy);
     }
   }
-  return dy.as_strided(x.sizes(), x.strides());
+  return dy.as_strided(sizes, x.strides());
 }
 
 inline constexpr Rule native_batch_norm_backward_rule{
@@ -94,7 +97,7 @@ inline constexpr Rule native_batch_norm_backward_rule{
         [](const Call& call) {
           return call.arguments[7].toBool() && batch_norm_fits(call.tensor(1), call.tensor(5), call.tensor(6));
         },
-    .repaired = [](const Call& call) { return call.with(0, laid_out_for_one_sample(call.tensor(1), call.tensor(0))); },
+    .repaired = [](const Call& call) { return call.with(0, laid_out_as_input(call.tensor(1), call.tensor(0))); },
     .halves = HalfTypes::widened};
 
 /// cuDNN keeps 1/sqrt(var + eps) under the name of save_var.

@@ -107,10 +107,12 @@ inline constexpr Rule native_group_norm_rule{
         }
         return results;
       }
+      // LibTorch 2.13 reads the memory of d_x in channels-last on the CPU whether it was asked for it or not.
+      const bool with_d_x = needs[0] || (x.is_cpu() && x.suggest_memory_format() != at::MemoryFormat::Contiguous);
       const Call backward{
           *find_schema(native_group_norm_backward_rule.schema),
           {dy, x, mean, rstd, weight.defined() ? c10::IValue(weight) : c10::IValue(), call.arguments[3],
-           call.arguments[4], call.arguments[5], call.arguments[6], c10::List<bool>({needs[0], needs[1], needs[2]})}};
+           call.arguments[4], call.arguments[5], call.arguments[6], c10::List<bool>({with_d_x, needs[1], needs[2]})}};
       return at::GradMode::is_enabled() ? record(native_group_norm_backward_rule, backward) : backward.run();
     },
     .fits =
