@@ -38,8 +38,7 @@ void print_preamble(const Options& options, bool memory_kept) {
   }
   fmt::print(
       "ratio: penalised over plain step, medians over interleaved rounds. memory: peak over the plain step's. error: "
-      "of "
-      "the penalty's\npart of the gradient, against double backward by LibTorch alone.\n\n");
+      "of the penalty's\npart of the gradient, against double backward by LibTorch alone.\n\n");
   std::fflush(stdout);
 }
 

@@ -5,7 +5,7 @@
     tests/check_messages.py --list    prints what is looked for
 
 Messages are the texts of errors (whatever is constructed with a name that ends in Error, and every `throw`), of
-warnings, static_asserts and #errors, and of the problems that verify() names. They are made of pieces, words and
+warnings, static_asserts and #errors, of the problems that verify() names, and what CMake says of the package. They are made of pieces, words and
 values: the first piece of words and the longest one, or of each the first 48 characters, must stand in one heading or
 line of code of the page. An entry that belongs to no message any more is an error too.
 """
@@ -21,7 +21,11 @@ SHORTEST = 8  # letters and spaces that make a piece one of words
 SHORTEST_OWN = 24  # of a message that passes another one on: with less it adds only where that arose
 
 COMMENT_OR_LITERAL = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.S)
-CALL = re.compile(r"\b(?:throw\s+\w[\w:]*|\w*(?:Error|_error)|static_assert|problem|TORCH_WARN)\s*\(|#error\b")
+CALL = re.compile(
+    r"\b(?:throw\s+\w[\w:]*|\w*(?:Error|_error)|static_assert|problem|TORCH_WARN(?:_ONCE)?|failure_\.emplace)"
+    r"\s*\(|#error\b"
+)
+CMAKE = re.compile(r'set\(microreg_(?:missing|NOT_FOUND_MESSAGE)\s+("(?:\\.|[^"\\])*")')
 VALUE = re.compile(r"\{[^{}]*\}")  # where fmt puts one
 ESCAPES = {"n": " ", "t": " ", '"': '"', "\\": "\\", "'": "'"}
 
@@ -80,6 +84,13 @@ def messages():
             key = key_of(re.match(r'[\s\\]*(".*")', text[call.end() :])[1] if directive else arguments(text, call.end() - 1))
             if key:
                 line = text.count("\n", 0, call.start()) + 1
+                found.setdefault(key, []).append(f"{file.relative_to(ROOT)}:{line}")
+    for file in sorted((ROOT / "cmake").glob("*.cmake*")):
+        text = file.read_text()
+        for message in CMAKE.finditer(text):
+            key = key_of(re.sub(r"\$\{\w+\}", "{}", message[1]))
+            if key:
+                line = text.count("\n", 0, message.start()) + 1
                 found.setdefault(key, []).append(f"{file.relative_to(ROOT)}:{line}")
     return found
 

@@ -79,8 +79,7 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv) {
   data->add_option_function<std::string>(
           "--split", [&split](const std::string& text) { split = value_of(split_names, text); },
           "What the best checkpoint is chosen on: a held-out fifth of the training images, or, as in the authors' "
-          "code, "
-          "the test images [holdout; synthetic: reference]")
+          "code, the test images [holdout; synthetic: reference]")
       ->type_name("")
       ->check(CLI::IsMember(strings(split_names)))
       ->always_capture_default(false);

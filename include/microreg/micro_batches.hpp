@@ -36,6 +36,15 @@ struct Part {
   double weight = 1;       ///< weight(M); all of them add up to 1
 };
 
+namespace detail {
+/// weight(M) of a micro-batch of `size` samples, of the `samples` in the `count` micro-batches of a mini-batch.
+[[nodiscard]] inline double weight_of(Weighting weighting, std::int64_t size, std::int64_t samples,
+                                      std::int64_t count) noexcept {
+  return weighting == Weighting::samples ? static_cast<double>(size) / static_cast<double>(samples)
+                                         : 1.0 / static_cast<double>(count);
+}
+}  // namespace detail
+
 /// The cut of `samples` samples into micro-batches of at most `micro_batch_size` (more for the last one, if a short one
 /// is merged), the last one possibly shorter. Fewer samples than that are one micro-batch.
 class MicroBatches {
@@ -64,8 +73,7 @@ class MicroBatches {
   }
   /// weight(M), the factor of both the loss and the penalty of micro-batch `index`.
   [[nodiscard]] double weight(std::int64_t index) const noexcept {
-    return weighting_ == Weighting::samples ? static_cast<double>(size(index)) / static_cast<double>(samples_)
-                                            : 1.0 / static_cast<double>(count());
+    return detail::weight_of(weighting_, size(index), samples_, count());
   }
 
  private:

@@ -32,14 +32,13 @@ namespace microreg::inline MICROREG_ABI {
 ///   parameters, which are trained too. Of a tuple, or a type with microreg_fields, the first tensor is the loss, and
 ///   the others come back in Report::loss_parts. A loss that takes the output alone goes with the target type NoTarget.
 /// - Penalty: one penalty, a sum of penalties with strengths of their own, or an AnyPenalty.
-/// - Estimator: Exact, or a difference of first derivatives, which is cheaper; `.sampling` makes
-///   any of them cheaper still. See RegularizerOptions.
+/// - Estimator: Exact, or a difference of first derivatives, which is cheaper; `.sampling` makes any of them cheaper
+///   still. See RegularizerOptions.
 ///
 /// Its type depends on the batch alone, Input and Target, which are tensors by default. So it can be a member of a
-/// class
-/// (`microreg::Regularizer<> regularizer_;`), be assigned, and stand in a container. Constructed with arguments it
-/// reads the types off the signatures of forward() and the loss, where these are no templates. Copies share model, loss
-/// and penalty, and count their steps alone.
+/// class (`microreg::Regularizer<> regularizer_;`), be assigned, and stand in a container. Constructed with arguments
+/// it reads the types off the signatures of forward() and the loss, where these are no templates. Copies share model,
+/// loss and penalty, and count their steps alone.
 ///
 /// Cost: 3.0 plain steps in exact arithmetic for one penalty. No synchronisation of a CUDA device, unless
 /// `.check_finite = CheckFinite::always`. Strong guarantee: if anything throws, parameters, buffers, `.grad`, random

@@ -10,13 +10,13 @@
 namespace differential::libtorch_bugs {
 
 /// convolution_backward in float32 of a pointwise strided convolution in channels-last writes beyond its memory on CPUs
-/// that have AVX2 and no AVX-512, unless the channels come in eights.
+/// that have AVX2 and no AVX-512, unless the input's channels come in eights, or the output's of a transposed one.
 inline bool pointwise_strided_convolution(const std::vector<std::int64_t>& weight,
-                                          const std::vector<std::int64_t>& stride, bool transposed) {
+                                          const std::vector<std::int64_t>& stride) {
   const auto all = [](auto begin, auto end, std::int64_t one) {
     return std::all_of(begin, end, [one](std::int64_t value) { return value == one; });
   };
-  return !transposed && all(weight.begin() + 2, weight.end(), 1) && !all(stride.begin(), stride.end(), 1);
+  return all(weight.begin() + 2, weight.end(), 1) && !all(stride.begin(), stride.end(), 1);
 }
 
 /// The backward of group_norm that does not need its input's gradient fails on a channels-last input. Whether it needs

@@ -47,8 +47,7 @@ inline at::Tensor sum_of_squares(const std::vector<at::Tensor>& tensors) {
       throw ModelError(
           "a penalty of a network with batch or layer normalisation was differentiated with create_graph=true; "
           "LibTorch computes that third derivative wrongly; call backward() without create_graph, or compute the "
-          "penalty "
-          "inside a microreg::FusedScope");
+          "penalty inside a microreg::FusedScope");
     }
     for (at::Tensor& gradient : gradients) {
       gradient = gradient * (2 * upstream).to(gradient.device(), gradient.scalar_type());

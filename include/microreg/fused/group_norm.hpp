@@ -91,8 +91,7 @@ inline Tensors group_norm_backward_aten(NormProblem p, const at::Tensor& x) {
 inline constexpr Rule native_group_norm_rule{
     .schema =
         "aten::native_group_norm(Tensor input, Tensor? weight, Tensor? bias, SymInt N, SymInt C, SymInt HxW, int "
-        "group, "
-        "float eps) -> (Tensor, Tensor, Tensor)",
+        "group, float eps) -> (Tensor, Tensor, Tensor)",
     .inputs = {0, 1, 2},
     .saved = {0, 1},
     .derivative = [](const Call& call, const Tensors& upstream, OutputMask needs) -> Tensors {

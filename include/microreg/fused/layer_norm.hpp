@@ -35,8 +35,7 @@ inline std::array<at::Tensor, 3> layer_norm_double_backward(const NormProblem& p
 inline constexpr Rule native_layer_norm_backward_rule{
     .schema =
         "aten::native_layer_norm_backward(Tensor grad_out, Tensor input, SymInt[] normalized_shape, Tensor mean, "
-        "Tensor "
-        "rstd, Tensor? weight, Tensor? bias, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+        "Tensor rstd, Tensor? weight, Tensor? bias, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     .inputs = {0, 1, 5},
     .saved = {0, 1, 3, 4, 5},
     .derivative = [](const Call& call, const Tensors& upstream, OutputMask needs) -> Tensors {

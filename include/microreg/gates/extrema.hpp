@@ -52,7 +52,6 @@ inline std::vector<std::int64_t> dimension_or_all(const Arguments& in) {
   return in.given(1) ? std::vector<std::int64_t>{in.integer(1)} : std::vector<std::int64_t>{};
 }
 
-/// One operand, the other, or the mean of both.
 /// Where `one` is the larger, and where both are equal.
 inline Gates gates_of_pair(const at::Tensor& one, const at::Tensor& other) { return {one.gt(other), one.eq(other)}; }
 

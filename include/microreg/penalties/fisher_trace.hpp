@@ -91,8 +91,7 @@ struct FisherTrace {
     } else {
       throw OptionError(
           "FisherTrace.expectation is Expectation::exact, which only Categorical offers; use .draws = K instead, or "
-          "give "
-          "your distribution a member expected_probes(output, hold), as Categorical has it");
+          "give your distribution a member expected_probes(output, hold), as Categorical has it");
     }
   }
 };

@@ -11,6 +11,7 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/distributed/communicator.hpp>
 #include <microreg/error.hpp>
+#include <microreg/micro_batches.hpp>
 #include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/mini_batch.hpp>
@@ -128,9 +129,7 @@ class Ranks {
     for (Part& part : parts) {
       part.index += before;
       part.count = micro_batches_;
-      part.weight = task.options.weighting == Weighting::samples
-                        ? static_cast<double>(part.size) / static_cast<double>(samples_)
-                        : 1 / static_cast<double>(micro_batches_);
+      part.weight = weight_of(task.options.weighting, part.size, samples_, micro_batches_);
     }
     if (any_first) {
       phase_ = Phase::reducing;

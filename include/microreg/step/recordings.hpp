@@ -293,14 +293,12 @@ class Recordings : public Replay {
     if (task.range.narrow || !task.range.scale.is_one()) {
       throw OptionError(
           "cuda_graph is set where gradients are in float16 or a loss_scale is, whose factors change from step to "
-          "step; "
-          "use bfloat16, or leave cuda_graph empty");
+          "step; use bfloat16, or leave cuda_graph empty");
     }
     if (!batch.memory()->written.empty()) {
       throw ModelError(
           "the forward pass writes to parameters (an Embedding's max_norm), and cuda_graph repeats passes from the "
-          "same "
-          "state; renormalise between the steps, or leave cuda_graph empty");
+          "same state; renormalise between the steps, or leave cuda_graph empty");
     }
   }
 
