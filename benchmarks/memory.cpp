@@ -6,6 +6,7 @@
 
 #include <c10/core/CachingDeviceAllocator.h>
 #include <fmt/format.h>
+#include <microreg/detail/libtorch.hpp>
 
 #include <fstream>
 #include <functional>
@@ -29,7 +30,10 @@ std::optional<std::int64_t> status_bytes(const std::string& key) {
 /// the start, which the first step exceeds.
 void reset_peak() { std::ofstream("/proc/self/clear_refs") << 5 << std::flush; }
 
-std::optional<std::int64_t> peak_on_cuda(const torch::Device& device, const std::function<void()>& step) {
+/// Nothing before LibTorch 2.9, whose allocators cannot be asked by device.
+std::optional<std::int64_t> peak_on_cuda([[maybe_unused]] const torch::Device& device,
+                                         [[maybe_unused]] const std::function<void()>& step) {
+#if MICROREG_LIBTORCH >= 209
   const auto index = static_cast<c10::DeviceIndex>(device.has_index() ? device.index() : 0);
   step();  // workspaces that stay, such as cuBLAS's, are not the step's
   auto* allocator = c10::getDeviceAllocator(device.type());
@@ -38,6 +42,9 @@ std::optional<std::int64_t> peak_on_cuda(const torch::Device& device, const std:
   allocator->resetPeakStats(index);
   step();
   return allocator->getDeviceStats(index).allocated_bytes[all].peak - before;
+#else
+  return std::nullopt;
+#endif
 }
 
 }  // namespace
