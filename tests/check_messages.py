@@ -5,9 +5,9 @@
     tests/check_messages.py --list    prints what is looked for
 
 Messages are the texts of errors (whatever is constructed with a name that ends in Error, and every `throw`), of
-warnings, static_asserts and #errors, of the problems that verify() names, and what CMake says of the package. They are made of pieces, words and
-values: the first piece of words and the longest one, or of each the first 48 characters, must stand in one heading or
-line of code of the page. An entry that belongs to no message any more is an error too.
+warnings, static_asserts and #errors, of the problems that verify() names, and what CMake says of the package. They are
+made of pieces, words and values: the first piece of words and the longest one, or of each the first 48 characters, must
+stand in one heading or line of code of the page. An entry that belongs to no message any more is an error too.
 """
 
 import pathlib
@@ -76,22 +76,24 @@ def key_of(expression):
 def messages():
     """{key: [place, ...]}"""
     found = {}
+
+    def add(file, text, position, expression):
+        key = key_of(expression)
+        if key:
+            line = text.count("\n", 0, position) + 1
+            found.setdefault(key, []).append(f"{file.relative_to(ROOT)}:{line}")
+
     files = [*(ROOT / "include").rglob("*.hpp"), *(ROOT / "examples" / "cifar").glob("*.?pp")]
     for file in sorted(files):
         text = without_comments(file.read_text())
         for call in CALL.finditer(text):
             directive = call[0].startswith("#")
-            key = key_of(re.match(r'[\s\\]*(".*")', text[call.end() :])[1] if directive else arguments(text, call.end() - 1))
-            if key:
-                line = text.count("\n", 0, call.start()) + 1
-                found.setdefault(key, []).append(f"{file.relative_to(ROOT)}:{line}")
+            rest = re.match(r'[\s\\]*(".*")', text[call.end() :])[1] if directive else arguments(text, call.end() - 1)
+            add(file, text, call.start(), rest)
     for file in sorted((ROOT / "cmake").glob("*.cmake*")):
         text = file.read_text()
         for message in CMAKE.finditer(text):
-            key = key_of(re.sub(r"\$\{\w+\}", "{}", message[1]))
-            if key:
-                line = text.count("\n", 0, message.start()) + 1
-                found.setdefault(key, []).append(f"{file.relative_to(ROOT)}:{line}")
+            add(file, text, message.start(), re.sub(r"\$\{\w+\}", "{}", message[1]))
     return found
 
 

@@ -200,8 +200,7 @@ class Case {
       return skip("ill-conditioned in float32");
     }
     const bool doubles = plan_.type == torch::kFloat64;
-    // In float32 a normalisation over two elements loses what another order of operations keeps: not a formula's fault.
-    const double bound = doubles ? 1e-8 : std::max(1e-2, 30 * noise);
+    const double bound = doubles ? 1e-8 : std::max(1e-3, 10 * noise);
     check("exact, fused", regularizer(strength_, microreg::Exact{}, true), bound, plain, false);
     check("exact, stock", regularizer(strength_, microreg::Exact{}, false), bound, plain, plan_.network.stock_refuses);
     check("central, frozen", regularizer(strength_, microreg::CentralDifference{}, true), doubles ? 1e-3 : 5e-2, plain,

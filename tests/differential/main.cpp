@@ -52,7 +52,7 @@ void print(const char* what, const std::map<std::string, std::int64_t>& counts) 
 }  // namespace
 
 int main(int argc, char** argv) {
-  std::int64_t first = 1, count = 900;
+  std::int64_t first = 1, count = 150;
   bool say = false;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];

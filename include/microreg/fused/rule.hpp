@@ -151,13 +151,20 @@ class Recorded final : public torch::autograd::Node {
   std::vector<torch::autograd::SavedVariable> saved_;
 };
 
+/// Runs a call with arguments that LibTorch gets right, where it `fits` by the rule's own way.
+inline Tensors run(const Rule& rule, const Call& call, bool fits) {
+  const auto run_one = [&](const Call& right) {
+    return fits && rule.forward != nullptr ? rule.forward(right) : right.run();
+  };
+  return rule.repaired != nullptr ? run_one(rule.repaired(call)) : run_one(call);
+}
+
 /// Runs a call so that it can be differentiated by its rule.
 inline Tensors record(const Rule& rule, const Call& call) {
   Tensors results;
   {
     const at::NoGradGuard no_graph;
-    const Call& right = rule.repaired != nullptr ? rule.repaired(call) : call;
-    results = rule.forward != nullptr ? rule.forward(right) : right.run();
+    results = run(rule, call, /*fits=*/true);
   }
   const auto differentiable = results.begin() + (rule.keeps_results ? 1 : static_cast<std::ptrdiff_t>(results.size()));
   const NodePointer node = make_node<Recorded>(rule, call, Tensors(differentiable, results.end()));
@@ -190,21 +197,14 @@ class RuleKernel final : public c10::OperatorKernel {
       return operation.callBoxed(stack);
     }
     torch::jit::drop(*stack, static_cast<std::size_t>(count));
-    for (at::Tensor& result : results(call, graph && any_requires_grad(inputs))) {
+    const bool fits = rule_.fits == nullptr || rule_.fits(call);
+    const bool records = graph && any_requires_grad(inputs);
+    for (at::Tensor& result : records&& fits ? record(rule_, call) : run(rule_, call, fits)) {
       stack->emplace_back(std::move(result));
     }
   }
 
  private:
-  [[nodiscard]] Tensors results(const Call& call, bool graph) const {
-    const bool fits = rule_.fits == nullptr || rule_.fits(call);
-    if (graph && fits) {
-      return record(rule_, call);
-    }
-    const Call right = rule_.repaired != nullptr ? rule_.repaired(call) : call;
-    return !graph && fits && rule_.forward != nullptr ? rule_.forward(right) : right.run();
-  }
-
   const Rule& rule_;
 };
 
