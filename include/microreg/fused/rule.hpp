@@ -198,8 +198,8 @@ class RuleKernel final : public c10::OperatorKernel {
     }
     torch::jit::drop(*stack, static_cast<std::size_t>(count));
     const bool fits = rule_.fits == nullptr || rule_.fits(call);
-    const bool records = graph && any_requires_grad(inputs);
-    for (at::Tensor& result : records&& fits ? record(rule_, call) : run(rule_, call, fits)) {
+    const bool records = graph && fits && any_requires_grad(inputs);
+    for (at::Tensor& result : records ? record(rule_, call) : run(rule_, call, fits)) {
       stack->emplace_back(std::move(result));
     }
   }
