@@ -539,6 +539,83 @@ TEST_CASE("differences: a fitted batch, where they are lost in rounding, is diff
   CHECK(relative_error(part, right) < 0.05);
 }
 
+// One micro-batch is proven, and the others are not like it: their samples lie close together, so that the gradient of
+// a normalisation over two of them bends within a displacement, or is lost in rounding.
+TEST_CASE("differences: normalisation over few elements is right on every micro-batch", "[difference_checks]") {
+  struct Normalisation {
+    const char* name;
+    Forward rows;  // normalises a matrix [2, 12]: over the two samples, or over pairs of features
+    bool seen;     // by an operation of LibTorch
+  };
+  const auto pairs = [](const Tensor& h, const auto& normalise) { return normalise(h.reshape({-1, 2})).view_as(h); };
+  const Normalisation normalisation = GENERATE_COPY(values<Normalisation>({
+      {"batch norm", [](const Tensor& h) { return torch::batch_norm(h, {}, {}, {}, {}, true, 0.1, 1e-5, false); },
+       true},
+      {"instance norm",
+       [=](const Tensor& h) {
+         return pairs(h, [](const Tensor& p) {
+           return torch::instance_norm(p.unsqueeze(0), {}, {}, {}, {}, true, 0.1, 1e-5, false);
+         });
+       },
+       true},
+      {"layer norm",
+       [=](const Tensor& h) { return pairs(h, [](const Tensor& p) { return torch::layer_norm(p, {2}); }); }, true},
+      {"group norm", [](const Tensor& h) { return torch::group_norm(h, 6); }, true},
+      {"by hand",
+       [](const Tensor& h) {
+         const Tensor centred = h - h.mean(0, true);
+         return centred * (centred.square().mean(0, true) + 1e-5).rsqrt();
+       },
+       false},
+  }));
+  INFO(normalisation.name);
+  double worst_forward = 0, worst_central = 0;
+  int right = 0;
+  for (int seed = 0; seed < 20; ++seed) {
+    const auto penalty_in = [&](torch::ScalarType type, const microreg::Estimator& estimator) {
+      torch::manual_seed(seed);
+      const auto weight = [&](torch::IntArrayRef sizes) {
+        return (torch::randn(sizes) / std::sqrt(static_cast<double>(sizes[1]))).to(type).requires_grad_();
+      };
+      const Tensor a = weight({12, 6}), b = weight({12, 12}), c = weight({4, 12});
+      Tensor x = torch::randn({12, 6});
+      for (std::int64_t i = 3; i < 12; i += 2) {
+        x[i].copy_(x[i - 1] + 0.1 * torch::randn({6}));
+      }
+      const Tensor y = torch::randint(4, {12});
+      const Model model{[=, &normalisation](const Tensor& input) {
+                          const Tensor h = torch::tanh(torch::linear(input, a));
+                          return torch::linear(torch::tanh(normalisation.rows(torch::linear(h, b))), c);
+                        },
+                        {a, b, c}};
+      Tensor parts[2];
+      for (const int strength : {0, 1}) {
+        clear_grad(model.parameters);
+        microreg::Regularizer regularizer(
+            Model(model), entropy, microreg::GradientNorm{},
+            {.strength = static_cast<double>(strength), .micro_batch_size = 2, .estimator = estimator});
+        (void)regularizer.backward(x.to(type), y);
+        parts[strength] = flat_grad(model.parameters).to(torch::kFloat64);
+      }
+      return Tensor(parts[1] - parts[0]);
+    };
+    const Tensor exact = penalty_in(torch::kFloat64, Exact{});
+    const auto off = [&](const microreg::Estimator& estimator) {
+      return relative_error(penalty_in(torch::kFloat32, estimator), exact);
+    };
+    worst_forward = std::max(worst_forward, normalisation.seen ? off(ForwardDifference{}) : 0.0);
+    try {
+      worst_central = std::max(worst_central, off(CentralDifference{}));
+      ++right;
+    } catch (const microreg::DifferenceError& error) {  // already the micro-batch that is proven bends too much
+      CHECK(!normalisation.seen);
+    }
+  }
+  CHECK(right >= 5);
+  CHECK(worst_forward < 1e-3);
+  CHECK(worst_central < (normalisation.seen ? 1e-3 : 1e-2));
+}
+
 TEST_CASE("differences: a change that is lost in rounding, where an operation has no second derivative, is refused",
           "[difference_checks]") {
   Setting s(torch::kFloat, 32);

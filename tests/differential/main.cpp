@@ -13,14 +13,23 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <numeric>
+#include <vector>
 
 #include <unistd.h>
 #include <csignal>
 
 namespace {
+
+/// Networks of which a gradient was wrong before it was mended, or a difference refused what is right.
+constexpr std::int64_t once_wrong[] = {101858, 102235, 120413, 129633, 137905, 138423,
+                                       146420, 155245, 155912, 158629, 202903};
 
 volatile std::sig_atomic_t current = 0;
 
@@ -52,7 +61,7 @@ void print(const char* what, const std::map<std::string, std::int64_t>& counts) 
 }  // namespace
 
 int main(int argc, char** argv) {
-  std::int64_t first = 1, count = 150;
+  std::int64_t first = 1, count = 900;
   bool say = false;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
@@ -72,7 +81,12 @@ int main(int argc, char** argv) {
     std::signal(signal, died);
   }
   differential::Tally tally;
-  for (std::int64_t seed = first; seed < first + count; ++seed) {
+  std::vector<std::int64_t> seeds(static_cast<std::size_t>(std::max<std::int64_t>(count, 0)));
+  std::iota(seeds.begin(), seeds.end(), first);
+  if (argc == 1) {
+    seeds.insert(seeds.end(), std::begin(once_wrong), std::end(once_wrong));
+  }
+  for (const std::int64_t seed : seeds) {
     current = static_cast<std::sig_atomic_t>(seed);
     differential::compare(static_cast<std::uint64_t>(seed), say, tally);
     if (tally.networks % 1000 == 0) {

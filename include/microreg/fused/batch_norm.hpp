@@ -31,28 +31,23 @@ inline NormProblem batch_norm_problem(const at::Tensor& dy, const at::Tensor& x,
 }
 
 /// On the CPU by the kernels, in the layout of x.
-inline Tensors batch_norm_double_backward(const NormProblem& p, OutputMask needs) {
-  std::array<at::Tensor, 3> out;
-  if (!p.runs_on_kernels()) {
-    out = norm_double_backward_aten(p, needs);
-  } else {
+inline Tensors batch_norm_double_backward(const NormProblem& problem, OutputMask needs) {
+  const auto [d_dy, d_x, d_weight] = norm_double_backward(problem, needs, [](const NormProblem& p, auto zero) {
+    using T = decltype(zero);
     const std::int64_t batch = p.x.size(0), channels = p.x.size(1), plane = p.x.numel() / (batch * channels);
-    with_type(p.x.scalar_type(), [&](auto zero) {
-      using T = decltype(zero);
-      const bool columns = plane < Lanes<T>::count || p.x.suggest_memory_format() != at::MemoryFormat::Contiguous;
-      out = columns ? column_norm<T>(p)
-                    : channel_norm<T>(p,
-                                      {.rows = channels,
-                                       .parts = 1,
-                                       .runs = batch,
-                                       .length = plane,
-                                       .row_step = 1,
-                                       .part_step = 0,
-                                       .run_step = channels},
-                                      channels);
-    });
-  }
-  return {out[0], out[1], needs[2] ? out[2].flatten() : at::Tensor()};
+    const bool columns = plane < Lanes<T>::count || p.x.suggest_memory_format() != at::MemoryFormat::Contiguous;
+    return columns ? column_norm<T>(p)
+                   : channel_norm<T>(p,
+                                     {.rows = channels,
+                                      .parts = 1,
+                                      .runs = batch,
+                                      .length = plane,
+                                      .row_step = 1,
+                                      .part_step = 0,
+                                      .run_step = channels},
+                                     channels);
+  });
+  return {d_dy, d_x, needs[2] ? d_weight.flatten() : at::Tensor()};
 }
 
 inline bool batch_norm_fits(const at::Tensor& x, const at::Tensor& mean, const at::Tensor& rstd) {

@@ -14,6 +14,7 @@
 
 #include <array>
 #include <cstdint>
+#include <tuple>
 #include <utility>
 
 namespace microreg::inline MICROREG_ABI::detail {
@@ -40,24 +41,36 @@ inline NormProblem group_norm_problem(const at::Tensor& dy, const at::Tensor& x,
           {2}};
 }
 
-inline std::array<at::Tensor, 3> group_norm_double_backward(const NormProblem& p, OutputMask needs) {
-  if (!p.runs_on_kernels()) {
-    return norm_double_backward_aten(p, needs);
-  }
-  const std::int64_t groups = p.x.size(1), channels = p.x.size(2);
-  std::array<at::Tensor, 3> out;
-  with_type(p.x.scalar_type(), [&](auto zero) {
-    out = channel_norm<decltype(zero)>(p,
-                                       {.rows = p.x.size(0) * groups,
-                                        .parts = channels,
-                                        .runs = 1,
-                                        .length = p.x.size(3),
-                                        .row_step = channels,
-                                        .part_step = 1,
-                                        .run_step = 0},
-                                       groups * channels);
+inline std::array<at::Tensor, 3> group_norm_double_backward(const NormProblem& problem, OutputMask needs) {
+  return norm_double_backward(problem, needs, [](const NormProblem& p, auto zero) {
+    const std::int64_t groups = p.x.size(1), channels = p.x.size(2);
+    return channel_norm<decltype(zero)>(p,
+                                        {.rows = p.x.size(0) * groups,
+                                         .parts = channels,
+                                         .runs = 1,
+                                         .length = p.x.size(3),
+                                         .row_step = channels,
+                                         .part_step = 1,
+                                         .run_step = 0},
+                                        groups * channels);
   });
-  return out;
+}
+
+/// d_x, d_weight, d_bias by elementary operations, which any transform and any order of derivative can take.
+inline Tensors group_norm_backward_aten(const NormProblem& p, const at::Tensor& x) {
+  const at::Tensor xh = (p.x - p.mean) * p.rstd;
+  const at::Tensor h = p.weight.defined() ? p.dy * p.weight : p.dy;
+  const auto mean = [](const at::Tensor& z) { return z.mean(at::IntArrayRef{2, 3}, /*keepdim=*/true); };
+  const auto channels = [](const at::Tensor& z) { return z.sum(at::IntArrayRef{0, 3}).reshape(-1); };
+  return {((h - mean(h) - xh * mean(h * xh)) * p.rstd).view(x.sizes()), channels(p.dy * xh), channels(p.dy)};
+}
+
+/// Those results that a mask asks for.
+inline Tensors wanted(Tensors results, OutputMask needs) {
+  for (std::size_t i = 0; i < needs.size(); ++i) {
+    results[i] = needs[i] ? results[i] : at::Tensor();
+  }
+  return results;
 }
 
 /// Not called by LibTorch's formulas when they record a graph, but by the rule below.
@@ -75,17 +88,20 @@ inline constexpr Rule native_group_norm_backward_rule{
                                      needs);
       return {needs[0] ? d_dy.view(x.sizes()) : at::Tensor(), needs[1] ? d_x.view(x.sizes()) : at::Tensor(),
               needs[2] ? d_weight.reshape(-1) : at::Tensor()};
+    },
+    .forward = [](const Call& call) -> Tensors {
+      const at::Tensor x = call.tensor(1);
+      const NormProblem p = group_norm_problem(call.tensor(0), x, call.tensor(4), call.tensor(2), call.tensor(3),
+                                               call.arguments[8].toInt(), Tensors(3));
+      if (!p.is_coarse()) {
+        return call.run();
+      }
+      Tensors results = wanted(group_norm_backward_aten(p.in_float64(), x), call.mask(9));
+      for (at::Tensor& result : results) {
+        result = result.defined() ? result.to(x.scalar_type()) : result;
+      }
+      return results;
     }};
-
-/// d_x, d_weight, d_bias by elementary operations, which any transform and any order of derivative can take.
-inline Tensors group_norm_backward_aten(NormProblem p, const at::Tensor& x) {
-  p.differentiate_statistics();
-  const at::Tensor xh = (p.x - p.mean) * p.rstd;
-  const at::Tensor h = p.weight.defined() ? p.dy * p.weight : p.dy;
-  const auto mean = [](const at::Tensor& z) { return z.mean(at::IntArrayRef{2, 3}, /*keepdim=*/true); };
-  const auto channels = [](const at::Tensor& z) { return z.sum(at::IntArrayRef{0, 3}).reshape(-1); };
-  return {((h - mean(h) - xh * mean(h * xh)) * p.rstd).view(x.sizes()), channels(p.dy * xh), channels(p.dy)};
-}
 
 /// Group normalisation itself, whose mean and rstd are kept.
 inline constexpr Rule native_group_norm_rule{
@@ -95,16 +111,17 @@ inline constexpr Rule native_group_norm_rule{
     .inputs = {0, 1, 2},
     .saved = {0, 1},
     .derivative = [](const Call& call, const Tensors& upstream, OutputMask needs) -> Tensors {
-      const at::Tensor x = call.tensor(0), weight = call.tensor(1), mean = call.tensor(8), rstd = call.tensor(9);
+      const at::Tensor x = call.tensor(0), weight = call.tensor(1);
+      at::Tensor mean = call.tensor(8), rstd = call.tensor(9);
       const at::Tensor dy =
           upstream[0].contiguous(x.is_cpu() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous);
+      NormProblem p = group_norm_problem(dy, x, weight, mean, rstd, call.arguments[6].toInt(), Tensors(3));
       if (at::GradMode::is_enabled() && !should_fuse({dy, x, weight}, HalfTypes::widened)) {
-        Tensors results = group_norm_backward_aten(
-            group_norm_problem(dy, x, weight, mean, rstd, call.arguments[6].toInt(), Tensors(3)), x);
-        for (std::size_t i = 0; i < 3; ++i) {
-          results[i] = needs[i] ? results[i] : at::Tensor();
-        }
-        return results;
+        p.differentiate_statistics();
+        return wanted(group_norm_backward_aten(p, x), needs);
+      }
+      if (p.is_coarse()) {  // LibTorch's own backward pass sums what is not centred
+        std::tie(mean, rstd) = p.exact_statistics(call.arguments[7].toDouble());
       }
       // LibTorch 2.13 reads the memory of d_x in channels-last on the CPU whether it was asked for it or not.
       const bool with_d_x = needs[0] || (x.is_cpu() && x.suggest_memory_format() != at::MemoryFormat::Contiguous);
@@ -112,7 +129,8 @@ inline constexpr Rule native_group_norm_rule{
           *find_schema(native_group_norm_backward_rule.schema),
           {dy, x, mean, rstd, weight.defined() ? c10::IValue(weight) : c10::IValue(), call.arguments[3],
            call.arguments[4], call.arguments[5], call.arguments[6], c10::List<bool>({with_d_x, needs[1], needs[2]})}};
-      return at::GradMode::is_enabled() ? record(native_group_norm_backward_rule, backward) : backward.run();
+      return at::GradMode::is_enabled() ? record(native_group_norm_backward_rule, backward)
+                                        : run(native_group_norm_backward_rule, backward, /*fits=*/true);
     },
     .fits =
         [](const Call& call) {

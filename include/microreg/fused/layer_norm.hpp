@@ -23,13 +23,9 @@ inline NormProblem layer_norm_problem(const at::Tensor& dy, const at::Tensor& x,
           matrix(upstream[0]), vector(upstream[1]), vector(upstream[2]), {},           {1}};
 }
 
-inline std::array<at::Tensor, 3> layer_norm_double_backward(const NormProblem& p, OutputMask needs) {
-  if (!p.runs_on_kernels()) {
-    return norm_double_backward_aten(p, needs);
-  }
-  std::array<at::Tensor, 3> out;
-  with_type(p.x.scalar_type(), [&](auto zero) { out = element_norm<decltype(zero)>(p); });
-  return out;
+inline std::array<at::Tensor, 3> layer_norm_double_backward(const NormProblem& problem, OutputMask needs) {
+  return norm_double_backward(problem, needs,
+                              [](const NormProblem& p, auto zero) { return element_norm<decltype(zero)>(p); });
 }
 
 inline constexpr Rule native_layer_norm_backward_rule{

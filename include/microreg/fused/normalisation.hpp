@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace microreg::inline MICROREG_ABI::detail {
@@ -82,16 +83,42 @@ struct NormProblem {
   [[nodiscard]] double count() const { return static_cast<double>(x.numel()) / static_cast<double>(rstd.numel()); }
   /// Whether the CPU's kernels are to be run.
   [[nodiscard]] bool runs_on_kernels() const { return count() > 1 && runs_kernels(x); }
+  /// Whether float32 is too coarse. Of few elements little is left without their mean and their part along x (of two, a
+  /// share of eps / (var + eps)): a difference of nearly equal numbers.
+  [[nodiscard]] bool is_coarse() const { return count() > 1 && count() <= 16 && x.scalar_type() == at::kFloat; }
+
+  /// The same in float64, whose mean is that of x to the last digit. rstd stays the one that the backward pass read.
+  [[nodiscard]] NormProblem in_float64() const {
+    NormProblem wide = *this;
+    for (at::Tensor* const tensor : {&wide.dy, &wide.x, &wide.weight, &wide.rstd, &wide.v, &wide.a, &wide.b}) {
+      *tensor = tensor->defined() ? tensor->to(at::kDouble) : *tensor;
+    }
+    wide.mean = wide.x.mean(dims(), /*keepdim=*/true);
+    return wide;
+  }
+
+  /// Mean and 1/sqrt(var + eps) of x in float64, as constants.
+  [[nodiscard]] std::pair<at::Tensor, at::Tensor> exact_statistics(double eps) const {
+    const at::Tensor wide = x.detach().to(at::kDouble);
+    const at::Tensor centre = wide.mean(dims(), /*keepdim=*/true);
+    return {centre, ((wide - centre).square().mean(dims(), /*keepdim=*/true) + eps).rsqrt()};
+  }
 
   /// Mean and 1/sqrt(var + eps) as functions of x. The values are those that the forward pass saved, of which `rstd`
   /// tells eps. A third derivative needs them: LibTorch's own takes the saved ones for constants, and is wrong without
   /// a word.
   void differentiate_statistics() {
-    std::vector<std::int64_t> dims = alike;
-    dims.insert(dims.end(), varying.begin(), varying.end());
-    const at::Tensor var = x.var(dims, /*unbiased=*/false, /*keepdim=*/true);
+    const at::Tensor var = x.var(dims(), /*unbiased=*/false, /*keepdim=*/true);
     rstd = (var + (rstd.pow(-2) - var).detach()).rsqrt();
-    mean = x.mean(dims, /*keepdim=*/true);
+    mean = x.mean(dims(), /*keepdim=*/true);
+  }
+
+ private:
+  /// All that are normalised over.
+  [[nodiscard]] std::vector<std::int64_t> dims() const {
+    std::vector<std::int64_t> all = alike;
+    all.insert(all.end(), varying.begin(), varying.end());
+    return all;
   }
 };
 
@@ -208,6 +235,24 @@ inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, Output
     out[2] = rounded(at::sum_to(row.r * sum, weight.sizes()));
   }
   return out;
+}
+
+/// The same by `kernels(p, zero of p's type)` where they are to be run.
+template <class Kernels>
+std::array<at::Tensor, 3> norm_double_backward(const NormProblem& p, OutputMask needs, const Kernels& kernels) {
+  if (p.is_coarse()) {
+    std::array<at::Tensor, 3> results = norm_double_backward(p.in_float64(), needs, kernels);
+    for (at::Tensor& result : results) {
+      result = result.defined() ? result.to(p.x.scalar_type()) : result;
+    }
+    return results;
+  }
+  if (!p.runs_on_kernels()) {
+    return norm_double_backward_aten(p, needs);
+  }
+  std::array<at::Tensor, 3> results;
+  with_type(p.x.scalar_type(), [&](auto zero) { results = kernels(p, zero); });
+  return results;
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail

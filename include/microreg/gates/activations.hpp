@@ -28,9 +28,9 @@ inline at::Tensor replay_leaky(const at::Tensor& self, const at::Tensor& gate, c
   return at::leaky_relu_backward(self, gate.to(self.scalar_type()), slope, /*self_is_result=*/false);
 }
 
-/// In evaluation mode a leaky_relu; in training mode draws.hpp has it.
+/// In evaluation mode a leaky_relu whose result is contiguous; in training mode draws.hpp has it.
 inline Tensors replay_rrelu(const Arguments& in, const Gates& gates) {
-  return {replay_leaky(in.tensor(0), gates[0], (in.number(2) + in.number(3)) / 2)};
+  return {replay_leaky(in.tensor(0), gates[0], (in.number(2) + in.number(3)) / 2).contiguous()};
 }
 
 /// self where `first` was strictly between two bounds, and what the first pass gave elsewhere.
@@ -126,7 +126,13 @@ inline constexpr Rule activations[] = {
      }},
     {"celu", "Tensor self, Scalar alpha", sign_of, nullptr,
      [](const Arguments& in, const Gates& gates) {
-       return replay_elu(in.tensor(0), gates[0], in.scalar(1), 1, 1 / in.number(1));
+       // As with the sixth above: LibTorch's gradient divides by alpha in float32, in place by what stands outside of
+       // the exponential alone; its value does not.
+       const double alpha = in.number(1), rounded = static_cast<float>(alpha);
+       Tensors result = in.in_place() ? replay_elu(in.tensor(0), gates[0], alpha * (alpha / rounded), 1, 1 / alpha)
+                                      : replay_elu(in.tensor(0), gates[0], alpha, 1, 1 / rounded);
+       replace_values(result[0], replay_elu(in.tensor(0).detach(), gates[0], alpha, 1, 1 / alpha)[0]);
+       return result;
      }},
 };
 

@@ -122,7 +122,7 @@ inline void rrelu(Call& call) {
   at::Tensor noise = call.in.tensor(1);
   replace_values(noise, slopes);
   const at::Tensor self = call.in.tensor(0);
-  const at::Tensor result = self * slopes;
+  const at::Tensor result = (self * slopes).contiguous();  // as LibTorch's
   if (call.in.in_place()) {
     write_back(self, result);
     return call.give({self});

@@ -17,6 +17,7 @@
 #include <microreg/gates/draws.hpp>
 #include <microreg/gates/extrema.hpp>
 #include <microreg/gates/losses.hpp>
+#include <microreg/gates/normalisations.hpp>
 #include <microreg/gates/pooling.hpp>
 #include <microreg/gates/refused.hpp>
 #include <microreg/gates/tape.hpp>
@@ -83,6 +84,11 @@ class Registration {
     add_all(with_constants, hold_constants);
     add_with_in_place("_to_copy", nullptr, convert);
     add_with_in_place("max_pool1d", nullptr, max_pool1d);
+    for (const Normalisation& each : normalisations) {
+      (void)kernels_.add(
+          full_name(each.operation), [](const c10::FunctionSchema&) { return true; },
+          std::make_unique<NormalisationKernel>(each));
+    }
     pin_notice(session_notice, c10::IntType::get(), reinterpret_cast<std::int64_t>(slot_));
   }
 

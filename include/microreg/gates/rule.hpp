@@ -6,6 +6,7 @@
 #include <microreg/gates/history.hpp>
 #include <microreg/gates/kernel.hpp>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -55,6 +56,18 @@ inline void record(const Rule& rule, Call& call) {
   call.record(std::move(gates), /*may_be_left_out=*/false);
 }
 
+/// The result in the layout of the only operand, as LibTorch's operation leaves it. masked_fill() makes a contiguous
+/// one of any, and LibTorch takes another way through a linear layer there.
+inline at::Tensor laid_out_as_operand(const Arguments& in, const at::Tensor& result) {
+  const at::Tensor& operand = in.tensor(0);
+  const auto is_other = [&](const c10::IValue& value) { return value.isTensor() && value.toTensor().defined(); };
+  if (!operand.is_non_overlapping_and_dense() || result.sizes() != operand.sizes() ||
+      result.strides() == operand.strides() || std::count_if(in.values().begin(), in.values().end(), is_other) > 1) {
+    return result;
+  }
+  return at::empty_like(operand, result.options()).copy_(result);
+}
+
 inline void replay(const Rule& rule, Call& call) {
   Tensors results;
   if (rule.is_composed()) {
@@ -69,6 +82,9 @@ inline void replay(const Rule& rule, Call& call) {
     const StockKernels exclude;
     write_back(call.in.tensor(0), results.front());
     results = {call.in.tensor(0)};
+  } else if (results.size() == 1) {
+    const StockKernels exclude;
+    results.front() = laid_out_as_operand(call.in, results.front());
   }
   call.give({results.begin(), results.end()});
 }

@@ -6,8 +6,10 @@
 #include <microreg/detail/version_of.hpp>
 #include <microreg/error.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -50,11 +52,18 @@ class GateTape {
   [[nodiscard]] bool empty() const noexcept { return entries_.empty(); }
   [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
   [[nodiscard]] const std::vector<Entry>& entries() const noexcept { return entries_; }
-  void clear() noexcept { entries_.clear(); }
+  /// Over how few elements the pass normalised, in a type coarser than float64 (microreg/gates/normalisations.hpp); a
+  /// large number if it did not.
+  [[nodiscard]] std::int64_t fewest_normalised() const noexcept { return fewest_normalised_; }
+  void clear() noexcept {
+    entries_.clear();
+    fewest_normalised_ = std::numeric_limits<std::int64_t>::max();
+  }
 
  private:
   friend class detail::GateSession;
   std::vector<Entry> entries_;
+  std::int64_t fewest_normalised_ = std::numeric_limits<std::int64_t>::max();
 };
 
 /// What a replay does with the gates that it has used.
@@ -162,6 +171,11 @@ class GateSession {
   /// The same for an operation that the first pass need not have had: nothing then.
   std::optional<Gates> next_if_there(const char* operation, const std::vector<std::int64_t>& sizes) {
     return skip_to(operation, sizes) ? std::optional(next(operation, sizes)) : std::nullopt;
+  }
+
+  /// Notes that so many elements were normalised together.
+  void normalised(std::int64_t elements) noexcept {
+    tape_->fewest_normalised_ = std::min(tape_->fewest_normalised_, elements);
   }
 
   [[nodiscard]] bool at_beginning() const noexcept { return position_ == 0; }
