@@ -14,7 +14,7 @@ program=build/release/tests/microreg_tests
 
 numerical=""
 for name in closed_forms difference_checks estimators exact_surprises finite_differences fused_activations \
-  fused_batch_norm fused_convolution fused_group_norm fused_max_pool fused_transformer gates_differences \
+  fused_batch_norm fused_convolution fused_group_norm fused_max_pool fused_normalisation fused_transformer gates_differences \
   gates_operations half oracle properties several_probes; do
   numerical+="[#test_$name],"
 done

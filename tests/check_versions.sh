@@ -86,8 +86,8 @@ fetch() {
 # go with what all of them need.
 tests=(on_device test_oracle)
 [ "$mode" = quick ] ||
-  tests+=(test_estimators test_finite_differences test_fused_{activations,batch_norm,convolution,group_norm,max_pool} \
-    test_fused_{scope,transformer,transforms} test_gates{,_differences,_operations,_pooling,_unseen} test_parallel)
+  tests+=(test_estimators test_finite_differences test_fused_{activations,batch_norm,convolution,group_norm,max_pool,normalisation} \
+    test_fused_{rows,scope,transformer,transforms} test_gates{,_differences,_operations,_pooling,_unseen} test_parallel)
 
 # groups_of FILE...: the group of each file (or its own name), a tab, and the file.
 groups_of() {
