@@ -1,5 +1,6 @@
 /// @file
 /// What a penalty costs, against a plain step. See README.md in this folder.
+#include "fused_operations.hpp"
 #include "kernel_times.hpp"
 #include "measure_rows.hpp"
 #include "serve.hpp"
@@ -7,7 +8,6 @@
 
 #include <fmt/format.h>
 #include <torch/torch.h>
-#include <microreg/fused/operations.hpp>
 
 #include <cstdio>
 #include <exception>
@@ -72,7 +72,7 @@ int run(const Options& options) {
   at::globalContext().setAllowTF32CuDNN(options.tf32);
   at::globalContext().setAllowTF32CuBLAS(options.tf32);
   if (!options.fused_operations.empty()) {
-    microreg::detail::limit_fused_operations({options.fused_operations.begin(), options.fused_operations.end()});
+    limit_fused_operations(options.fused_operations);
   }
   if (!options.memory_of.empty()) {
     const auto bytes = peak_bytes_here(options.single_case(), options.memory_of);

@@ -571,7 +571,7 @@ TEST_CASE("differences: normalisation over few elements is right on every micro-
   INFO(normalisation.name);
   double worst_forward = 0, worst_central = 0;
   int right = 0;
-  for (int seed = 0; seed < 20; ++seed) {
+  for (std::uint64_t seed = 0; seed < 20; ++seed) {
     const auto penalty_in = [&](torch::ScalarType type, const microreg::Estimator& estimator) {
       torch::manual_seed(seed);
       const auto weight = [&](torch::IntArrayRef sizes) {

@@ -5,6 +5,7 @@
 #include <microreg/microreg.hpp>
 
 #include <cmath>
+#include <cstdint>
 #include <functional>
 #include <vector>
 
@@ -56,15 +57,15 @@ torch::Tensor second_derivative(const Normalisation& normalisation, const torch:
 TEST_CASE("of two elements fused normalisation loses less than LibTorch in float32", "[fused]") {
   for (const Normalisation& normalisation : normalisations) {
     double gain = 0;
-    constexpr int seeds = 20;
-    for (int seed = 0; seed < seeds; ++seed) {
+    constexpr std::uint64_t seeds = 20;
+    for (std::uint64_t seed = 0; seed < seeds; ++seed) {
       torch::manual_seed(seed);
       const torch::Tensor rows = torch::randn({40, 2}) + 1;
       const torch::Tensor exact = second_derivative(normalisation, rows, torch::kFloat64, false);
       const auto off = [&](bool fused) {
         return relative_error(second_derivative(normalisation, rows, torch::kFloat32, fused), exact);
       };
-      gain += std::log(off(false) / off(true)) / seeds;
+      gain += std::log(off(false) / off(true)) / static_cast<double>(seeds);
     }
     INFO(normalisation.name << ": " << std::exp(gain) << " times");
     CHECK(std::exp(gain) > 1.3);

@@ -11,44 +11,51 @@
 #include <microreg/fused/group_norm.hpp>
 #include <microreg/fused/layer_norm.hpp>
 #include <microreg/fused/max_pool.hpp>
-#include <microreg/fused/operations.hpp>
 #include <microreg/fused/rule.hpp>
 #include <microreg/fused/softmax.hpp>
 #include <microreg/fused/weight_norm.hpp>
 
-#include <cstddef>
 #include <memory>
 #include <string>
 #include <string_view>
 
 namespace microreg::inline MICROREG_ABI::detail {
 
+/// What is intercepted.
+inline constexpr const Rule* fused_rules[] = {&convolution_backward_rule,
+                                              &native_batch_norm_backward_rule,
+                                              &cudnn_batch_norm_backward_rule,
+                                              &native_layer_norm_backward_rule,
+                                              &native_group_norm_rule,
+                                              &threshold_backward_rule,
+                                              &hardtanh_backward_rule,
+                                              &leaky_relu_backward_rule,
+                                              &max_pool2d_backward_rule,
+                                              &max_pool3d_backward_rule,
+                                              &gelu_backward_rule,
+                                              &softmax_backward_rule,
+                                              &hardsigmoid_backward_rule,
+                                              &weight_norm_rule};
+
+/// The operation of a rule, "aten::name.overload".
+inline std::string operation_of(const Rule& rule) {
+  const std::string_view schema = rule.schema;
+  return std::string(schema.substr(0, schema.find('(')));
+}
+
 /// Registers the rules, once per process: another shared object that includes this header finds them there.
 class FusedRegistration {
  public:
   FusedRegistration() {
     const Registering registering;
-    for (const Rule* rule :
-         {&convolution_backward_rule, &native_batch_norm_backward_rule, &cudnn_batch_norm_backward_rule,
-          &native_layer_norm_backward_rule, &native_group_norm_rule, &threshold_backward_rule, &hardtanh_backward_rule,
-          &leaky_relu_backward_rule, &max_pool2d_backward_rule, &max_pool3d_backward_rule, &gelu_backward_rule,
-          &softmax_backward_rule, &hardsigmoid_backward_rule, &weight_norm_rule}) {
-      if (is_chosen(rule->schema)) {
-        const std::string_view schema = rule->schema;
-        const std::string operation(schema.substr(0, schema.find('(')));
-        const auto fits = [&](const c10::FunctionSchema& found) { return c10::toString(found) == schema; };
-        Interceptors::report(operation, kernels_.add(operation, fits, std::make_unique<RuleKernel>(*rule)));
-      }
+    for (const Rule* rule : fused_rules) {
+      const auto fits = [&](const c10::FunctionSchema& found) { return c10::toString(found) == rule->schema; };
+      const std::string operation = operation_of(*rule);
+      Interceptors::report(operation, kernels_.add(operation, fits, std::make_unique<RuleKernel>(*rule)));
     }
   }
 
  private:
-  static bool is_chosen(std::string_view schema) {
-    constexpr std::size_t begin = std::string_view("aten::").size();
-    const auto& chosen = fused_operations();
-    return !chosen.has_value() || chosen->contains(std::string(schema.substr(begin, schema.find('(') - begin)));
-  }
-
   Interceptors kernels_;
 };
 
