@@ -4,6 +4,7 @@
 #     tests/check_sanitizers.sh            both
 #     tests/check_sanitizers.sh address    the whole test suite under address and undefined behaviour
 #     tests/check_sanitizers.sh thread     the tests with threads under the thread sanitizer
+#     tests/check_sanitizers.sh threads-alone   of those the files that are about threads, and no others
 # Leaks are not looked for: what LibTorch keeps until the process ends is no leak, and cannot be told from one. The test
 # `repeated_steps` watches for growth instead, in an ordinary build.
 set -euo pipefail
@@ -18,11 +19,18 @@ address() {
     --exclude-regex '^repeated_steps$'
 }
 
-thread() {
+threads_alone() {
   export TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1 suppressions=$root/tests/tsan.supp"
   microreg_build microreg_thread_tests
   # The barriers of OpenMP's runtime, which is not instrumented, are not seen: no loops on its threads here.
   OMP_NUM_THREADS=1 "$microreg_build_dir/tests/microreg_thread_tests" '~[parallel]'
+}
+
+thread() {
+  threads_alone
+  microreg_build microreg_more_thread_tests microreg_two_objects microreg_object_a microreg_object_b
+  OMP_NUM_THREADS=1 "$microreg_build_dir/tests/microreg_more_thread_tests" '[threads]'
+  OMP_NUM_THREADS=1 ctest --test-dir "$microreg_build_dir" --output-on-failure --no-tests=error -R '^two_objects$'
 }
 
 check() (
@@ -38,12 +46,13 @@ check() (
 case "${1:-both}" in
   address) check address asan ;;
   thread) check thread tsan ;;
+  threads-alone) check threads_alone tsan ;;
   both)
     check address asan
     check thread tsan
     ;;
   *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     [ "$1" = -h ] || [ "$1" = --help ]
     ;;
 esac

@@ -270,7 +270,7 @@ TEST_CASE("defaults: losses with kinks", "[defaults]") {
              Then::either, Then::refused);
 }
 
-TEST_CASE("defaults: what the passes do not share", "[defaults]") {
+TEST_CASE("defaults: what the passes do not share", "[defaults][threads]") {
   const auto refused = [](const char* name, const Fresh& fresh) {
     check_kind(name, fresh, Then::right, Then::refused);
   };

@@ -120,7 +120,8 @@ double own_noise() {
 
 }  // namespace
 
-TEST_CASE("differences: noise of one's own, and state outside of buffers, are refused", "[difference_checks]") {
+TEST_CASE("differences: noise of one's own, and state outside of buffers, are refused",
+          "[difference_checks][threads]") {
   for (const auto type : {torch::kFloat64, torch::kFloat32}) {
     const Setting s(type);
     Tensor state = torch::zeros({5}, type);
@@ -305,7 +306,7 @@ TEST_CASE("differences: functions of one's own and hooks are refused", "[differe
   CHECK(seen > 0);
 }
 
-TEST_CASE("differences: forward passes in other threads are right or refused", "[difference_checks]") {
+TEST_CASE("differences: forward passes in other threads are right or refused", "[difference_checks][threads]") {
   const Setting s(torch::kFloat64, 64);
   const auto elsewhere = [](const std::function<Tensor()>& call) {
     Tensor result;
@@ -325,7 +326,7 @@ TEST_CASE("differences: forward passes in other threads are right or refused", "
 }
 
 TEST_CASE("differences: another thread that reads the weights sees displaced ones, or copies are moved",
-          "[difference_checks]") {
+          "[difference_checks][threads]") {
   const Setting s;
   const Tensor before = s.a.detach().clone();
   int passes = 0;
@@ -370,7 +371,8 @@ TEST_CASE("differences: detach is right, straight-through and bootstrapped targe
               entropy, s.x, s.y, 1e-5);
 }
 
-TEST_CASE("differences: a data loader that draws meanwhile is neither disturbed nor heard", "[difference_checks]") {
+TEST_CASE("differences: a data loader that draws meanwhile is neither disturbed nor heard",
+          "[difference_checks][threads]") {
   const auto estimator = GENERATE(microreg::Estimator(ForwardDifference{}), microreg::Estimator(CentralDifference{}),
                                   microreg::Estimator(ForwardDifference{.gates = Gates::free}));
   const Setting s(torch::kFloat64, 64);
@@ -404,7 +406,7 @@ TEST_CASE("differences: a data loader that draws meanwhile is neither disturbed 
   CHECK(repeated == 0);  // of 2^53 values, on however slow a machine
 }
 
-TEST_CASE("differences: two regularizers with dropout in two threads", "[difference_checks]") {
+TEST_CASE("differences: two regularizers with dropout in two threads", "[difference_checks][threads]") {
   std::atomic<int> wrong{0};
   const auto work = [&](std::uint64_t /*seed*/, const Setting& s) {
     const Model model{

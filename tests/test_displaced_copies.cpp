@@ -176,7 +176,7 @@ TEST_CASE("displaced copies: every penalty, and the parameters that are selected
   check(microreg::Unsquared{microreg::GradientNorm{}});
 }
 
-TEST_CASE("displaced copies: another thread may read the parameters at any time", "[displaced_copies]") {
+TEST_CASE("displaced copies: another thread may read the parameters at any time", "[displaced_copies][threads]") {
   torch::manual_seed(7);
   nn::Sequential model(nn::Linear(64, 256), nn::Tanh(), nn::Linear(256, 256), nn::Tanh(), nn::Linear(256, 5));
   const Tensor x = torch::randn({64, 64}), y = torch::randint(5, {64});
@@ -206,7 +206,7 @@ TEST_CASE("displaced copies: another thread may read the parameters at any time"
   CHECK(others == 0);
 }
 
-TEST_CASE("displaced copies: what they do not reach is refused", "[displaced_copies]") {
+TEST_CASE("displaced copies: what they do not reach is refused", "[displaced_copies][threads]") {
   torch::manual_seed(8);
   const auto leaf = [](at::IntArrayRef shape) { return torch::randn(shape, torch::kFloat64).requires_grad_(); };
   const Tensor a = leaf({6, 8}), b = leaf({8, 5});

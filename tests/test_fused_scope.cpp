@@ -3,6 +3,7 @@
 #include "networks.hpp"
 
 #include <c10/util/Exception.h>
+#include <microreg/detail/interceptors.hpp>
 #include <microreg/detail/plain_tensors.hpp>
 #include <microreg/microreg.hpp>
 
@@ -251,4 +252,35 @@ TEST_CASE("a penalty of the functor inside a scope has a third derivative, and o
   CHECK(has(message_of<microreg::ModelError>(
                 [&] { std::ignore = torch::autograd::grad({penalty(problem)}, parameters, {}, true, true); }),
             {"third derivative", "create_graph", "FusedScope"}));
+}
+
+TEST_CASE("an operation that this LibTorch does not have, or has otherwise, is left to it by name", "[fused]") {
+  struct Refuses final : c10::OperatorKernel {
+    void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*) { FAIL("it was registered"); }
+  };
+  using microreg::detail::Interceptors;
+  Warnings warnings;
+  const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+  Interceptors interceptors;
+  const auto add = [&](const std::string& operation, bool fits) {
+    const microreg::detail::Registering registering;
+    const char* why =
+        interceptors.add(operation, [=](const c10::FunctionSchema&) { return fits; }, std::make_unique<Refuses>());
+    Interceptors::report(operation, why);
+    return std::string(why == nullptr ? "" : why);
+  };
+  CHECK(add("aten::no_such_operation", true) == "is unknown to it");
+  CHECK(add("aten::erfinv", false) == "has other arguments there");
+  REQUIRE(warnings.messages.size() == 2);
+  CHECK(has(warnings.messages[0], {"aten::no_such_operation", "is unknown to it"}));
+  CHECK(has(warnings.messages[1], {"aten::erfinv", "has other arguments there"}));
+
+  // Such an operation runs as it is, in a scope as outside of one.
+  const torch::Tensor x = torch::full({3}, 0.3, torch::kFloat64).requires_grad_();
+  const auto second = [&](bool fused) {
+    const microreg::FusedScope scope(fused);
+    const torch::Tensor first = torch::autograd::grad({torch::erfinv(x).sum()}, {x}, {}, true, true)[0];
+    return torch::autograd::grad({first.sum()}, {x})[0];
+  };
+  CHECK(second(true).equal(second(false)));
 }

@@ -232,7 +232,7 @@ TEST_CASE("the user's own error arrives, and generators are put back", "[promise
   CHECK(same_bits(state(), before));
 }
 
-TEST_CASE("a step that is undone gives no other thread its numbers twice", "[promises]") {
+TEST_CASE("a step that is undone gives no other thread its numbers twice", "[promises][threads]") {
   torch::manual_seed(12);
   torch::nn::Sequential model(torch::nn::Linear(4, 8), torch::nn::Dropout(0.5), torch::nn::Linear(8, 3));
   model->to(torch::kFloat64);

@@ -530,7 +530,7 @@ TEST_CASE("right or refused: derivatives inside of the pass", "[right_or_refused
                          entropy_loss, n.x, n.y, exactly);
 }
 
-TEST_CASE("right or refused: passes that the scope does not see", "[right_or_refused]") {
+TEST_CASE("right or refused: passes that the scope does not see", "[right_or_refused][threads]") {
   torch::manual_seed(8);
   const Net n;
   const std::function<Tensor(const Tensor&, const Tensor&)> smooth = [](const Tensor& h, const Tensor& w) {

@@ -402,7 +402,7 @@ TEST_CASE("situations: a displacement is proven again where what it moves has an
   }
 }
 
-TEST_CASE("situations: a step on parameters that another thread's step moves is refused", "[situations]") {
+TEST_CASE("situations: a step on parameters that another thread's step moves is refused", "[situations][threads]") {
   torch::manual_seed(6);
   const Tensor w = leaf({6, 8}), o = leaf({8, 5}), other = leaf({6, 5});
   const Tensor x = normal({8, 6}), y = torch::randint(5, {8});

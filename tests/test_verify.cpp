@@ -297,7 +297,7 @@ TEST_CASE("verify: functions of one's own", "[verify]") {
   CHECK(any_has(without_graph.problems, {"NoGraph"}));
 }
 
-TEST_CASE("verify: decisions that a difference does not see", "[verify]") {
+TEST_CASE("verify: decisions that a difference does not see", "[verify][threads]") {
   const Setting s;
   const Forward forward = [&](const Tensor& x) {
     Tensor h;
