@@ -3,7 +3,7 @@
 #pragma once
 
 #include <microreg/detail/interceptors.hpp>
-#include <microreg/fused/registration.hpp>
+#include <microreg/fused/rules.hpp>
 
 #include <torch/library.h>
 
