@@ -156,7 +156,8 @@ class FiniteDifference final : public Differences {
     std::vector<at::Tensor> there = displaced_gradient(passes, index, k, settings_.central ? per_norm * 0.5 : per_norm);
     if (settings_.central) {
       const std::vector<at::Tensor> back = displaced_gradient(passes, index, k, per_norm * -0.5);
-      passes.far = passes.far || !watch_.is_straight(back, probe.gradient, there);
+      // A step of one's own is for its author to choose.
+      passes.far = passes.far || (settings_.step == 0 && !watch_.is_straight(back, probe.gradient, there));
       subtract(there, back);
     }
     if (passes.far && !passes.due) {
