@@ -10,6 +10,7 @@
 #include <atomic>
 #include <chrono>
 #include <functional>
+#include <memory>
 #include <random>
 #include <thread>
 
@@ -656,6 +657,38 @@ TEST_CASE("differences: without a second derivative two lengths are compared", "
               (void)penalty_part(model, entropy, s.x, s.y, ForwardDifference{.step = 20, .own_functions = smooth});
             }),
             {"off by", "twice its displacement"}));
+}
+
+// Double backward cannot take the place of a difference there.
+TEST_CASE("differences: normalisation over few elements without a second derivative is right or refused",
+          "[difference_checks]") {
+  const auto network = [](bool once) {
+    const auto setting = std::make_shared<Setting>(torch::kFloat, 24);
+    return std::pair(setting, Model{[setting, once](const Tensor& x) {
+                                      const Tensor h = x.matmul(setting->a);
+                                      const Tensor n = torch::group_norm(once ? Once::apply(h) : h.sin(), 4);
+                                      return torch::tanh(n).matmul(setting->b);
+                                    },
+                                    setting->weights()});
+  };
+  for (const int workers : {1, 2}) {
+    const auto gradient = [&](bool once, const microreg::Estimator& estimator) {
+      const auto [setting, model] = network(once);
+      microreg::Regularizer regularizer(
+          model, entropy, microreg::GradientNorm{},
+          {.strength = 1, .micro_batch_size = 3, .estimator = estimator, .workers = workers});
+      (void)regularizer.backward(setting->x, setting->y);
+      return flat_grad(model.parameters);
+    };
+    const Tensor right = gradient(false, Exact{});
+    const auto copies = microreg::Displace::copies;
+    CHECK(relative_error(gradient(true, ForwardDifference{.own_functions = smooth, .displace = copies}), right) < 5e-2);
+    CHECK(relative_error(gradient(true, CentralDifference{.own_functions = smooth, .displace = copies}), right) < 5e-3);
+    CHECK(has(refusal([&] {
+                (void)gradient(true, ForwardDifference{.step = 3, .own_functions = smooth, .displace = copies});
+              }),
+              {"off by", "twice its displacement"}));
+  }
 }
 
 TEST_CASE("differences: the proof is given when it is due, disturbs nothing, and can be switched off",

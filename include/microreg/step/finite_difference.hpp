@@ -96,12 +96,12 @@ class FiniteDifference final : public Differences {
       passes.left += passes.terms[i].left;
     }
     if (passes.left > 0) {
-      if (!normalises_few(passes) || !add_exactly(passes, sums)) {
-        if (passes.due) {
-          add_proven(passes, sums);
-        } else {
-          add_penalties(passes, 1, sums);
-        }
+      if (normalises_few(passes)) {
+        add_of_few(passes, sums);
+      } else if (passes.due) {
+        add_proven(passes, sums);
+      } else {
+        add_penalties(passes, 1, sums);
       }
       differs_ = true;
     }
@@ -192,9 +192,10 @@ class FiniteDifference final : public Differences {
     return settings_.gates == microreg::Gates::frozen && passes.gates.fewest_normalised() <= few;
   }
 
-  /// Adds the penalties' gradient by double backward, and the loss gradient if a displaced pass was to bring it. Where
-  /// that cannot be, a difference has to prove itself on this micro-batch.
-  bool add_exactly(DifferencePasses& passes, std::vector<at::Tensor>& sums) {
+  /// Adds the penalties' gradient by double backward then, and the loss gradient if a displaced pass was to bring it.
+  /// Without a second derivative two lengths have to agree. On this micro-batch and for it alone: others may be at work
+  /// beside it, and what it shows is not remembered.
+  void add_of_few(DifferencePasses& passes, std::vector<at::Tensor>& sums) {
     for (DifferenceTerm& term : passes.terms) {
       for (DifferenceProbe& probe : term.probes) {
         if (std::exchange(probe.brings_loss, false)) {
@@ -202,13 +203,25 @@ class FiniteDifference final : public Differences {
         }
       }
     }
-    auto exact = exactly(passes, std::nullopt);
-    if (!exact.has_value()) {
-      passes.due = true;
-      return false;
+    if (auto exact = exactly(passes, std::nullopt)) {
+      return add_scaled(sums, *std::move(exact));
     }
-    add_scaled(sums, *std::move(exact));
-    return true;
+    passes.due = true;
+    keep_gates(passes);
+    std::vector<at::Tensor> found = all_penalties(passes, 1);
+    const Comparison comparison = compare(found, all_penalties(passes, 2));
+    if (comparison.finite() && !terms_.agrees(passes, comparison)) {
+      terms_.refuse(passes, comparison, comparison, 1, /*exact=*/false);
+    }
+    add_scaled(sums, std::move(found));
+  }
+
+  /// Releases no gates until the micro-batch is done: how many passes there will be is not known.
+  static void keep_gates(DifferencePasses& passes) {
+    passes.left = std::numeric_limits<std::size_t>::max();
+    for (DifferenceTerm& term : passes.terms) {
+      term.left = term.left > 0 ? std::numeric_limits<std::size_t>::max() : 0;
+    }
   }
 
   std::vector<at::Tensor> all_penalties(DifferencePasses& passes, double times) {
@@ -279,10 +292,7 @@ class FiniteDifference final : public Differences {
   /// Adds what a difference gives for all penalties if that agrees with double backward; if the automatic displacement
   /// turns out too short or too long, with the one that does, which holds from then on.
   void add_proven(DifferencePasses& passes, std::vector<at::Tensor>& sums) {
-    passes.left = std::numeric_limits<std::size_t>::max();  // no gates are released
-    for (DifferenceTerm& term : passes.terms) {
-      term.left = term.left > 0 ? std::numeric_limits<std::size_t>::max() : 0;
-    }
+    keep_gates(passes);
     std::optional<std::vector<at::Tensor>> exact;
     struct Trial {
       std::vector<at::Tensor> found;
