@@ -26,11 +26,12 @@ threads_alone() {
   OMP_NUM_THREADS=1 "$microreg_build_dir/tests/microreg_thread_tests" '~[parallel]'
 }
 
+# Not the two shared objects of `two_objects`: what their threads exchange lies in LibTorch's dispatcher, whose mutex is not
+# seen.
 thread() {
   threads_alone
-  microreg_build microreg_more_thread_tests microreg_two_objects microreg_object_a microreg_object_b
+  microreg_build microreg_more_thread_tests
   OMP_NUM_THREADS=1 "$microreg_build_dir/tests/microreg_more_thread_tests" '[threads]'
-  OMP_NUM_THREADS=1 ctest --test-dir "$microreg_build_dir" --output-on-failure --no-tests=error -R '^two_objects$'
 }
 
 check() (
