@@ -90,17 +90,13 @@ inline constexpr Rule native_group_norm_backward_rule{
               needs[2] ? d_weight.reshape(-1) : at::Tensor()};
     },
     .forward = [](const Call& call) -> Tensors {
-      const at::Tensor x = call.tensor(1);
-      const NormProblem p = group_norm_problem(call.tensor(0), x, call.tensor(4), call.tensor(2), call.tensor(3),
-                                               call.arguments[8].toInt(), Tensors(3));
-      if (!p.is_coarse()) {
+      const at::Tensor x = call.tensor(1), mean = call.tensor(2), rstd = call.tensor(3);
+      if (!is_coarse_over(x, rstd)) {
         return call.run();
       }
-      Tensors results = wanted(group_norm_backward_aten(p.in_float64(), x), call.mask(9));
-      for (at::Tensor& result : results) {
-        result = result.defined() ? result.to(x.scalar_type()) : result;
-      }
-      return results;
+      const NormProblem p =
+          group_norm_problem(call.tensor(0), x, call.tensor(4), mean, rstd, call.arguments[8].toInt(), Tensors(3));
+      return rounded_to(x.scalar_type(), wanted(group_norm_backward_aten(p.in_float64(), x), call.mask(9)));
     }};
 
 /// Group normalisation itself, whose mean and rstd are kept.
@@ -115,13 +111,16 @@ inline constexpr Rule native_group_norm_rule{
       at::Tensor mean = call.tensor(8), rstd = call.tensor(9);
       const at::Tensor dy =
           upstream[0].contiguous(x.is_cpu() ? x.suggest_memory_format() : at::MemoryFormat::Contiguous);
-      NormProblem p = group_norm_problem(dy, x, weight, mean, rstd, call.arguments[6].toInt(), Tensors(3));
+      const auto problem = [&] {  // where it is needed: in channels-last it copies
+        return group_norm_problem(dy, x, weight, mean, rstd, call.arguments[6].toInt(), Tensors(3));
+      };
       if (at::GradMode::is_enabled() && !should_fuse({dy, x, weight}, HalfTypes::widened)) {
+        NormProblem p = problem();
         p.differentiate_statistics();
         return wanted(group_norm_backward_aten(p, x), needs);
       }
-      if (p.is_coarse()) {  // LibTorch's own backward pass sums what is not centred
-        std::tie(mean, rstd) = p.exact_statistics(call.arguments[7].toDouble());
+      if (is_coarse_over(x, rstd)) {  // LibTorch's own backward pass sums what is not centred
+        std::tie(mean, rstd) = problem().exact_statistics(call.arguments[7].toDouble());
       }
       // LibTorch 2.13 reads the memory of d_x in channels-last on the CPU whether it was asked for it or not.
       const bool with_d_x = needs[0] || (x.is_cpu() && x.suggest_memory_format() != at::MemoryFormat::Contiguous);

@@ -74,6 +74,22 @@ struct NormAffine {
         constant(plus_product(b_in, a, row.v0, -1)) {}
 };
 
+/// Whether float32 is too coarse for what each element of `rstd` normalises of x. Of few elements little is left
+/// without their mean and their part along x (of two, a share of eps / (var + eps)): a difference of nearly equal
+/// numbers.
+inline bool is_coarse_over(const at::Tensor& x, const at::Tensor& rstd) {
+  return x.scalar_type() == at::kFloat && x.numel() > rstd.numel() && x.numel() <= 16 * rstd.numel();
+}
+
+/// The results of a formula in the type of the call.
+template <class Results>
+Results rounded_to(at::ScalarType type, Results results) {
+  for (at::Tensor& result : results) {
+    result = result.defined() ? result.to(type) : result;
+  }
+  return results;
+}
+
 /// One call, in a shape that its parts broadcast to. Each of weight, v, a, b may be undefined: 1, 0, 0, 0.
 struct NormProblem {
   at::Tensor dy, x, weight, mean, rstd, v, a, b;
@@ -83,9 +99,7 @@ struct NormProblem {
   [[nodiscard]] double count() const { return static_cast<double>(x.numel()) / static_cast<double>(rstd.numel()); }
   /// Whether the CPU's kernels are to be run.
   [[nodiscard]] bool runs_on_kernels() const { return count() > 1 && runs_kernels(x); }
-  /// Whether float32 is too coarse. Of few elements little is left without their mean and their part along x (of two, a
-  /// share of eps / (var + eps)): a difference of nearly equal numbers.
-  [[nodiscard]] bool is_coarse() const { return count() > 1 && count() <= 16 && x.scalar_type() == at::kFloat; }
+  [[nodiscard]] bool is_coarse() const { return is_coarse_over(x, rstd); }
 
   /// The same in float64, whose mean is that of x to the last digit. rstd stays the one that the backward pass read.
   [[nodiscard]] NormProblem in_float64() const {
@@ -241,11 +255,7 @@ inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, Output
 template <class Kernels>
 std::array<at::Tensor, 3> norm_double_backward(const NormProblem& p, OutputMask needs, const Kernels& kernels) {
   if (p.is_coarse()) {
-    std::array<at::Tensor, 3> results = norm_double_backward(p.in_float64(), needs, kernels);
-    for (at::Tensor& result : results) {
-      result = result.defined() ? result.to(p.x.scalar_type()) : result;
-    }
-    return results;
+    return rounded_to(p.x.scalar_type(), norm_double_backward(p.in_float64(), needs, kernels));
   }
   if (!p.runs_on_kernels()) {
     return norm_double_backward_aten(p, needs);

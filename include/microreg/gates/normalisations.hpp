@@ -5,23 +5,15 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <c10/core/DispatchKeySet.h>
+#include <c10/util/accumulate.h>
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/interception.hpp>
 #include <microreg/gates/kernel.hpp>
 #include <microreg/gates/tape.hpp>
 
 #include <cstdint>
-#include <optional>
 
 namespace microreg::inline MICROREG_ABI::detail::gating {
-
-inline std::int64_t product(const std::vector<std::int64_t>& sizes) {
-  std::int64_t result = 1;
-  for (const std::int64_t size : sizes) {
-    result *= size;
-  }
-  return result;
-}
 
 /// How many elements an operation normalises together, with these arguments; 0 where there are none, or statistics are
 /// taken from elsewhere.
@@ -42,8 +34,8 @@ inline constexpr Normalisation normalisations[] = {
        const std::int64_t rows = x.dim() > 1 ? x.size(0) * x.size(1) : 0;
        return in.flag(5) && rows > 0 ? x.numel() / rows : 0;
      }},
-    {"layer_norm", [](const Arguments& in) { return product(in.integers(1)); }},
-    {"rms_norm", [](const Arguments& in) { return product(in.integers(1)); }},
+    {"layer_norm", [](const Arguments& in) { return c10::multiply_integers(in.integers(1)); }},
+    {"rms_norm", [](const Arguments& in) { return c10::multiply_integers(in.integers(1)); }},
     {"group_norm",
      [](const Arguments& in) -> std::int64_t {
        const at::Tensor& x = in.tensor(0);

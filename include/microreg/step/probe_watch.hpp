@@ -87,8 +87,8 @@ class ProbeWatch {
   }
 
   /// Whether a central difference, from the gradient `back` to `there` with `here` in the middle, is one of a nearly
-  /// straight line: its halves differ by what is lost in rounding and by the curvature that it neglects. To a tenth of
-  /// each, or rounding of the gradients themselves. Looked at on the CPU alone.
+  /// straight line. Its halves, there - here and here - back, differ by what is lost in rounding and by the curvature
+  /// that it neglects: by a tenth of their sum at most, or by the rounding of gradients. Looked at on the CPU alone.
   [[nodiscard]] bool is_straight(const std::vector<at::Tensor>& back, const std::vector<at::Tensor>& here,
                                  const std::vector<at::Tensor>& there) const {
     double bend = 0, change = 0, norm = 0;
