@@ -3,8 +3,8 @@
 #
 #     docs/make_reference.sh [FOLDER]     FOLDER/html/index.html; by default build/reference
 #
-# A warning is an error: a comment that Doxygen cannot read or that names what is not there, a page with a dead link.
-# Members that say what they are by their names (name(), size()) need no comment, and stand there without one.
+# A warning is an error: a comment that Doxygen cannot read or that names what is not there, a page with a dead link, a
+# public member without a comment. Parameters are described in its prose.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 output="$(realpath -m "${1:-build/reference}")"
@@ -33,7 +33,7 @@ INPUT                  = "$work" include
 FILE_PATTERNS          = *.hpp *.md
 RECURSIVE              = YES
 EXCLUDE                = $(printf '%s ' "${internal[@]}")
-EXCLUDE_SYMBOLS        = *::detail *::detail::*
+EXCLUDE_SYMBOLS        = *::detail *::detail::* MICROREG_ABI*
 INPUT_FILTER           = "sed s/::inline.MICROREG_ABI//"
 STRIP_FROM_PATH        = "$work" include
 STRIP_FROM_INC_PATH    = include
@@ -56,7 +56,7 @@ EXPAND_ONLY_PREDEF     = YES
 PREDEFINED             = MICROREG_COMPILED MICROREG_INLINE= __cplusplus=202002L
 QUIET                  = YES
 WARNINGS               = YES
-WARN_IF_UNDOCUMENTED   = NO
+WARN_IF_UNDOCUMENTED   = YES
 WARN_AS_ERROR          = FAIL_ON_WARNINGS
 GENERATE_HTML          = YES
 GENERATE_LATEX         = NO

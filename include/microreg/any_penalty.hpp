@@ -62,9 +62,10 @@ Term<Pass> term_of(Weighted<P> weighted) {
 template <class Input = at::Tensor, class Output = at::Tensor, class Target = at::Tensor>
 class AnyPenalty {
  public:
-  using Pass = ForwardPass<Input, Output, Target>;
+  using Pass = ForwardPass<Input, Output, Target>;  ///< what the probes of its penalties read
 
   AnyPenalty() = default;
+  /// A penalty, a weighted one or a sum of them. Does not compile where one of them cannot be evaluated on Pass.
   template <class P>
     requires(!detail::IsAnyPenalty<P>::value && PenaltyExpression<P>)
   AnyPenalty(P penalty) {  // NOLINT(google-explicit-constructor): as every penalty is one
@@ -72,6 +73,7 @@ class AnyPenalty {
                detail::as_sum(std::move(penalty)).terms);
   }
 
+  /// Adds the penalties of `other`, each with its own strength.
   AnyPenalty& operator+=(AnyPenalty other) {  // a copy: it may be this one
     terms_.insert(terms_.end(), other.terms_.begin(), other.terms_.end());
     return *this;
@@ -89,13 +91,14 @@ class AnyPenalty {
 
   /// How many penalties it adds up.
   [[nodiscard]] std::size_t size() const noexcept { return terms_.size(); }
+  /// Name, strength and probes of each, in the order of the sum.
   [[nodiscard]] const std::vector<detail::Term<Pass>>& terms() const noexcept { return terms_; }
 
  private:
   std::vector<detail::Term<Pass>> terms_;
 };
 template <class P>
-AnyPenalty(P) -> AnyPenalty<>;
+AnyPenalty(P) -> AnyPenalty<>;  ///< on tensors, since a penalty does not tell what the model takes and returns
 
 namespace detail {
 

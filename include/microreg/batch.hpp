@@ -40,18 +40,21 @@ namespace microreg::inline MICROREG_ABI {
 template <std::int64_t Dimension>
 struct Along : at::Tensor {
   Along() = default;
+  /// Shares the memory. Without such a dimension it is a BatchError as soon as samples are counted.
   Along(at::Tensor tensor) : at::Tensor(std::move(tensor)) {}  // NOLINT(google-explicit-constructor)
 };
 
 /// A tensor that goes along whole with every micro-batch, on any device: an adjacency matrix, a table.
 struct Whole : at::Tensor {
   Whole() = default;
+  /// Shares the memory. Any shape and device, since its samples are not counted.
   Whole(at::Tensor tensor) : at::Tensor(std::move(tensor)) {}  // NOLINT(google-explicit-constructor)
 };
 
 /// A tensor of one value a sample that stays on the CPU wherever the model is: lengths of packed sequences.
 struct OnHost : at::Tensor {
   OnHost() = default;
+  /// Shares the memory. Counted and cut along the first dimension.
   OnHost(at::Tensor tensor) : at::Tensor(std::move(tensor)) {}  // NOLINT(google-explicit-constructor)
 };
 
@@ -61,6 +64,7 @@ struct OnHost : at::Tensor {
 template <class T>
 struct PerSample : std::vector<T> {
   using std::vector<T>::vector;
+  /// Element i is that of sample i; as many as the tensors beside it have samples.
   PerSample(std::vector<T> elements) : std::vector<T>(std::move(elements)) {}  // NOLINT(google-explicit-constructor)
 
   friend std::int64_t microreg_size(const PerSample& list) { return static_cast<std::int64_t>(list.size()); }

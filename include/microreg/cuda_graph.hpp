@@ -25,6 +25,7 @@
 
 namespace microreg::inline MICROREG_ABI {
 
+/// How much a CudaGraph records, and how its recordings are checked.
 struct CudaGraphOptions {
   /// How many kinds of micro-batch are recorded: shapes, with and without penalties, of each model. Each keeps the
   /// memory of one micro-batch. What comes when there are so many is done operation by operation.
@@ -62,6 +63,7 @@ struct CudaGraphOptions {
 /// Source: CUDA Graphs, Nvidia, CUDA C++ Programming Guide; torch.cuda.CUDAGraph.
 class CudaGraph final : public detail::Recordings {
  public:
+  /// Throws OptionError for `shapes` below 1, or `check_every` or `tolerance` below 0. Touches no device.
   explicit CudaGraph(CudaGraphOptions options = {})
       : Recordings({options.shapes, options.check_every, options.tolerance}) {
     if (options.shapes < 1) {

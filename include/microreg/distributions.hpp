@@ -51,6 +51,7 @@ struct Categorical {
     const at::Tensor scores = logits.detach().to(type);
     return (scores - at::empty_like(scores).exponential_(1.0, generator).log_()).argmax(1);
   }
+  /// The mean over samples of -log p(label), a scalar, for labels as sample() gives them.
   [[nodiscard]] at::Tensor negative_log_likelihood(const at::Tensor& logits, const at::Tensor& labels) const {
     return at::cross_entropy_loss(checked(logits), labels);
   }
@@ -107,10 +108,12 @@ struct Categorical {
 
 /// Binary labels from logits of any shape, each component independent.
 struct Bernoulli {
+  /// Labels of the shape and type of the logits: 1 with probability sigmoid(logit), otherwise 0.
   [[nodiscard]] at::Tensor sample(const at::Tensor& logits, const std::optional<at::Generator>& generator) const {
     const at::NoGradGuard no_grad;
     return at::bernoulli(logits.detach().sigmoid(), generator);
   }
+  /// Binary cross-entropy, summed over dimension 1 (of [M], nothing) and averaged over the rest: a scalar.
   [[nodiscard]] at::Tensor negative_log_likelihood(const at::Tensor& logits, const at::Tensor& labels) const {
     return detail::event_sum(at::binary_cross_entropy_with_logits(logits, labels, /*weight=*/{}, /*pos_weight=*/{},
                                                                   at::Reduction::None))
@@ -122,6 +125,7 @@ struct Bernoulli {
 struct Gaussian {
   double standard_deviation = 1.0;  ///< in the units of the output; must be positive and finite
 
+  /// mean + standard_deviation * e with e standard normal. Throws OptionError for a deviation out of range.
   [[nodiscard]] at::Tensor sample(const at::Tensor& mean, const std::optional<at::Generator>& generator) const {
     if (!(detail::is_finite(standard_deviation) && standard_deviation > 0)) {
       throw OptionError(
@@ -146,9 +150,10 @@ struct Gaussian {
 /// ```
 template <class Sample, class NegativeLogLikelihood>
 struct Distribution {
-  Sample sample_function;
-  NegativeLogLikelihood negative_log_likelihood_function;
+  Sample sample_function;                                  ///< returns labels; called without a graph
+  NegativeLogLikelihood negative_log_likelihood_function;  ///< returns the mean over samples, a scalar with a graph
 
+  /// What sample_function(output, generator) returns, with the output detached and under a NoGradGuard.
   [[nodiscard]] at::Tensor sample(const at::Tensor& output, const std::optional<at::Generator>& generator) const {
     static_assert(std::is_invocable_r_v<at::Tensor, const Sample&, at::Tensor, const std::optional<at::Generator>&>,
                   "microreg: the first callable of a Distribution must take (output, generator) and return labels as a "
@@ -156,6 +161,7 @@ struct Distribution {
     const at::NoGradGuard no_grad;
     return sample_function(output.detach(), generator);
   }
+  /// What negative_log_likelihood_function(output, labels) returns, as it is.
   [[nodiscard]] at::Tensor negative_log_likelihood(const at::Tensor& output, const at::Tensor& labels) const {
     static_assert(
         std::is_invocable_r_v<at::Tensor, const NegativeLogLikelihood&, const at::Tensor&, const at::Tensor&>,
@@ -165,6 +171,6 @@ struct Distribution {
   }
 };
 template <class Sample, class NegativeLogLikelihood>
-Distribution(Sample, NegativeLogLikelihood) -> Distribution<Sample, NegativeLogLikelihood>;
+Distribution(Sample, NegativeLogLikelihood) -> Distribution<Sample, NegativeLogLikelihood>;  ///< of two callables
 
 }  // namespace microreg::inline MICROREG_ABI

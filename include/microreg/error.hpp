@@ -55,6 +55,7 @@ class DifferenceError : public ModelError {
 /// A loss, a penalty or a gradient is NaN or infinite.
 class NonFiniteError : public Error {
  public:
+  /// `micro_batch`: an index counted from 0, which micro_batch() then gives.
   NonFiniteError(const std::string& message, std::int64_t micro_batch) : Error(message), micro_batch_(micro_batch) {}
 
   /// Index, within its mini-batch, of the first micro-batch that went wrong.
@@ -67,6 +68,7 @@ class NonFiniteError : public Error {
 /// Of several processes that take a step together, another one has failed in it, or does not answer.
 class RankError : public Error {
  public:
+  /// `ranks`: those that failed, as far as that is known, which ranks() then gives.
   RankError(const std::string& message, std::vector<std::int64_t> ranks) : Error(message), ranks_(std::move(ranks)) {}
 
   /// Those that failed or do not answer; empty where that could not be found out.

@@ -44,7 +44,7 @@ enum class Displace {
 /// one other penalty, in exact arithmetic. Memory: that of a plain step, the gates, and three tensors per parameter.
 struct ForwardDifference {
   double step = 0;  ///< norm of the displacement e g; 0: chosen from the type and the norm of the parameters
-  Gates gates = Gates::frozen;
+  Gates gates = Gates::frozen;  ///< in the displaced pass: those of the first, or its own
   /// The first penalised micro-batch, and one again after so many penalised steps, is differentiated by double backward
   /// too and compared: DifferenceError if they disagree. Costs one exact micro-batch each time. 0: never.
   std::int64_t check_every = 1000;
@@ -52,7 +52,7 @@ struct ForwardDifference {
   /// Gates::free, another regularizer on networks with kinks, nothing is compared at 0.
   double tolerance = 0;
   OwnFunctions own_functions = OwnFunctions::refused;  ///< with Gates::free they are not asked for
-  Displace displace = Displace::parameters;
+  Displace displace = Displace::parameters;  ///< `copies` where other threads read the parameters, and for `.workers`
 };
 
 /// The Hessian-vector product from two displaced gradients,
@@ -63,7 +63,7 @@ struct ForwardDifference {
 /// for one other penalty, in exact arithmetic. Memory as ForwardDifference.
 struct CentralDifference {
   double step = 0;  ///< norm of the displacement e g; 0: chosen from the type and the norm of the parameters
-  Gates gates = Gates::frozen;
+  Gates gates = Gates::frozen;  ///< in the two displaced passes: those of the first, or their own
   /// The first penalised micro-batch, and one again after so many penalised steps, is differentiated by double backward
   /// too and compared: DifferenceError if they disagree. Costs one exact micro-batch each time. 0: never.
   std::int64_t check_every = 1000;
@@ -71,7 +71,7 @@ struct CentralDifference {
   /// Gates::free, another regularizer on networks with kinks, nothing is compared at 0.
   double tolerance = 0;
   OwnFunctions own_functions = OwnFunctions::refused;  ///< with Gates::free they are not asked for
-  Displace displace = Displace::parameters;
+  Displace displace = Displace::parameters;  ///< `copies` where other threads read the parameters, and for `.workers`
 };
 
 namespace detail {
@@ -85,8 +85,11 @@ MakeDifferences make_differences;
 /// compiles none of it.
 class Estimator : public std::variant<Exact, ForwardDifference, CentralDifference> {
  public:
+  /// Converts from Exact, the default.
   Estimator(Exact exact = {}) : variant(exact) {}  // NOLINT(google-explicit-constructor): and so on
+  /// Converts from a difference, whose numbers Regularizer and Penalised check: OptionError.
   Estimator(ForwardDifference forward) : variant(forward), differences_(detail::make_differences) {}  // NOLINT
+  /// The same for two displaced gradients.
   Estimator(CentralDifference central) : variant(central), differences_(detail::make_differences) {}  // NOLINT
 
   /// Whether the parameters themselves are displaced, by penalties that count their gradient.

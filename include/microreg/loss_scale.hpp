@@ -25,7 +25,9 @@ struct LossScale {
   double number = 1;                          ///< the scale, if `dynamic` is empty
   std::optional<DynamicLossScale> dynamic{};  ///< how it changes
 
-  LossScale(double scale = 1) : number(scale) {}                                        // NOLINT: implicit as a number
+  /// A constant, positive and finite, which Regularizer and Penalised check: OptionError.
+  LossScale(double scale = 1) : number(scale) {}  // NOLINT: implicit as a number
+  /// One that follows the gradients; `number` is where it starts.
   LossScale(const DynamicLossScale& moving) : number(moving.start), dynamic(moving) {}  // NOLINT
 };
 

@@ -49,6 +49,7 @@ namespace detail {
 /// is merged), the last one possibly shorter. Fewer samples than that are one micro-batch.
 class MicroBatches {
  public:
+  /// 0 samples make no micro-batch. `micro_batch_size` must be at least 1, which is not checked here.
   MicroBatches(std::int64_t samples, std::int64_t micro_batch_size, Weighting weighting,
                ShortLast short_last = ShortLast::kept) noexcept
       : samples_(samples), micro_batch_size_(std::min(micro_batch_size, samples)), weighting_(weighting) {
@@ -60,10 +61,12 @@ class MicroBatches {
     samples_ = short_last == ShortLast::dropped ? whole * micro_batch_size_ : samples;
   }
 
-  [[nodiscard]] std::int64_t count() const noexcept { return count_; }
+  [[nodiscard]] std::int64_t count() const noexcept { return count_; }  ///< K; 0 where there are no samples
   /// Those in all micro-batches together.
   [[nodiscard]] std::int64_t samples() const noexcept { return samples_; }
+  /// The first sample of micro-batch `index`, which is counted from 0 and not checked.
   [[nodiscard]] std::int64_t begin(std::int64_t index) const noexcept { return index * micro_batch_size_; }
+  /// |M|, the samples of micro-batch `index`: of the last one, all that are left.
   [[nodiscard]] std::int64_t size(std::int64_t index) const noexcept {
     return index + 1 == count_ ? samples_ - begin(index) : micro_batch_size_;
   }
@@ -88,26 +91,30 @@ class MicroBatches {
 template <Batch... B>
 class MicroBatchRange {
  public:
+  /// Every batch must have the samples of `cut`, which micro_batches() checks.
   MicroBatchRange(MicroBatches cut, B... batches) : cut_(cut), batches_(std::move(batches)...) {}
 
+  /// Stands at one micro-batch, and cuts it when it is read.
   class Iterator {
    public:
+    /// At micro-batch `index` of `range`, which must outlive it.
     Iterator(const MicroBatchRange& range, std::int64_t index) : range_(&range), index_(index) {}
-    std::tuple<Part, B...> operator*() const { return range_->at(index_); }
+    std::tuple<Part, B...> operator*() const { return range_->at(index_); }  ///< part and slices, cut at each call
+    /// On to the next micro-batch, or behind the last one.
     Iterator& operator++() {
       ++index_;
       return *this;
     }
-    bool operator==(const Iterator& other) const noexcept { return index_ == other.index_; }
+    bool operator==(const Iterator& other) const noexcept { return index_ == other.index_; }  ///< in one range
 
    private:
     const MicroBatchRange* range_;
     std::int64_t index_;
   };
 
-  [[nodiscard]] Iterator begin() const { return {*this, 0}; }
-  [[nodiscard]] Iterator end() const { return {*this, cut_.count()}; }
-  [[nodiscard]] std::int64_t size() const noexcept { return cut_.count(); }
+  [[nodiscard]] Iterator begin() const { return {*this, 0}; }                ///< at micro-batch 0
+  [[nodiscard]] Iterator end() const { return {*this, cut_.count()}; }       ///< behind the last micro-batch
+  [[nodiscard]] std::int64_t size() const noexcept { return cut_.count(); }  ///< K, the number of micro-batches
 
  private:
   [[nodiscard]] std::tuple<Part, B...> at(std::int64_t i) const {

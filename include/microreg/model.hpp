@@ -32,7 +32,7 @@ class Modules {
 
   /// Named after the module's place and their own name: `modules[1].weight`.
   [[nodiscard]] std::vector<NamedParameter> parameters() const;
-  [[nodiscard]] std::vector<at::Tensor> buffers() const;
+  [[nodiscard]] std::vector<at::Tensor> buffers() const;  ///< of one module behind the other, submodules included
   /// Adds of each module, and of those in it, whether it is in training mode.
   void add_modes(std::vector<bool>& modes) const;
 
@@ -66,16 +66,16 @@ template <class... M>
 /// ```
 template <class Function, class Parameters = std::vector<at::Tensor>>
 struct FunctionModel {
-  Function function;
-  Parameters parameters;
-  std::vector<at::Tensor> buffers = {};
+  Function function;                     ///< takes the input, or the elements of a tuple as arguments
+  Parameters parameters;                 ///< the tensors, named parameters[0], parameters[1], ...; or modules()
+  std::vector<at::Tensor> buffers = {};  ///< those it writes to, beside those of modules()
 };
 template <class Function>
-FunctionModel(Function, std::vector<at::Tensor>) -> FunctionModel<Function>;
+FunctionModel(Function, std::vector<at::Tensor>) -> FunctionModel<Function>;  ///< without buffers
 template <class Function>
-FunctionModel(Function, std::vector<at::Tensor>, std::vector<at::Tensor>) -> FunctionModel<Function>;
+FunctionModel(Function, std::vector<at::Tensor>, std::vector<at::Tensor>) -> FunctionModel<Function>;  ///< with buffers
 template <class Function>
-FunctionModel(Function, Modules) -> FunctionModel<Function, Modules>;
+FunctionModel(Function, Modules) -> FunctionModel<Function, Modules>;  ///< with the buffers of modules()
 
 namespace detail {
 

@@ -156,20 +156,20 @@ struct RegularizerOptions {
 
 /// The options of measure(), each as in RegularizerOptions.
 struct MeasureOptions {
-  Strength strength = 1.0;  ///< for the report; a schedule is asked for step 0
-  std::int64_t micro_batch_size = 128;
-  Weighting weighting = Weighting::samples;
-  Reduction reduction = Reduction::mean;
-  ParameterSelection select = {};
-  std::optional<at::Generator> generator = std::nullopt;
-  std::optional<at::ScalarType> autocast = std::nullopt;
-  double loss_scale = 1;
-  bool keep_outputs = false;
-  std::vector<at::Tensor> also_train = {};
-  OtherLeaves other_leaves = OtherLeaves::refused;
-  ShortLast short_last = ShortLast::kept;
-  std::int64_t workers = 0;
-  std::shared_ptr<Communicator> communicator = nullptr;
+  Strength strength = 1.0;                                ///< for the report; a schedule is asked for step 0
+  std::int64_t micro_batch_size = 128;                    ///< |M|, at least 1
+  Weighting weighting = Weighting::samples;               ///< how much each micro-batch counts in the averages
+  Reduction reduction = Reduction::mean;                  ///< of the loss callable, over the samples it is given
+  ParameterSelection select = {};                         ///< which parameters count in the norms; all of them if empty
+  std::optional<at::Generator> generator = std::nullopt;  ///< of labels and directions; put back afterwards
+  std::optional<at::ScalarType> autocast = std::nullopt;  ///< kBFloat16 or kHalf for forward pass, loss and probes
+  double loss_scale = 1;                            ///< where the probes' backward passes start, divided out again
+  bool keep_outputs = false;                        ///< for Report::output(); takes their memory
+  std::vector<at::Tensor> also_train = {};          ///< leaves beside the model's that count in the norms too
+  OtherLeaves other_leaves = OtherLeaves::refused;  ///< what to do where the loss depends on still others
+  ShortLast short_last = ShortLast::kept;           ///< what becomes of a last micro-batch that is shorter
+  std::int64_t workers = 0;                         ///< micro-batches at a time, on the CPU; 0: one after the other
+  std::shared_ptr<Communicator> communicator = nullptr;  ///< the ranks that measure together; null: this one alone
 };
 
 namespace detail {

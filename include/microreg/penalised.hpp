@@ -31,18 +31,18 @@ struct SnapshotMemory;
 
 /// The options of Penalised, each as in RegularizerOptions.
 struct PenalisedOptions {
-  Strength strength = 1.0;
-  Estimator estimator = Exact{};  ///< a difference needs the form of backward() that takes a closure
-  Sampling sampling = {};
-  ParameterSelection select = {};
-  std::optional<at::Generator> generator = std::nullopt;
+  Strength strength = 1.0;         ///< factor on the penalties: a number or a schedule over step()
+  Estimator estimator = Exact{};   ///< a difference needs the form of backward() that takes a closure
+  Sampling sampling = {};          ///< among the parts of a step; of a single one, `share` is its chance
+  ParameterSelection select = {};  ///< which parameters count in the penalties; all of them if empty
+  std::optional<at::Generator> generator = std::nullopt;  ///< of labels and directions; the default one if empty
   OtherLeaves other_leaves = OtherLeaves::ignored;  ///< the parameters are named here; `refused` finds forgotten ones
-  NonFinite non_finite = NonFinite::error;  ///< skip_penalty keeps the graph of a given loss until the loss goes
-  CheckFinite check_finite = CheckFinite::on_cpu;
-  bool fused = true;
-  LossScale loss_scale = 1;  ///< a number where a step of the optimizer has several parts
-  bool gradient_ratio = false;
-  bool advance = true;
+  NonFinite non_finite = NonFinite::error;         ///< skip_penalty keeps the graph of a given loss until the loss goes
+  CheckFinite check_finite = CheckFinite::on_cpu;  ///< in each call of backward()
+  bool fused = true;                               ///< the fast double backward of microreg/fused, where it applies
+  LossScale loss_scale = 1;                        ///< a number where a step of the optimizer has several parts
+  bool gradient_ratio = false;                     ///< for Report::gradient_ratio; one backward pass more
+  bool advance = true;                             ///< count a step with its last part; false: call advance()
 };
 
 /// What the penalties of a Penalised may read: the loss, and what backward() is handed beside it.
@@ -93,10 +93,14 @@ class Penalised {
   /// Adds the gradient of loss and penalties to `.grad`. `output` is for penalties that read it. Throws ModelError (no
   /// graph, no parameter, an operation that cannot be differentiated), OptionError (a difference), NonFiniteError.
   Report backward(const at::Tensor& loss, const at::Tensor& output = {}) { return backward(Part{}, loss, output); }
+  /// The same for one of several parts of a step. Throws OptionError for an index out of range, a weight that is not
+  /// above 0, and several parts with a DynamicLossScale.
   Report backward(const Part& part, const at::Tensor& loss, const at::Tensor& output = {}) {
     return backward(part, PassTensors{loss, output});
   }
+  /// The same, with the input beside loss and output.
   Report backward(const PassTensors& pass) { return backward(Part{}, pass); }
+  /// The same for one of several parts.
   Report backward(const Part& part, const PassTensors& pass);
 
   /// The same, where `closure()` does forward pass and loss and returns the loss, {loss, output} or PassTensors.
@@ -105,6 +109,7 @@ class Penalised {
   Report backward(Closure closure) {
     return backward(Part{}, std::move(closure));
   }
+  /// The same for one of several parts.
   template <class Closure>
     requires std::invocable<Closure&>
   Report backward(const Part& part, Closure closure) {
@@ -113,8 +118,8 @@ class Penalised {
 
   /// How many steps were taken. A mini-batch of several parts is one step, counted with its last part.
   [[nodiscard]] std::int64_t step() const noexcept { return progress_.step; }
-  void set_step(std::int64_t step) noexcept { progress_.step = step; }
-  void advance() noexcept { ++progress_.step; }
+  void set_step(std::int64_t step) noexcept { progress_.step = step; }  ///< for a run that resumes
+  void advance() noexcept { ++progress_.step; }  ///< counts a step, where `.advance = false` keeps backward() from it
   /// How many calls NonFinite::skip_step left out so far.
   [[nodiscard]] std::int64_t skipped() const { return progress_.all_skipped(); }
 

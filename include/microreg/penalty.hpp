@@ -52,12 +52,12 @@ class Draws {
 /// micro-batch's mean loss, a scalar with a graph. `generator` is the one to draw from, if the user named one.
 template <class Input, class Output, class Target>
 struct ForwardPass {
-  const Input& input;
-  const Output& output;
-  const Target& target;
-  const at::Tensor& loss;
-  const std::optional<at::Generator>& generator;
-  Draws* draws = nullptr;
+  const Input& input;                             ///< what the model was called with
+  const Output& output;                           ///< what it returned, with its graph
+  const Target& target;                           ///< the true labels; undefined in a Penalised
+  const at::Tensor& loss;                         ///< L_M, with its graph
+  const std::optional<at::Generator>& generator;  ///< empty: the default one of the output's device
+  Draws* draws = nullptr;                         ///< what draw() keeps and gives again; null: every draw is a new one
 
   /// What `sample()` returns, the same in every pass that an estimator makes over this micro-batch. For labels and
   /// directions that depend on the output; `sample` should draw from `generator` and without a graph.
@@ -136,14 +136,14 @@ inline constexpr bool is_squared = [] {
 /// A penalty with its own strength.
 template <Penalty P>
 struct Weighted {
-  Strength strength;
-  P penalty;
+  Strength strength;  ///< multiplied by that of the options
+  P penalty;          ///< R_M, without the strength
 };
 
 /// Several penalties at once, each with its own strength: `0.01 * GradientNorm{} + 1e-3 * UnitJacobian{}`.
 template <Penalty... P>
 struct PenaltySum {
-  std::tuple<Weighted<P>...> terms;
+  std::tuple<Weighted<P>...> terms;  ///< in the order of Report::penalties
 };
 
 template <class Input, class Output, class Target>
@@ -190,6 +190,7 @@ template <Penalty P>
   return {std::move(strength), std::move(penalty)};
 }
 
+/// The same: `GradientNorm{} * 0.01`.
 template <Penalty P>
 [[nodiscard]] Weighted<P> operator*(P penalty, Strength strength) {
   return {std::move(strength), std::move(penalty)};
@@ -207,6 +208,7 @@ template <class Expression>
   }
   return expression;
 }
+/// The same with the factor behind.
 template <class Expression>
   requires(detail::IsWeighted<Expression>::value || detail::IsPenaltySum<Expression>::value)
 [[nodiscard]] Expression operator*(Expression expression, const Strength& factor) {

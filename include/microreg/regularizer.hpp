@@ -57,6 +57,8 @@ class Regularizer {
   /// None yet: to be assigned to. backward() throws OptionError.
   Regularizer() = default;
 
+  /// Throws OptionError for an option out of range, ModelError for a module holder that is empty. The parameters are
+  /// looked up in each step.
   template <class M, class Loss, class PenaltyOrSum>
   Regularizer(M&& model, Loss loss, PenaltyOrSum penalty, RegularizerOptions options = {})
       : objective_(detail::make_objective<Input, Target>(std::forward<M>(model), std::move(loss), std::move(penalty))),
@@ -110,7 +112,7 @@ class Regularizer {
   /// Lets it go on from here, for a run that resumes.
   void set_loss_scale(double scale) { progress_.set_scale(scale); }
 
-  [[nodiscard]] const RegularizerOptions& options() const noexcept { return options_; }
+  [[nodiscard]] const RegularizerOptions& options() const noexcept { return options_; }  ///< those it was made with
 
  private:
   Report step_on(const Input& input, const Target& target) {
@@ -133,7 +135,7 @@ class Regularizer {
 
 template <class M, class Loss, class PenaltyOrSum>
 Regularizer(M&&, Loss, PenaltyOrSum, RegularizerOptions = {})
-    -> Regularizer<detail::InputOf<M>, detail::TargetOf<Loss>>;
+    -> Regularizer<detail::InputOf<M>, detail::TargetOf<Loss>>;  ///< of the batch that forward() and the loss take
 
 }  // namespace microreg::inline MICROREG_ABI
 

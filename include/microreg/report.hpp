@@ -32,26 +32,25 @@ struct Report {
   /// what the micro-batches here count of all in the step: 1, but for Penalised's part and one of several ranks, whose
   /// loss and penalties are the means over its own (see reduced() in distributed/report.hpp)
   double share = 1;
-  std::int64_t all_micro_batches = 0;   ///< K of the whole step, also where only some of them are here
-  at::Tensor loss;                      ///< sum over M of weight(M) * L_M: the mean loss over B; scalar
-  std::vector<at::Tensor> loss_parts;   ///< what the loss returned behind its first member, averaged as the loss is
-  at::Tensor micro_batch_losses;        ///< L_M, one per micro-batch; [K]
-  std::vector<std::int64_t> penalised;  ///< which micro-batches were penalised, ascending; by default all K
-  std::vector<PenaltyReport> penalties;
-  std::int64_t replayed = 0;     ///< how many micro-batches were repeated from a recording, with `.cuda_graph`
+  std::int64_t all_micro_batches = 0;    ///< K of the whole step, also where only some of them are here
+  at::Tensor loss;                       ///< sum over M of weight(M) * L_M: the mean loss over B; scalar
+  std::vector<at::Tensor> loss_parts;    ///< what the loss returned behind its first member, averaged as the loss is
+  at::Tensor micro_batch_losses;         ///< L_M, one per micro-batch; [K]
+  std::vector<std::int64_t> penalised;   ///< which micro-batches were penalised, ascending; by default all K
+  std::vector<PenaltyReport> penalties;  ///< one for each, in the order of the sum
+  std::int64_t replayed = 0;             ///< how many micro-batches were repeated from a recording, with `.cuda_graph`
   bool skipped = false;          ///< NonFinite::skip_step, or a loss scale that was too large, left this step out
   bool penalty_skipped = false;  ///< NonFinite::skip_penalty left the penalties out of this step's gradient
   at::Tensor gradient_norm;      ///< norm of what this step added to the `.grad` fields; scalar; undefined in `measure`
-  /// S of this step and whether it was too large, so that nothing was added to `.grad`: scalars on the device, with a
-  /// DynamicLossScale
-  at::Tensor loss_scale;
-  at::Tensor overflow;
+  at::Tensor loss_scale;         ///< S of this step, a scalar on the device; with a DynamicLossScale
+  at::Tensor overflow;           ///< whether S was too large, so that nothing was added to `.grad`: a bool beside it
   /// norm of the penalties' gradient over that of the loss gradient, to choose a strength by: scalar; with
   /// `.gradient_ratio = true`
   at::Tensor gradient_ratio;
   /// the tensors in the model's output for each micro-batch, without a graph; [K][tensors]; with `.keep_outputs = true`
   std::vector<std::vector<at::Tensor>> micro_batch_outputs;
 
+  /// How many are here: K, but for Penalised's part and one of several ranks.
   [[nodiscard]] std::int64_t micro_batches() const { return micro_batch_losses.size(0); }
 
   /// loss + sum of strength * penalty, a scalar on the device, without a graph.

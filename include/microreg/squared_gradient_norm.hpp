@@ -46,11 +46,12 @@ at::Tensor summed_squared_gradient_norms(const std::vector<at::Tensor>& probes,
 /// ```
 template <class Probe>
 struct SquaredGradientNorm {
-  Probe function;
-  std::string label = "custom";
+  Probe function;                ///< returns s_M, a scalar with a graph
+  std::string label = "custom";  ///< the name in reports and messages
 
-  [[nodiscard]] const std::string& name() const noexcept { return label; }
+  [[nodiscard]] const std::string& name() const noexcept { return label; }  ///< the label
 
+  /// s_M = function(pass), or else function(output), or else function(output, target): the first that it takes.
   template <class Pass>
     requires detail::ProbeCallable<Probe, Pass>
   [[nodiscard]] at::Tensor probe(const Pass& pass) const {
@@ -67,9 +68,9 @@ struct SquaredGradientNorm {
   }
 };
 template <class Probe>
-SquaredGradientNorm(Probe) -> SquaredGradientNorm<Probe>;
+SquaredGradientNorm(Probe) -> SquaredGradientNorm<Probe>;  ///< called "custom"
 template <class Probe>
-SquaredGradientNorm(Probe, std::string) -> SquaredGradientNorm<Probe>;
+SquaredGradientNorm(Probe, std::string) -> SquaredGradientNorm<Probe>;  ///< called as you say
 
 }  // namespace microreg::inline MICROREG_ABI
 

@@ -22,8 +22,10 @@ namespace microreg::inline MICROREG_ABI {
 /// ```
 class Strength {
  public:
+  /// Throws OptionError for a number that is not finite, or below 0.
   Strength(double constant) : constant_(checked(constant, -1)) {}  // NOLINT(google-explicit-constructor)
 
+  /// Throws OptionError for an empty std::function or a null pointer. The schedule is not called yet.
   template <class Schedule>
     requires(!std::convertible_to<Schedule, double> && !std::same_as<std::remove_cvref_t<Schedule>, Strength> &&
              std::is_invocable_r_v<double, Schedule&, std::int64_t>)
@@ -61,6 +63,7 @@ struct LinearWarmUp {
   double peak = 1.0;         ///< the strength once warm
   std::int64_t steps = 100;  ///< how many steps it takes; 0 or less means warm at once
 
+  /// `peak` * step / `steps`, and `peak` from `steps` on.
   [[nodiscard]] double operator()(std::int64_t step) const noexcept {
     return step >= steps ? peak : peak * static_cast<double>(step) / static_cast<double>(steps);
   }

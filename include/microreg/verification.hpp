@@ -17,13 +17,13 @@ namespace microreg::inline MICROREG_ABI {
 struct MissingSecondDerivative {
   std::string operation;  ///< as LibTorch names it: "_cdist_backward", or its whole sentence
   std::string place;      ///< "behind parameter features.3.weight"; empty if that cannot be told
-  std::string remedy;
+  std::string remedy;     ///< what to do: take other operations, another setting, or a difference
 };
 
 /// A parameter, and who uses it.
 struct ParameterUse {
-  std::string name;
-  std::vector<std::int64_t> shape;
+  std::string name;                  ///< as NamedParameter::name
+  std::vector<std::int64_t> shape;   ///< empty for a scalar
   bool frozen = false;               ///< requires no gradient: nothing else is known of it then
   bool loss = false;                 ///< the loss is a function of it
   bool selected = false;             ///< it counts in the norm, as the option select says
@@ -32,7 +32,7 @@ struct ParameterUse {
 
 /// One penalty on the micro-batch that was tried.
 struct PenaltyUse {
-  std::string name;
+  std::string name;                          ///< what its name() gives
   double strength = 0;                       ///< the factor in the objective
   std::optional<double> value = {};          ///< R_M, without the strength; empty where it could not be had
   std::optional<double> gradient_norm = {};  ///< of R_M, without the strength; empty where it could not be had
@@ -51,18 +51,18 @@ struct Verification {
   std::int64_t micro_batch_samples = 0;  ///< |M| of the one that was tried, the first
   std::string where;                     ///< type of the loss and device: "float32 on cpu"
 
-  double loss = 0;
-  double loss_gradient_norm = 0;
-  std::vector<PenaltyUse> penalties;
-  bool strength_assumed = false;  ///< it is 0 at step 0; all here is with strength 1 instead
+  double loss = 0;                    ///< L_M of the micro-batch that was tried
+  double loss_gradient_norm = 0;      ///< || grad L_M ||, by all parameters that are trained
+  std::vector<PenaltyUse> penalties;  ///< in the order of the sum
+  bool strength_assumed = false;      ///< it is 0 at step 0; all here is with strength 1 instead
   /// Of strength times penalties, over the norm of the loss gradient; empty where one of them could not be had.
   std::optional<double> gradient_ratio;
-  /// The option strength by which that ratio would be 0.1, and 1.
-  std::optional<double> strength_for_a_tenth, strength_for_one;
+  /// The option strength by which that ratio would be 0.1; empty where it is not known, or 0.
+  std::optional<double> strength_for_a_tenth, strength_for_one;  ///< and by which it would be 1
 
   /// Why exact double backward is refused; empty where it goes through.
   std::string exact_refusal;
-  std::vector<MissingSecondDerivative> missing;
+  std::vector<MissingSecondDerivative> missing;  ///< the operations, where that is the reason
   /// Exact with the fused double backward against LibTorch's own, relative; empty where one of them is not to be had.
   std::optional<double> fused_error;
   /// Where exact goes through: why it would not with the other value of the option fused.
@@ -75,14 +75,15 @@ struct Verification {
   std::vector<std::string> not_frozen;     ///< nodes with a kink that a difference cannot freeze, or its refusal
   std::vector<std::string> functions;      ///< functions of one's own, of which nobody knows what they decide
 
-  std::vector<ParameterUse> parameters;
+  std::vector<ParameterUse> parameters;  ///< of model and loss, and also_train; each tensor once
 
   Cost plain;  ///< forward pass, loss and its gradient
-  std::optional<Cost> exact_cost, difference_cost;
+  /// With the penalties by double backward; empty where that is refused.
+  std::optional<Cost> exact_cost, difference_cost;  ///< by the difference, its proof not counted; empty where refused
 
-  /// Operations in the gradient's graph that are differentiated by the fused formulas, and by LibTorch's own second
-  /// derivatives, with how often. What is differentiated as in a forward pass (products, sums) is in neither.
-  std::map<std::string, std::int64_t> fused, stock;
+  /// Operations in the gradient's graph that are differentiated by the fused formulas, with how often. What is
+  /// differentiated as in a forward pass (products, sums) is neither here nor in `stock`.
+  std::map<std::string, std::int64_t> fused, stock;  ///< those by LibTorch's own second derivatives, with how often
 
   std::vector<std::string> problems;  ///< what should be mended before training with these options
   std::vector<std::string> notes;     ///< what should be known

@@ -2,9 +2,9 @@
 /// The version of microreg, for the preprocessor, for people and for the linker. Semantic versioning.
 #pragma once
 
-#define MICROREG_VERSION_MAJOR 0
-#define MICROREG_VERSION_MINOR 1
-#define MICROREG_VERSION_PATCH 0
+#define MICROREG_VERSION_MAJOR 0  ///< 0 until the interface is settled
+#define MICROREG_VERSION_MINOR 1  ///< may break the interface until then
+#define MICROREG_VERSION_PATCH 0  ///< corrections alone; another version to the linker all the same
 
 // An inline namespace of the version, in which everything is: `microreg::Regularizer` is microreg::v0_1_0::Regularizer
 // to the linker. Two versions in one process, in two plugins for instance, share no function and no type; handing an

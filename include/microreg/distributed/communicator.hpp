@@ -25,8 +25,8 @@ class Communicator {
   Communicator& operator=(const Communicator&) = delete;
   virtual ~Communicator() = default;
 
-  [[nodiscard]] virtual std::int64_t rank() const = 0;
-  [[nodiscard]] virtual std::int64_t size() const = 0;
+  [[nodiscard]] virtual std::int64_t rank() const = 0;  ///< of this process, in [0, size())
+  [[nodiscard]] virtual std::int64_t size() const = 0;  ///< how many ranks there are
 
   /// Begins to add `flat` up over all ranks, in place: [N], contiguous, of one N and type on all ranks. The function
   /// that it returns waits for the end, and is to be called once.

@@ -27,8 +27,8 @@ namespace microreg::inline MICROREG_ABI {
 
 /// How a communicator finds out that a rank is gone: as in ProcessGroupOptions.
 struct MpiOptions {
-  std::chrono::milliseconds timeout{20'000};
-  std::chrono::milliseconds roll_call{5'000};
+  std::chrono::milliseconds timeout{20'000};   ///< how long a collective waits for the others
+  std::chrono::milliseconds roll_call{5'000};  ///< how long it then waits for their answers, to name who is gone
 };
 
 /// An MPI communicator as a Communicator, of tensors on the CPU. It works on duplicates of its own, from one thread,
@@ -38,6 +38,7 @@ struct MpiOptions {
 /// MPI_Finalize would wait for it for ever, so end the program by MPI_Abort then.
 class MpiCommunicator final : public Communicator {
  public:
+  /// A collective, since it duplicates `ranks`: to be called on all of them, after MPI_Init.
   explicit MpiCommunicator(MPI_Comm ranks = MPI_COMM_WORLD, MpiOptions options = {}) : options_(options) {
     for (MPI_Comm* own : {&collectives_, &messages_}) {
       MPI_Comm_dup(ranks, own);

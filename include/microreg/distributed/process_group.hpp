@@ -51,6 +51,8 @@ struct ProcessGroupOptions {
 /// ```
 class ProcessGroupCommunicator final : public Communicator {
  public:
+  /// Throws OptionError for a group without a backend. Tensors that none of its backends takes are copied to the first
+  /// one's device, and back.
   explicit ProcessGroupCommunicator(c10::intrusive_ptr<c10d::ProcessGroup> group, ProcessGroupOptions options = {})
       : group_(std::move(group)), options_(std::move(options)) {
     if (!options_.store) {

@@ -11,8 +11,8 @@ namespace microreg::inline MICROREG_ABI {
 
 /// The samples [begin, begin + size) of a mini-batch.
 struct Shard {
-  std::int64_t begin = 0;
-  std::int64_t size = 0;  ///< 0 on some ranks where there are fewer micro-batches than ranks
+  std::int64_t begin = 0;  ///< its first sample, counted from 0
+  std::int64_t size = 0;   ///< 0 on some ranks where there are fewer micro-batches than ranks
 };
 
 /// The samples that this rank takes of a mini-batch of `samples`: whole micro-batches, as evenly as they divide, so

@@ -78,6 +78,7 @@ class GateScope {
 /// version of microreg has intercepted LibTorch's operations in this process.
 class RecordGates {
  public:
+  /// Empties the tape, which must outlive the scope.
   explicit RecordGates(GateTape& tape) : scope_(tape, detail::GateSession::Pass::record, Keep::yes) {}
 
  private:
@@ -88,6 +89,7 @@ class RecordGates {
 /// recorded one throws GateError.
 class ReplayGates {
  public:
+  /// Begins with the first operation of the tape, which must outlive the scope.
   ReplayGates(GateTape& tape, Keep keep) : scope_(tape, detail::GateSession::Pass::replay, keep) {}
 
   /// Throws GateError if the first pass had more operations than this one.

@@ -33,8 +33,9 @@ class GateSession;
 /// tensors until a replay releases them.
 class GateTape {
  public:
+  /// One operation that decided or drew something.
   struct Entry {
-    const char* operation;
+    const char* operation;                ///< as LibTorch names it, without namespace and overload: "relu", "relu_"
     std::vector<std::int64_t> sizes;      ///< of the first operand
     std::vector<at::Tensor> gates;        ///< empty once a replay has released them
     std::vector<std::uint64_t> versions;  ///< of the gates, to notice that one was overwritten
@@ -49,12 +50,13 @@ class GateTape {
   GateTape& operator=(const GateTape&) = delete;
   ~GateTape() = default;
 
-  [[nodiscard]] bool empty() const noexcept { return entries_.empty(); }
-  [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
-  [[nodiscard]] const std::vector<Entry>& entries() const noexcept { return entries_; }
+  [[nodiscard]] bool empty() const noexcept { return entries_.empty(); }                 ///< no operation had gates
+  [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }            ///< operations with gates
+  [[nodiscard]] const std::vector<Entry>& entries() const noexcept { return entries_; }  ///< in the operations' order
   /// Over how few elements the pass normalised, in a type coarser than float64 (microreg/gates/normalisations.hpp); a
   /// large number if it did not.
   [[nodiscard]] std::int64_t fewest_normalised() const noexcept { return fewest_normalised_; }
+  /// Lets all gates go, as a RecordGates does when it begins.
   void clear() noexcept {
     entries_.clear();
     fewest_normalised_ = std::numeric_limits<std::int64_t>::max();

@@ -42,13 +42,16 @@ struct FisherTrace {
                 "microreg: FisherTrace needs a distribution that offers sample(output, generator) and "
                 "negative_log_likelihood(output, labels), both returning a torch::Tensor: Categorical, Bernoulli, "
                 "Gaussian, or a Distribution of two callables");
-  D distribution = {};
+  D distribution = {};     ///< how the output is read, with its options: `Categorical{.class_dimension = -1}`
   std::int64_t draws = 1;  ///< K, at least 1; not used by Expectation::exact
   /// By draws, or exactly (Categorical only, |M| * C probes).
   Expectation expectation = Expectation::sampled;
 
-  [[nodiscard]] std::string_view name() const noexcept { return "fisher_trace"; }
+  [[nodiscard]] std::string_view name() const noexcept { return "fisher_trace"; }  ///< "fisher_trace" in Report
 
+  /// s_k = (1 / K)^(1/2) * mean over x in M of -log p(y^_k | x), k = 1 ... K; with Expectation::exact what the
+  /// distribution's expected_probes() gives. Throws OptionError for `draws` below 1 or a distribution without that
+  /// member, ModelError unless the output is floating-point, [M, ...], or as Categorical::check_target() does.
   template <class Pass>
     requires std::convertible_to<decltype(std::declval<const Pass&>().output), const at::Tensor&>
   [[nodiscard]] std::vector<at::Tensor> probes(const Pass& pass) const {

@@ -26,8 +26,9 @@ namespace microreg::inline MICROREG_ABI {
 /// (loss + 0.01 * penalty).backward();
 /// ```
 struct GradientNorm {
-  [[nodiscard]] std::string_view name() const noexcept { return "gradient_norm"; }
+  [[nodiscard]] std::string_view name() const noexcept { return "gradient_norm"; }  ///< "gradient_norm" in Report
 
+  /// s_M = L_M, the loss of the pass itself, whose gradient is needed anyway.
   template <class Pass>
   [[nodiscard]] at::Tensor probe(const Pass& pass) const {
     return pass.loss;

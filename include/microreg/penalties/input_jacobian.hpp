@@ -37,13 +37,16 @@ namespace microreg::inline MICROREG_ABI {
 /// auto value = microreg::InputJacobian{}(model->forward(x), {x});
 /// ```
 struct InputJacobian {
-  static constexpr bool differentiates_input = true;
+  static constexpr bool differentiates_input = true;  ///< probes are differentiated by it, not by the parameters
 
-  std::int64_t projections = 1;  ///< at least 1; not used by Expectation::exact
-  Expectation expectation = Expectation::sampled;
+  std::int64_t projections = 1;                    ///< at least 1; not used by Expectation::exact
+  Expectation expectation = Expectation::sampled;  ///< exact: C probes, one for each output value
 
-  [[nodiscard]] std::string_view name() const noexcept { return "input_jacobian"; }
+  [[nodiscard]] std::string_view name() const noexcept { return "input_jacobian"; }  ///< "input_jacobian" in Report
 
+  /// s_k = (C / (K |M|))^(1/2) * sum over x in M of v_kx^T f(x), k = 1 ... K, `.projections`; with Expectation::exact
+  /// s_c = (1 / |M|)^(1/2) * sum over x in M of f_c(x), c = 1 ... C. Throws OptionError for `projections` below 1,
+  /// ModelError unless the output is floating-point, [M, ...].
   template <class Pass>
     requires std::convertible_to<decltype(std::declval<const Pass&>().output), const at::Tensor&>
   [[nodiscard]] std::vector<at::Tensor> probes(const Pass& pass) const {

@@ -37,8 +37,9 @@ concept HasTensorOutput = std::convertible_to<decltype(std::declval<const Pass&>
 /// auto value = microreg::AverageJacobian{}(model->forward(x), model->parameters());
 /// ```
 struct AverageJacobian {
-  [[nodiscard]] std::string_view name() const noexcept { return "average_jacobian"; }
+  [[nodiscard]] std::string_view name() const noexcept { return "average_jacobian"; }  ///< "average_jacobian" in Report
 
+  /// s_M = sum over c of mean over x in M of f_c(x). Throws ModelError unless the output is floating-point, [M, ...].
   template <detail::HasTensorOutput Pass>
   [[nodiscard]] at::Tensor probe(const Pass& pass) const {
     return probe_of(pass.output);
@@ -74,8 +75,10 @@ struct UnitJacobian {
   std::int64_t directions = 1;    ///< K, at least 1
   bool scale_by_outputs = false;  ///< multiply by C, the number of output values per sample
 
-  [[nodiscard]] std::string_view name() const noexcept { return "unit_jacobian"; }
+  [[nodiscard]] std::string_view name() const noexcept { return "unit_jacobian"; }  ///< "unit_jacobian" in Report
 
+  /// s_k = (1 / K)^(1/2) * u_k^T mean over x in M of f(x), k = 1 ... K; (C / K)^(1/2) with `.scale_by_outputs`. Throws
+  /// OptionError for `directions` below 1, ModelError unless the output is floating-point, [M, ...].
   template <detail::HasTensorOutput Pass>
   [[nodiscard]] std::vector<at::Tensor> probes(const Pass& pass) const {
     return probes_of(pass.output, pass.generator, [&](const auto& sample) { return pass.draw(sample); });
@@ -125,8 +128,9 @@ struct UnitJacobian {
 /// auto value = microreg::JacobianNorm{}(model->forward(x), model->parameters());
 /// ```
 struct JacobianNorm {
-  [[nodiscard]] std::string_view name() const noexcept { return "jacobian_norm"; }
+  [[nodiscard]] std::string_view name() const noexcept { return "jacobian_norm"; }  ///< "jacobian_norm" in Report
 
+  /// s_c = mean over x in M of f_c(x), c = 1 ... C. Throws ModelError unless the output is floating-point, [M, ...].
   template <detail::HasTensorOutput Pass>
   [[nodiscard]] std::vector<at::Tensor> probes(const Pass& pass) const {
     return probes_of(pass.output);

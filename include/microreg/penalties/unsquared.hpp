@@ -27,13 +27,15 @@ namespace microreg::inline MICROREG_ABI {
 /// ```
 template <Penalty P>
 struct Unsquared {
-  static constexpr bool squared = false;
-  static constexpr bool differentiates_input = detail::differentiates_input<P>;
+  static constexpr bool squared = false;                                         ///< estimators take the norm itself
+  static constexpr bool differentiates_input = detail::differentiates_input<P>;  ///< as the penalty inside
 
-  P penalty;
+  P penalty;  ///< the one whose norm is taken
 
+  /// "unsquared_" and the name of the penalty inside.
   [[nodiscard]] std::string name() const { return detail::text({"unsquared_", penalty.name()}); }
 
+  /// Those of the penalty inside, a single probe as a list.
   template <class Pass>
     requires PenaltyFor<P, Pass>
   [[nodiscard]] auto probes(const Pass& pass) const {
@@ -50,6 +52,7 @@ struct Unsquared {
   [[nodiscard]] at::Tensor operator()(const First& first, const std::vector<at::Tensor>& parameters) const {
     return root(penalty(first, parameters));
   }
+  /// The same for a penalty that draws, from `generator`.
   template <class First>
     requires std::invocable<const P&, const First&, const std::vector<at::Tensor>&, const std::optional<at::Generator>&>
   [[nodiscard]] at::Tensor operator()(const First& first, const std::vector<at::Tensor>& parameters,
@@ -65,6 +68,6 @@ struct Unsquared {
   }
 };
 template <class P>
-Unsquared(P) -> Unsquared<P>;
+Unsquared(P) -> Unsquared<P>;  ///< of the type of the penalty inside
 
 }  // namespace microreg::inline MICROREG_ABI
