@@ -32,7 +32,8 @@ macro(microreg_add_libtorch)
     file(STRINGS "${TORCH_INSTALL_PREFIX}/share/cmake/Torch/TorchConfig.cmake" microreg_torch_flags
          REGEX "^ *set\\(TORCH_CXX_FLAGS \"")
     if(microreg_torch_flags MATCHES "\"(.*)\"")
-      separate_arguments(microreg_torch_flags UNIX_COMMAND "${CMAKE_MATCH_1}")
+      set(TORCH_CXX_FLAGS "${CMAKE_MATCH_1}")
+      separate_arguments(microreg_torch_flags UNIX_COMMAND "${TORCH_CXX_FLAGS}")
       target_compile_options(microreg::libtorch INTERFACE ${microreg_torch_flags})
     endif()
     # Nothing refers to a symbol of libtorch.so: it holds only the need for libtorch_cuda.so.

@@ -30,18 +30,29 @@ foreach(object IN ITEMS microreg_object microreg_object_of_other)
   target_compile_options(${object} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-fno-gnu-unique>)
   target_precompile_headers(${object} REUSE_FROM microreg_test_precompiled)
 endforeach()
-foreach(object IN ITEMS a b other)
+foreach(object IN ITEMS a b c other)
   add_library(microreg_object_${object} MODULE
               $<TARGET_OBJECTS:$<IF:$<STREQUAL:${object},other>,microreg_object_of_other,microreg_object>>)
   target_link_libraries(microreg_object_${object} PRIVATE microreg_test_header_only)
 endforeach()
+# Two plugins of one layout, so that the second one's type lies where the first one's did.
+foreach(node IN ITEMS Plain Other)
+  string(TOLOWER "microreg_${node}_node" target)
+  add_library(${target} MODULE two_objects/node.cpp)
+  target_link_libraries(${target} PRIVATE microreg_test_header_only)
+  target_compile_definitions(${target} PRIVATE NODE=${node}Node)
+  target_compile_options(${target} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-fno-gnu-unique>)
+endforeach()
+target_compile_definitions(microreg_plain_node PRIVATE "NODE_NAME=\"PlainNode<These>\"")
+target_compile_definitions(microreg_other_node PRIVATE "NODE_NAME=\"CppNode<Another>\"")
 # It includes nothing of LibTorch's or ours.
 add_executable(microreg_two_objects two_objects/main.cpp)
 target_compile_features(microreg_two_objects PRIVATE cxx_std_20)
 target_compile_options(microreg_two_objects PRIVATE ${microreg_warnings})
 target_link_libraries(microreg_two_objects PRIVATE ${CMAKE_DL_LIBS})
-add_test(NAME two_objects COMMAND microreg_two_objects $<TARGET_FILE:microreg_object_a>
-                                  $<TARGET_FILE:microreg_object_b>)
+add_test(NAME two_objects
+         COMMAND microreg_two_objects $<TARGET_FILE:microreg_object_a> $<TARGET_FILE:microreg_object_b>
+                 $<TARGET_FILE:microreg_object_c> $<TARGET_FILE:microreg_plain_node> $<TARGET_FILE:microreg_other_node>)
 add_test(NAME two_versions COMMAND microreg_two_objects --versions $<TARGET_FILE:microreg_object_a>
                                    $<TARGET_FILE:microreg_object_other>)
 add_test(NAME two_versions.other_first COMMAND microreg_two_objects --versions $<TARGET_FILE:microreg_object_other>
@@ -68,7 +79,7 @@ foreach(mode IN ITEMS installed fetched header_only compiled)
     COMMAND
       "${CMAKE_COMMAND}" "-DMODE=${mode}" "-DBUILD_DIR=${PROJECT_BINARY_DIR}" "-DSOURCE_DIR=${PROJECT_SOURCE_DIR}"
       "-DWORK_DIR=${CMAKE_CURRENT_BINARY_DIR}/consumer_${mode}" "-DTORCH_PREFIX=${TORCH_INSTALL_PREFIX}"
-      "-DGENERATOR=${CMAKE_GENERATOR}" "-DCXX=${CMAKE_CXX_COMPILER}" "-DCXX_FLAGS=${CMAKE_CXX_FLAGS}"
+      "-DGENERATOR=${CMAKE_GENERATOR}" "-DCXX=${CMAKE_CXX_COMPILER}" "-DCXX_FLAGS=${CMAKE_CXX_FLAGS} ${TORCH_CXX_FLAGS}"
       "-DINCLUDES=${libtorch_includes}" -P "${CMAKE_CURRENT_SOURCE_DIR}/consumer/run.cmake")
   set_tests_properties(consumer.${mode} PROPERTIES COST 500)
 endforeach()

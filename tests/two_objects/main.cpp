@@ -1,7 +1,9 @@
 /// @file
 /// Loads two shared objects that both include the headers, and opens scopes of both in one process: nested, interleaved
-/// and from two threads at once. With --versions: two that include different versions, of which the first to open a
-/// scope has it, and the second is refused. The test fails, too, if anything is printed that looks like a warning.
+/// and from two threads at once. A third opens none and is unloaded, as are two plugins with autograd nodes. With
+/// --versions: two that include different versions, of which the first to open a scope has it, and the second is
+/// refused. The test fails, too, if anything is printed that looks like a warning.
+#include "node.hpp"
 #include "object.hpp"
 
 #include <dlfcn.h>
@@ -17,34 +19,46 @@
 
 namespace {
 
+template <class Pointer>
+void find(void* handle, const char* name, Pointer& pointer) {
+  pointer = reinterpret_cast<Pointer>(dlsym(handle, name));
+}
+
+void* load(const char* path, int visible = RTLD_LOCAL) {
+  void* const handle = dlopen(path, RTLD_NOW | visible);
+  if (handle == nullptr) {
+    std::fprintf(stderr, "%s\n", dlerror());
+    std::exit(1);
+  }
+  return handle;
+}
+
+bool is_loaded(const char* path) { return dlopen(path, RTLD_NOW | RTLD_NOLOAD) != nullptr; }
+
 struct Object {
   void* handle;
   decltype(&::open_scope) open_scope;
   decltype(&::close_scope) close_scope;
   decltype(&::step) step;
+  decltype(&::stock_step) stock_step;
+  decltype(&::difference_step) difference_step;
+  decltype(&::has_own_function) has_own_function;
   decltype(&::is_fused) is_fused;
   decltype(&::refusal) refusal;
   decltype(&::gates_seen) gates_seen;
   decltype(&::gates_seen_in_step) gates_seen_in_step;
 
-  explicit Object(const char* path, int visible = RTLD_LOCAL) : handle(dlopen(path, RTLD_NOW | visible)) {
-    if (handle == nullptr) {
-      std::fprintf(stderr, "%s\n", dlerror());
-      std::exit(1);
-    }
-    find(open_scope, "open_scope");
-    find(close_scope, "close_scope");
-    find(step, "step");
-    find(is_fused, "is_fused");
-    find(refusal, "refusal");
-    find(gates_seen, "gates_seen");
-    find(gates_seen_in_step, "gates_seen_in_step");
-  }
-
- private:
-  template <class Pointer>
-  void find(Pointer& pointer, const char* name) {
-    pointer = reinterpret_cast<Pointer>(dlsym(handle, name));
+  explicit Object(const char* path, int visible = RTLD_LOCAL) : handle(load(path, visible)) {
+    find(handle, "open_scope", open_scope);
+    find(handle, "close_scope", close_scope);
+    find(handle, "step", step);
+    find(handle, "stock_step", stock_step);
+    find(handle, "difference_step", difference_step);
+    find(handle, "has_own_function", has_own_function);
+    find(handle, "is_fused", is_fused);
+    find(handle, "refusal", refusal);
+    find(handle, "gates_seen", gates_seen);
+    find(handle, "gates_seen_in_step", gates_seen_in_step);
   }
 };
 
@@ -73,6 +87,37 @@ int check_versions(const char* first_path, const char* second_path) {
   check(first.is_fused() && std::abs(first.step() - stock) < 1e-9 * stock, "the first is fused, and right");
   first.close_scope(scope);
   return failures;
+}
+
+/// Objects that have registered nothing go when they are closed, and what took a step with them goes on.
+void check_unloaded(const Object& stays, const char* path, const char* node_path, const char* other_node_path) {
+  double result = 0;
+  const Object object(path);
+  // In a thread of its own: an object whose thread_local variables are alive stays loaded.
+  std::thread([&] { result = object.stock_step(); }).join();
+  dlclose(object.handle);
+  check(!is_loaded(path), "an object that opened no scope is unloaded");
+  check(result == stays.stock_step(), "the same step as the other object's, after it was unloaded");
+
+  const void* first_type = nullptr;
+  for (const char* each : {node_path, other_node_path}) {
+    void* const plugin = load(each);
+    decltype(&make_tensor) make = nullptr;
+    decltype(&delete_tensor) destroy = nullptr;
+    decltype(&type_of_node) type = nullptr;
+    find(plugin, "make_tensor", make);
+    find(plugin, "delete_tensor", destroy);
+    find(plugin, "type_of_node", type);
+    void* const tensor = make();
+    check(stays.has_own_function(tensor) == (each == other_node_path), "a plugin's node is taken for what it is");
+    destroy(tensor);
+    if (first_type == type()) {
+      std::puts("the second plugin's type lies where the first one's did");
+    }
+    first_type = type();
+    dlclose(plugin);
+    check(!is_loaded(each), "the plugin is unloaded");
+  }
 }
 
 }  // namespace
@@ -112,6 +157,12 @@ int main(int, char** arguments) {
     check(seen >= 2 && object->gates_seen_in_step(2) == seen, "a step with workers: no gate escapes the session");
   }
 
+  const double stepped = a.stock_step();
+  for (const Object* object : {&a, &b}) {
+    check(std::abs(object->difference_step() - stepped) < 1e-3 * stepped,
+          "copies take the parameters' place, in either");
+  }
+
   void* outer = a.open_scope();
   void* inner = b.open_scope();
   check(a.is_fused() && b.is_fused(), "nested: fused for both");
@@ -129,9 +180,11 @@ int main(int, char** arguments) {
   check(!a.is_fused() && !b.is_fused(), "interleaved, both ended: LibTorch as it was");
   check(a.step() == stock && b.step() == stock, "the stock result to the bit");
 
+  check_unloaded(a, arguments[3], arguments[4], arguments[5]);
+
   dlclose(b.handle);
   dlclose(a.handle);
-  check(dlopen(arguments[1], RTLD_NOW | RTLD_NOLOAD) != nullptr, "what has registered kernels stays");
+  check(is_loaded(arguments[1]), "what has registered kernels stays");
   outer = b.open_scope();
   check(b.is_fused() && right(b.step()), "fused and right after both objects were closed");
   check(b.gates_seen() == 1, "sessions after both objects were closed");

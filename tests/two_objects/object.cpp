@@ -6,6 +6,7 @@
 #include <torch/torch.h>
 #include <microreg/gates/scope.hpp>
 #include <microreg/microreg.hpp>
+#include <microreg/step/own_code.hpp>
 
 #include <string>
 
@@ -37,7 +38,24 @@ struct Network {
   }
 
   [[nodiscard]] torch::Tensor loss() { return (layers->forward(x) * direction).sum(); }
+
+  [[nodiscard]] double sum_of_gradients() const {
+    double sum = 0;
+    for (const torch::Tensor& parameter : layers->parameters()) {
+      sum += parameter.grad().abs().sum().item<double>();
+    }
+    return sum;
+  }
 };
+
+double step_with(const microreg::RegularizerOptions& options) {
+  Network network;
+  microreg::Regularizer regularizer(
+      network.layers, [](const torch::Tensor& y, const torch::Tensor& t) { return (y * t).sum(1).mean(); },
+      microreg::GradientNorm{}, options);
+  (void)regularizer.backward(network.x, network.direction);
+  return network.sum_of_gradients();
+}
 
 }  // namespace
 
@@ -50,11 +68,19 @@ EXPORT void close_scope(void* scope) { delete static_cast<microreg::FusedScope*>
 EXPORT double step() {
   Network network;
   microreg::GradientNorm{}(network.loss(), network.layers->parameters()).backward();
-  double sum = 0;
-  for (const torch::Tensor& parameter : network.layers->parameters()) {
-    sum += parameter.grad().abs().sum().item<double>();
-  }
-  return sum;
+  return network.sum_of_gradients();
+}
+
+EXPORT double stock_step() { return step_with({.micro_batch_size = 2, .fused = false}); }
+
+EXPORT double difference_step() {
+  return step_with({.micro_batch_size = 2,
+                    .estimator = microreg::CentralDifference{.displace = microreg::Displace::copies},
+                    .workers = 2});
+}
+
+EXPORT bool has_own_function(const void* tensor) {
+  return microreg::detail::own_code({*static_cast<const torch::Tensor*>(tensor)}, {}).any();
 }
 
 EXPORT const char* refusal() {

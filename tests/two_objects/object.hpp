@@ -20,6 +20,16 @@ int gates_seen();
 /// The same in a step of two micro-batches.
 int gates_seen_in_step(int workers);
 
+/// What a step without a scope, by LibTorch's own double backward, leaves in `.grad`, as one number.
+double stock_step();
+
+/// The same of a step by differences of displaced copies, which the library hands to operations on the thread that
+/// calls them; with two workers.
+double difference_step();
+
+/// Whether the graph of a tensor, of node.hpp, holds a function of a user's own.
+bool has_own_function(const void* tensor);
+
 /// Whether backward passes are recorded by microreg on this thread now.
 bool is_fused();
 }

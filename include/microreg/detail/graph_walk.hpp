@@ -28,27 +28,39 @@ enum class NodeKind {
   copy_slices,    ///< an operation in place on a view; it is a node of its own inside
 };
 
+inline NodeKind kind_by_name(const torch::autograd::Node& node) {
+  if (dynamic_cast<const torch::autograd::AccumulateGrad*>(&node) != nullptr) {
+    return NodeKind::leaf;
+  }
+  if (dynamic_cast<const torch::autograd::CopySlices*>(&node) != nullptr) {
+    return NodeKind::copy_slices;
+  }
+  const std::string name = node.name();
+  const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
+  if (has("WeightNormInterface")) {
+    return NodeKind::weight_norm;
+  }
+  if (has("NormBackwardBackward") && (has("Batch") || has("Layer"))) {
+    return NodeKind::norm_backward;
+  }
+  return (has("CppNode") || name.ends_with("PyNode")) && !has("microreg::") ? NodeKind::function : NodeKind::plain;
+}
+
 /// Asked by name once for each type of node, since names are made anew at each call.
 inline NodeKind kind_of(const torch::autograd::Node& node) {
-  // By address: one type may be known several times, and the hash of a std::type_index reads its whole name.
-  thread_local std::unordered_map<const std::type_info*, NodeKind> known;
-  const auto [entry, fresh] = known.try_emplace(&typeid(node), NodeKind::plain);
-  if (fresh) {
-    const std::string name = node.name();
-    const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
-    if (dynamic_cast<const torch::autograd::AccumulateGrad*>(&node) != nullptr) {
-      entry->second = NodeKind::leaf;
-    } else if (dynamic_cast<const torch::autograd::CopySlices*>(&node) != nullptr) {
-      entry->second = NodeKind::copy_slices;
-    } else if (has("WeightNormInterface")) {
-      entry->second = NodeKind::weight_norm;
-    } else if (has("NormBackwardBackward") && (has("Batch") || has("Layer"))) {
-      entry->second = NodeKind::norm_backward;
-    } else if ((has("CppNode") || name.ends_with("PyNode")) && !has("microreg::")) {
-      entry->second = NodeKind::function;
-    }
+  struct Known {
+    std::string type;
+    NodeKind kind;
+  };
+  // By address, since the hash of a std::type_index reads its whole name; and by name, since a plugin that is loaded
+  // where another was may have a type where that one had its own.
+  thread_local std::unordered_map<const std::type_info*, Known> known;
+  const std::type_info& type = typeid(node);
+  const auto found = known.find(&type);
+  if (found != known.end() && found->second.type == type.name()) {
+    return found->second.kind;
   }
-  return entry->second;
+  return (known[&type] = {type.name(), kind_by_name(node)}).kind;
 }
 
 /// Calls `visit(node, kind)` for every node behind `roots`, once, nearest first.
