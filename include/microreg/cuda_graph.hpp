@@ -13,6 +13,8 @@
 #include <c10/core/StreamGuard.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
+#include <microreg/detail/finite.hpp>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/step/recordings.hpp>
@@ -73,7 +75,7 @@ class CudaGraph final : public detail::Recordings {
       throw OptionError(detail::text({"CudaGraphOptions::check_every is ", options.check_every,
                                       "; it must be a number of replays, or 0 for no comparison but the first"}));
     }
-    if (!(options.tolerance >= 0)) {
+    if (!detail::is_finite(options.tolerance) || options.tolerance < 0) {
       throw OptionError(detail::text({"CudaGraphOptions::tolerance is ", options.tolerance,
                                       "; it must be a positive number, or 0 for an automatic choice"}));
     }
@@ -104,7 +106,7 @@ class CudaGraph final : public detail::Recordings {
     c10::cuda::device_synchronize();
     auto captured = std::make_unique<Captured>();
     for (const at::Generator& generator : generators) {
-      take_from(generator, captured->graph);
+      detail::draws_from(generator, captured->graph);
     }
     captured->graph.capture_begin();
     try {
@@ -116,14 +118,6 @@ class CudaGraph final : public detail::Recordings {
     captured->graph.capture_end();
     c10::cuda::device_synchronize();
     return captured;
-  }
-
-  /// Later versions of LibTorch find out by themselves what a graph draws from.
-  template <class Graph>
-  static void take_from(const at::Generator& generator, Graph& graph) {
-    if constexpr (requires { graph.register_generator_state(generator); }) {
-      graph.register_generator_state(generator);
-    }
   }
 
   /// A stream stays in capture until that is ended, also where it has failed.

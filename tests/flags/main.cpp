@@ -104,6 +104,10 @@ bool near(const torch::Tensor& found, const torch::Tensor& right, double share) 
 
 void check_numbers() {
   Network network;
+  check(microreg::verify(network.layers, squared_error, microreg::GradientNorm{}, network.x, network.y,
+                         {.strength = 0.3, .micro_batch_size = 2})
+            .ok(),
+        "verify finds nothing wrong");
   const torch::Tensor right = network.textbook(0.3, 2);
   check(near(network.step({.strength = 0.3, .micro_batch_size = 2}), right, 1e-9),
         "Exact gives the textbook's gradient");
@@ -128,6 +132,10 @@ void check_not_finite() {
   check(throws<microreg::OptionError>(
             [] { Network().step({.strength = 0.3, .micro_batch_size = 2, .sampling = {.share = nan()}}); }),
         "a share of NaN is refused");
+  check(!microreg::verify(network.layers, squared_error, microreg::GradientNorm{}, network.x, network.y,
+                          {.strength = 0.3, .micro_batch_size = 2})
+             .ok(),
+        "verify sees NaN");
   check(throws<microreg::OptionError>([] { (void)microreg::Gaussian{nan()}.sample({}, {}); }),
         "a standard deviation of NaN is refused");
   Network other;
@@ -162,19 +170,31 @@ void check_gates() {
   check(moved.allclose(expected), "a clamp without an upper bound is frozen at its lower one");
 }
 
-/// Steps in the user's own parallel region, whatever runs it.
+/// The penalty's gradient through loops that are long enough for LibTorch's own threads.
+torch::Tensor through_long_loops() {
+  const torch::Tensor w = numbers({1 << 17}).requires_grad_();
+  const microreg::FusedScope scope;
+  const torch::Tensor loss = at::gelu(w).view({1 << 10, 1 << 7}).softmax(1).square().sum();
+  return torch::autograd::grad({microreg::GradientNorm{}(loss, {w})}, {w})[0];
+}
+
+/// Steps in the user's own parallel region, whatever runs it, and loops on LibTorch's threads before and inside of it.
 void check_threads() {
 #if defined(_OPENMP)
+  at::set_num_threads(2);
   Network network;
   const torch::Tensor right = network.textbook(0.3, 2);
+  const torch::Tensor right_of_loops = through_long_loops();
   int good = 0, ran = 0;
 #pragma omp parallel num_threads(2) reduction(+ : good, ran)
   {
     Network own;
     ++ran;
-    good += near(own.step({.strength = 0.3, .micro_batch_size = 2}), right, 1e-9) ? 1 : 0;
+    const bool step = near(own.step({.strength = 0.3, .micro_batch_size = 2}), right, 1e-9);
+    good += step && near(through_long_loops(), right_of_loops, 1e-12) ? 1 : 0;
   }
   check(ran == 2 && good == ran, "a step on each thread of a parallel region is right");
+  check(near(through_long_loops(), right_of_loops, 1e-12), "LibTorch's threads work behind the region as before");
 #endif
 }
 

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/config.hpp>
+#include <microreg/detail/finite.hpp>
 #include <microreg/fused/scope.hpp>
 #include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
@@ -29,7 +30,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
-#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -145,7 +145,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
     const at::TensorOptions scalar = report.loss.options();
     report.gradient_norm = squared_norm(sums, scalar).sqrt();
     if (outcome.overflowed) {
-      report.gradient_norm = at::full_like(report.gradient_norm, std::numeric_limits<double>::infinity());
+      report.gradient_norm = at::full_like(report.gradient_norm, unbounded());
     }
     if (options.gradient_ratio) {
       report.gradient_ratio =

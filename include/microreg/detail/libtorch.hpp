@@ -61,4 +61,13 @@ inline void swap_memory(const c10::Storage& one, const c10::Storage& other) {
   one.set_data_ptr_noswap(other.set_data_ptr(one.set_data_ptr(c10::DataPtr())));
 }
 
+/// Tells a CUDA graph, before it is captured, which generator it will draw from: LibTorch finds out by itself from 2.14
+/// on.
+template <class Graph, class Generator>
+void draws_from(const Generator& generator, Graph& graph) {
+  if constexpr (requires { graph.register_generator_state(generator); }) {
+    graph.register_generator_state(generator);
+  }
+}
+
 }  // namespace microreg::inline MICROREG_ABI::detail

@@ -7,6 +7,7 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/Device.h>
+#include <microreg/detail/finite.hpp>
 #include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
@@ -428,8 +429,8 @@ class Recordings : public Replay {
   }
 
   static bool all_finite(const at::Tensor& loss, const Estimated& estimated) {
-    return std::isfinite(loss.item<double>()) && std::isfinite(norm_of(sum_of(estimated))) &&
-           std::isfinite(norm_of(estimated.squared_norms));
+    return is_finite(loss.item<double>()) && is_finite(norm_of(sum_of(estimated))) &&
+           is_finite(norm_of(estimated.squared_norms));
   }
 
   [[nodiscard]] double tolerance(const at::Tensor& gradient, const at::Tensor& loss) const {
@@ -447,7 +448,7 @@ class Recordings : public Replay {
   void require_alike(const at::Tensor& loss, const Estimated& estimated, const RecordedWork& work) const {
     const at::NoGradGuard no_grad;
     const auto apart = [](double difference, double size) {
-      return difference == 0 ? 0 : size > 0 ? difference / size : 1;
+      return !is_finite(difference) ? unbounded() : difference == 0 ? 0 : size > 0 ? difference / size : 1;
     };
     const std::vector<at::Tensor> own = sum_of(estimated), repeated = sum_of(work.estimated);
     double error = own.size() == repeated.size() ? apart(norm_of(differences(own, repeated)), norm_of(own)) : 1;
@@ -457,7 +458,7 @@ class Recordings : public Replay {
       error = std::max(error, apart(std::abs(work.estimated.squared_norms[i].sqrt().item<double>() - norm), norm));
     }
     const double limit = own.empty() ? 0 : tolerance(own.front(), loss);
-    if (!(error <= limit)) {
+    if (!is_finite(error) || error > limit) {
       throw ModelError(text(
           {"what the CUDA graph repeats is ", 100 * error, " % off the same micro-batch done operation by operation (",
            100 * limit,
