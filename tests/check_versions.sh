@@ -3,7 +3,9 @@
 #     tests/check_versions.sh [VERSION...]           the oracle's, the kernels', the gates' and the estimators' tests, and
 #                                                    the CIFAR trainer
 #     tests/check_versions.sh --quick [VERSION...]   the oracle's alone, header-only, in one program; the versions at a time
-#     tests/check_versions.sh --syntax [VERSION...]  in addition, all tests, examples and benchmarks are parsed
+#     tests/check_versions.sh --syntax [VERSION...]  in addition, all other sources are parsed
+#     tests/check_versions.sh --all [VERSION...]     all tests, the trainer's too, and the trainer
+#     tests/check_versions.sh --faults [VERSION...]  which of LibTorch's own faults that docs/libtorch-bugs.md lists are there
 # Without a version: the oldest and the newest that the library is for. A version is downloaded once, into build/versions,
 # where what is not needed here (all of CUDA but 13 MB) is left out. Exits with 77 if all that was wrong is that a version
 # could not be downloaded. Environment: CXX, MICROREG_JOBS, MICROREG_VERSIONS_DIR.
@@ -11,17 +13,17 @@ set -euo pipefail
 mode=full
 case "${1:-}" in
   -h | --help)
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,11s/^# \{0,1\}//p' "$0"
     exit
     ;;
-  --quick | --syntax)
+  --quick | --syntax | --all | --faults)
     mode="${1#--}"
     shift
     ;;
 esac
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/bootstrap.sh"
 cd "$microreg_root"
-microreg_require g++=c++ catch2 libfmt-dev libcli11-dev nlohmann-json3-dev libbenchmark-dev binutils=readelf
+microreg_require g++=c++ catch2 libfmt-dev libcli11-dev nlohmann-json3-dev libbenchmark-dev libgloo-dev binutils=readelf
 [ $# -gt 0 ] || set -- 2.6.0 2.15.0
 compiler="${CXX:-g++}"
 cache="${MICROREG_VERSIONS_DIR:-build/versions}"
@@ -85,7 +87,8 @@ fetch() {
 # What is built: the tests of these files, those that tests/CMakeLists.txt groups together compiled as one. The oracle's
 # go with what all of them need.
 tests=(on_device test_oracle)
-[ "$mode" = quick ] ||
+[ "$mode" != all ] || mapfile -t tests < <(cd tests && printf '%s\n' on_device.cpp test_*.cpp | sed 's/\.cpp$//')
+[ "$mode" = quick ] || [ "$mode" = all ] ||
   tests+=(test_estimators test_finite_differences test_fused_{activations,batch_norm,convolution,group_norm,max_pool,normalisation} \
     test_fused_{rows,scope,transformer,transforms} test_gates{,_differences,_operations,_pooling,_unseen} test_parallel)
 
@@ -121,6 +124,30 @@ count_seconds() {
     "$folder/times")"
 }
 
+# flags_of VERSION: sets what a file is compiled with, and abi: old or new, of the standard library, as LibTorch's config
+# says that its own code was compiled for; within check and faults.
+flags_of() {
+  local folder="$cache/$1"
+  read -r -a extra < <(sed -n 's/^ *set(TORCH_CXX_FLAGS "\(.*\)").*/\1/p' "$folder/torch/share/cmake/Torch/TorchConfig.cmake"
+    echo)
+  abi=new
+  [[ "${extra[*]}" != *_GLIBCXX_USE_CXX11_ABI=0* ]] || abi=old
+  flags=("${extra[@]}" -std=c++20 -O0 -DNDEBUG -DFMT_HEADER_ONLY=1 "-DMICROREG_TESTS_DIR=\"$PWD/tests\""
+    -Iinclude -I. -Itests -isystem "$folder/torch/include" -isystem "$folder/torch/include/torch/csrc/api/include"
+    -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror)
+  libraries=("-L$folder/torch/lib" "-Wl,-rpath,$folder/torch/lib" -ltorch_cpu -lc10 -Wl,--allow-shlib-undefined)
+}
+
+# faults VERSION: writes which of LibTorch's faults it has into the tables.
+faults() {
+  local folder="$cache/$1" abi
+  local -a extra flags libraries
+  fetch "$1" || return 77
+  flags_of "$1"
+  "$compiler" "${flags[@]}" tests/differential/libtorch_faults.cpp -o "$folder/faults" "${libraries[@]}" &&
+    ONEDNN_MAX_CPU_ISA=AVX2 "$folder/faults" 2>/dev/null >"$tables/$1"
+}
+
 # check VERSION: prints a row of the table; fails unless everything compiled and all tests passed, with 77 without LibTorch.
 check() {
   local version="$1" folder="$cache/$1" seconds begin abi remarks="" problem=""
@@ -134,18 +161,11 @@ check() {
   abi="?"
   fetch "$version" || { row no - - "could not be downloaded"; return 77; }
 
-  # LibTorch's config says which ABI of the standard library its own code was compiled for.
-  local -a extra=() objects=() trainer=() files
-  read -r -a extra < <(sed -n 's/^ *set(TORCH_CXX_FLAGS "\(.*\)").*/\1/p' "$folder/torch/share/cmake/Torch/TorchConfig.cmake"
-    echo)
-  abi=new
-  [[ "${extra[*]}" != *_GLIBCXX_USE_CXX11_ABI=0* ]] || abi=old
-
+  local -a extra flags libraries objects=() trainer=() trainer_tests=() files
+  flags_of "$version"
   local out="$folder/$mode" object source group file
   mkdir -p "$out"
-  local -a flags=("${extra[@]}" -std=c++20 -O0 -DNDEBUG -DFMT_HEADER_ONLY=1 "-DMICROREG_TESTS_DIR=\"$PWD/tests\""
-    -Iinclude -I. -Itests -isystem "$folder/torch/include" -isystem "$folder/torch/include/torch/csrc/api/include"
-    -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror)
+  [[ "$mode" != @(all|syntax) ]] || flags+=(-DUSE_DISTRIBUTED -DUSE_C10D_GLOO -DMICROREG_WITH_GLOO)
   # Catch2's main function knows nothing of LibTorch: one for each ABI will do.
   local main="$cache/main-$(basename "$compiler")-$abi.o"
   [ "$mode" != quick ] || main="$out/main.o" # for this version alone: another may be at work on the common one
@@ -172,21 +192,26 @@ check() {
     together trainer_second examples/cifar/{methods,[n-z]*}.cpp
     together trainer_main examples/cifar/main.cpp
     trainer=("$out"/trainer_{networks,first,second,main}.o "$out/library.o")
+    if [ "$mode" = all ]; then
+      flags+=(-Iexamples/cifar/tests)
+      together trainer_tests examples/cifar/tests/test_*.cpp
+      trainer_tests=("$out"/trainer_{networks,first,second,tests}.o "$out/library.o" "$main")
+    fi
   fi
 
   local -a parsed=()
   if [ "$mode" = syntax ]; then
-    for source in tests/test_*.cpp examples/*.cpp benchmarks/*.cpp; do
+    for source in {tests,tests/differential,examples/cifar/tests}/*.cpp {examples,benchmarks}/*.cpp; do
       file="$(basename "$source" .cpp)"
       [[ " ${tests[*]} " != *" $file "* ]] || continue
       parsed+=("$out/parsed/${source//\//.}")
       mkdir -p "$out/parsed"
-      compile "${parsed[-1]}" "$source" "${flags[@]}" -fsyntax-only -Ibenchmarks
+      compile "${parsed[-1]}" "$source" "${flags[@]}" -fsyntax-only -Ibenchmarks -Iexamples/cifar/tests
     done
   fi
   wait
 
-  for object in "${objects[@]}" "${trainer[@]}"; do
+  for object in "${objects[@]}" "${trainer[@]}" "${trainer_tests[@]}"; do
     [ -e "$object" ] || problem+=" $(basename "$object" .o)"
   done
   for object in "${parsed[@]}"; do
@@ -196,9 +221,10 @@ check() {
     row no - - "not compiled:$problem; see $cache/$version/$mode/*.log"
     return 1
   fi
-  local -a libraries=("-L$folder/torch/lib" "-Wl,-rpath,$folder/torch/lib" -ltorch_cpu -lc10 -Wl,--allow-shlib-undefined)
   if ! { "$compiler" "${objects[@]}" -o "$out/tests" "${libraries[@]}" &&
-    { [ "$mode" = quick ] || "$compiler" "${trainer[@]}" -o "$out/trainer" "${libraries[@]}"; }; } >"$out/link.log" 2>&1; then
+    { [ "$mode" = quick ] || "$compiler" "${trainer[@]}" -o "$out/trainer" "${libraries[@]}"; } &&
+    { [ "$mode" != all ] || "$compiler" "${trainer_tests[@]}" -o "$out/trainer_tests" "${libraries[@]}"; }; } \
+    >"$out/link.log" 2>&1; then
     row yes - - "not linked; see $cache/$version/$mode/link.log"
     return 1
   fi
@@ -224,6 +250,14 @@ check() {
     fi
     remarks+="trainer ran; "
   fi
+  if [ "$mode" = all ]; then
+    if ! OMP_NUM_THREADS=1 "$out/trainer_tests" >"$out/trainer_tests.log" 2>&1; then
+      row yes "${summary%|*}" "${summary#*|}" "the trainer's tests failed; see $cache/$version/$mode/trainer_tests.log"
+      return 1
+    fi
+    remarks+="$(sed -n 's/^All tests passed (\([0-9]*\) assertions in \([0-9]*\) test cases)/\2 more of the trainer passed/p' \
+      "$out/trainer_tests.log"); "
+  fi
   row yes "${summary%|*}" "${summary#*|}" "${remarks%; }"
 }
 
@@ -238,6 +272,19 @@ take() {
   "$@" || this=$?
   [ "$this" = 0 ] || [ "$status" = 1 ] || status=$((this == 77 ? 77 : 1))
 }
+if [ "$mode" = faults ]; then
+  for version in "$@"; do take faults "$version"; done
+  [ "$status" = 0 ] || exit "$status"
+  printf '| LibTorch |%s\n' "$(printf ' %s |' "$@")"
+  printf '|---|%s\n' "$(printf -- '---|%.0s' "$@")"
+  columns=()
+  for version in "$@"; do
+    sed 's/.* | //' "$tables/$version" >"$tables/$version.outcome"
+    columns+=("$tables/$version.outcome")
+  done
+  paste -d '|' <(sed 's/ | .*//' "$tables/$1") "${columns[@]}" | sed 's/|/ | /g; s/.*/| & |/'
+  exit
+fi
 if [ "$mode" = quick ]; then
   at_work=()
   microreg_jobs=$((microreg_jobs > $# ? microreg_jobs / $# : 1))
