@@ -3,19 +3,20 @@
 #
 #     packaging/check.sh [vcpkg|conan|conda]...    by default all; 77 if a tool is missing and nothing else was checked
 #
-#   vcpkg   the port's own steps, with stand-ins for vcpkg's functions; a project that finds what they install
+#   vcpkg   the port's own steps, with stand-ins for vcpkg's functions; a project that finds what they install, and runs
 #   conan   `conan create`, which builds, runs the test package and so compiles the library with the LibTorch that
 #           CMAKE_PREFIX_PATH names (python3 -m pip install conan)
-#   conda   renders the recipe and builds it with this machine's CMake instead of conda-forge's
+#   conda   renders the recipe and builds it with this machine's CMake instead of conda-forge's; a project that finds what
+#           is in the package, and runs
 #           (python3 -m pip install py-rattler-build pyyaml)
 #
-# CONAN and MICROREG_PYTHON name the conan and the Python to take. Nothing is written outside of a temporary folder.
+# CONAN and RATTLER_PYTHON name the conan and the Python to take. Nothing is written outside of a temporary folder.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 version="$(sed -n 's/.*version = "\([0-9.]*\)".*/\1/p' "$root/include/microreg/version.hpp")"
-python="${MICROREG_PYTHON:-python3}"
+python="${RATTLER_PYTHON:-python3}"
 
 fail() {
   printf 'error: %s\n' "$*" >&2
@@ -34,6 +35,18 @@ same_as_install() {
     [ "$(files_of "$work/install" | wc -l)" -gt 50 ] || fail "an ordinary install has no headers"
   fi
   diff <(files_of "$work/install") <(files_of "$1") || fail "$1 does not hold what an install holds"
+}
+
+# consumer_runs FOLDER: a project finds what is installed there, is built and runs.
+consumer_runs() {
+  local build="$1-consumer"
+  CMAKE_PREFIX_PATH="$1${CMAKE_PREFIX_PATH:+:$CMAKE_PREFIX_PATH}" \
+    cmake -S "$root/packaging/conan/test_package" -B "$build" -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O0 \
+    >"$build.log" 2>&1 && cmake --build "$build" >>"$build.log" 2>&1 && "$build/consumer" >>"$build.log" || {
+    tail -n 50 "$build.log"
+    fail "a project does not find, or cannot use, the package in $1"
+  }
+  grep -q "^microreg $version: |grad|" "$build.log" || fail "the program of the package in $1 did not run"
 }
 
 check_vcpkg() {
@@ -61,10 +74,8 @@ CMAKE
   [ -e "$work/vcpkg/share/microreg/usage" ] && [ -e "$work/vcpkg/share/microreg/LICENSE" ] ||
     fail "the port has no usage or no license"
   same_as_install "$work/vcpkg"
-  CMAKE_PREFIX_PATH="$work/vcpkg${CMAKE_PREFIX_PATH:+:$CMAKE_PREFIX_PATH}" \
-    cmake -S "$root/packaging/conan/test_package" -B "$work/vcpkg-consumer" >/dev/null ||
-    fail "a project does not find the port's package"
-  echo "vcpkg: the port installs microreg $version, and a project finds it"
+  consumer_runs "$work/vcpkg"
+  echo "vcpkg: the port installs microreg $version, and a project that finds it runs"
 }
 
 check_conan() {
@@ -89,7 +100,7 @@ check_conan() {
 check_conda() {
   "$python" -c 'import rattler_build, yaml' 2>/dev/null || return 77
   "$python" - "$root" "$work/conda" "$version" <<'PYTHON' >"$work/conda.log" 2>&1 || {
-import pathlib, sys
+import pathlib, sys, tarfile
 import rattler_build, yaml
 
 root, output, version = sys.argv[1:]
@@ -100,13 +111,16 @@ recipe = yaml.safe_load(file.read_text())
 del recipe["requirements"]["build"]
 recipe["source"]["path"] = root
 recipe = rattler_build.Stage0Recipe.from_dict(recipe, recipe_dir=output + "-recipe")
-built = recipe.run_build(output_dir=output, channels=[], env_isolation=rattler_build.EnvironmentIsolation.NONE)
+built = recipe.run_build(output_dir=output, channels=[], env_isolation=rattler_build.EnvironmentIsolation.NONE,
+                         package_format="tar-bz2")
 assert len(built) == 1 and len(built[0].packages) == 1
+tarfile.open(built[0].packages[0]).extractall(output + "-package")
 PYTHON
     tail -n 50 "$work/conda.log"
     fail "the conda recipe does not build"
   }
-  echo "conda: the recipe renders, and builds a package of $version that holds what it says"
+  consumer_runs "$work/conda-package"
+  echo "conda: the recipe renders and builds a package of $version that holds what it says, and a project that finds it runs"
 }
 
 [ $# -gt 0 ] || set -- vcpkg conan conda
