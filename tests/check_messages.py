@@ -4,10 +4,11 @@
     tests/check_messages.py           checks, and names the messages that are missing and where they stand
     tests/check_messages.py --list    prints what is looked for
 
-Messages are the texts of errors (whatever is constructed with a name that ends in Error, and every `throw`), of
-warnings, static_asserts and #errors, of the problems that verify() names, and what CMake says of the package. They are
-made of pieces, words and values: the first piece of words and the longest one, or of each the first 48 characters, must
-stand in one heading or line of code of the page. An entry that belongs to no message any more is an error too.
+Messages are the texts of errors (whatever is constructed with a name that ends in Error, and every `throw`) and of the
+reasons that they give, of warnings, static_asserts and #errors, of the problems and notes of verify(), what CMake says of
+the package, and what the scripts fail with that set everything up. They are made of pieces, words and values: the first
+piece of words and the longest one, or of each the first 48 characters, must stand in one heading or line of code of the
+page. An entry that belongs to no message any more is an error too.
 """
 
 import pathlib
@@ -22,10 +23,11 @@ SHORTEST_OWN = 24  # of a message that passes another one on: with less it adds 
 
 COMMENT_OR_LITERAL = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.S)
 CALL = re.compile(
-    r"\b(?:throw\s+\w[\w:]*|\w*(?:Error|_error)|static_assert|problem|TORCH_WARN(?:_ONCE)?|failure_\.emplace)"
-    r"\s*\(|#error\b"
+    r"\b(?:throw\s+\w[\w:]*|\w*(?:Error|_error)|static_assert|problem|note|fail|TORCH_CHECK"
+    r"|TORCH_WARN(?:_ONCE)?|failure_\.emplace)\s*\(|#error\b|\b(?:why|cause)\s*=(?!=)"
 )
 CMAKE = re.compile(r'set\(microreg_(?:missing|NOT_FOUND_MESSAGE)\s+("(?:\\.|[^"\\])*")')
+SCRIPT = re.compile(r'microreg_fail\s+("(?:\\.|[^"\\])*")')
 VALUE = re.compile(r"\{[^{}]*\}")  # where fmt puts one
 ESCAPES = {"n": " ", "t": " ", '"': '"', "\\": "\\", "'": "'"}
 
@@ -87,13 +89,18 @@ def messages():
     for file in sorted(files):
         text = without_comments(file.read_text())
         for call in CALL.finditer(text):
-            directive = call[0].startswith("#")
-            rest = re.match(r'[\s\\]*(".*")', text[call.end() :])[1] if directive else arguments(text, call.end() - 1)
+            if call[0].startswith("#"):
+                rest = re.match(r'[\s\\]*(".*")', text[call.end() :])[1]
+            elif call[0].endswith("="):
+                rest = re.match(r'(?:"(?:\\.|[^"\\])*"|[^";])*', text[call.end() :])[0]
+            else:
+                rest = arguments(text, call.end() - 1)
             add(file, text, call.start(), rest)
-    for file in sorted((ROOT / "cmake").glob("*.cmake*")):
-        text = file.read_text()
-        for message in CMAKE.finditer(text):
-            add(file, text, message.start(), re.sub(r"\$\{\w+\}", "{}", message[1]))
+    for pattern, message in (("cmake/*.cmake*", CMAKE), ("cmake/*.sh", SCRIPT), ("examples/*.sh", SCRIPT)):
+        for file in sorted(ROOT.glob(pattern)):
+            text = file.read_text()
+            for said in message.finditer(text):
+                add(file, text, said.start(), re.sub(r"\$(?:\{[^}]*\}|\w+|\*)", "{}", said[1]).replace("\n", " "))
     return found
 
 

@@ -134,7 +134,7 @@ std::vector<torch::Tensor> copies_of(const torch::nn::Module& module) {
 
 void copy_tensors(const std::vector<torch::Tensor>& to, const std::vector<torch::Tensor>& from) {
   const torch::NoGradGuard no_grad;
-  TORCH_CHECK(to.size() == from.size(), "the checkpoint has ", from.size(), " tensors, the network ", to.size());
+  TORCH_INTERNAL_ASSERT(to.size() == from.size());
   for (std::size_t i = 0; i < to.size(); ++i) {
     to[i].copy_(from[i]);
   }
