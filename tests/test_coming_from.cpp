@@ -182,6 +182,21 @@ TEST_CASE("coming from implicit gradient regularization: a quarter of the learni
   CHECK(distance(rate, rate / 4) / distance(rate / 2, rate / 8) == Approx(8).epsilon(0.1));
 }
 
+TEST_CASE("coming from explicit gradient regularization: mu is the strength", "[coming_from]") {
+  auto model = networks::seeded_mlp();
+  const auto [images, labels] = networks::vectors(12);
+  const double mu = 0.3;
+  const torch::Tensor loss = criterion(model->forward(images), labels);
+  (loss + mu * squared_norm_by_hand(loss, model->parameters())).backward();
+  const auto theirs = flat_grad(model->parameters());
+
+  clear_grad(model->parameters());
+  microreg::Regularizer regularizer(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},
+                                    {.strength = mu, .micro_batch_size = 12});
+  regularizer.backward(images, labels);
+  CHECK(relative_error(flat_grad(model->parameters()), theirs) < 1e-12);
+}
+
 TEST_CASE("coming from input Jacobians: half of lambda", "[coming_from]") {
   auto model = networks::seeded_mlp();
   const auto [images, labels] = networks::vectors(6);

@@ -661,7 +661,7 @@ TEST_CASE("differences: without a second derivative two lengths are compared", "
 
 // Double backward cannot take the place of a difference there.
 TEST_CASE("differences: normalisation over few elements without a second derivative is right or refused",
-          "[difference_checks]") {
+          "[difference_checks][threads]") {
   const auto network = [](bool once) {
     const auto setting = std::make_shared<Setting>(torch::kFloat, 24);
     return std::pair(setting, Model{[setting, once](const Tensor& x) {

@@ -566,7 +566,7 @@ TEST_CASE("docs: a loss scale that follows the gradients", "[docs]") {
   CHECK(regularizer.loss_scale().defined());
 }
 
-TEST_CASE("docs: micro-batches side by side", "[docs]") {
+TEST_CASE("docs: micro-batches side by side", "[docs][threads]") {
   auto model = small_network();
 
   microreg::Regularizer regularizer(model, torch::nn::CrossEntropyLoss(), microreg::GradientNorm{},

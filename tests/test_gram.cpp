@@ -1,10 +1,13 @@
 // Wide linear layers and few samples: the second derivative through Gram matrices is the one without them.
 #include "helpers.hpp"
 
+#include <ATen/record_function.h>
 #include <microreg/microreg.hpp>
 #include <microreg/step/gram.hpp>
 
+#include <memory>
 #include <optional>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -60,15 +63,38 @@ Gradients gradients(Wide& model, std::int64_t samples, torch::ScalarType type = 
   return result;
 }
 
-torch::Tensor step(Wide model, const microreg::AnyPenalty<>& penalty, std::int64_t samples = 9) {
+torch::Tensor step(Wide model, const microreg::AnyPenalty<>& penalty, std::int64_t samples = 9, bool fused = true) {
   torch::manual_seed(3);
   const torch::Tensor input = torch::randn({samples, 6}, torch::kFloat64);
   const torch::Tensor target = torch::randint(5, {samples});
   clear_grad(model->parameters());
-  microreg::Regularizer regularizer(model, cross_entropy, penalty,
-                                    {.strength = 0.7, .micro_batch_size = 4, .generator = generator(4)});
+  microreg::Regularizer regularizer(
+      model, cross_entropy, penalty,
+      {.strength = 0.7, .micro_batch_size = 4, .generator = generator(4), .fused = fused});
   (void)regularizer.backward(input, target);
   return flat_grad(model->parameters());
+}
+
+/// How many matrix products of `call`, all of one thread, have a result of n x n.
+template <class Call>
+int products_of(std::int64_t n, const Call& call) {
+  thread_local int count;
+  thread_local std::int64_t size;
+  count = 0;
+  size = n;
+  const auto handle = at::addThreadLocalCallback(
+      at::RecordFunctionCallback([](const at::RecordFunction& function) -> std::unique_ptr<at::ObserverContext> {
+        if (std::string_view(function.name()) == "aten::mm") {
+          const auto operands = function.inputs();
+          count += operands[0].toTensor().size(0) == size && operands[1].toTensor().size(1) == size ? 1 : 0;
+        }
+        return nullptr;
+      })
+          .needsInputs(true)
+          .scopes({at::RecordScope::FUNCTION}));
+  call();
+  at::removeCallback(handle);
+  return count;
 }
 
 }  // namespace
@@ -132,6 +158,14 @@ TEST_CASE("a step of every penalty is the same without Gram matrices", "[gram]")
     const torch::Tensor reference = step(wide(WideImpl::Weights::multiplied), penalty);
     CHECK(relative_error(step(wide(), penalty), reference) < 1e-12);
   }
+}
+
+TEST_CASE("a step takes the two Gram matrices of the wide layer, unless it is LibTorch's own", "[gram]") {
+  const auto gram_matrices = [](std::int64_t samples, bool fused) {
+    return products_of(samples, [&] { (void)step(wide(), microreg::GradientNorm{}, samples, fused); });
+  };
+  CHECK(gram_matrices(4, true) == 2);
+  CHECK(gram_matrices(4, false) == 0);
 }
 
 TEST_CASE("a step through Gram matrices is double backward by hand", "[gram]") {

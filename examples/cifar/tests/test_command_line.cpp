@@ -159,6 +159,18 @@ TEST_CASE("requests that cannot be run are refused by name") {
   CHECK_THROWS_WITH(parse({"--steps", "3", ""}), Contains("an argument is empty"));
 }
 
+TEST_CASE("workers are as many as threads where a step has several micro-batches, on the CPU") {
+  cifar::Options options{.batch_size = 64, .micro_batch_size = 32};
+  const auto workers = [&](bool on_cpu) { return cifar::resolved_workers(options, on_cpu, /*threads=*/5); };
+  CHECK(workers(true) == 5);
+  CHECK(workers(false) == 0);
+  options.micro_batch_size = 64;
+  CHECK(workers(true) == 0);
+  options.workers = GENERATE(0, 3);
+  CHECK(workers(true) == options.workers);
+  CHECK(workers(false) == options.workers);
+}
+
 TEST_CASE("learning rate schedules") {
   cifar::Options options{.learning_rate = 0.4, .steps = 100};
   CHECK(cifar::learning_rate_at(options, 99) == 0.4);

@@ -95,6 +95,9 @@ TEST_CASE("a run goes on with the same options only") {
   options.steps = 5;
   CHECK_THROWS_WITH(cifar::check_same_run(saved, config(options), options), Contains("steps is 5, but 10"));
   options.steps = 10;
+  options.workers = 2;  // not the same bits as without, -1, which may be none
+  CHECK_THROWS_WITH(cifar::check_same_run(saved, config(options), options), Contains("workers is 2, but -1"));
+  options.workers = -1;
   options.learning_rate = 0.25;
   CHECK_THROWS_WITH(cifar::check_same_run(saved, config(options), options),
                     Contains("learning_rate is 0.25, but 0.1") && Contains("--overwrite"));

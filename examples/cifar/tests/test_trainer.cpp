@@ -77,6 +77,22 @@ TEST_CASE("the same seed gives the same run, another seed another one") {
   CHECK(first.first != outcome("c", 3).first);
 }
 
+TEST_CASE("any number of workers gives the same run") {
+  const TemporaryFolder folder;
+  const auto outcome = [&](const char* name, std::int64_t workers) {
+    auto options = small_run(folder.path() / name);
+    set_method(options, cifar::Method::fisher_trace, "");  // draws labels
+    options.model = cifar::Architecture::resnet18;         // moves statistics
+    options.augment = true;
+    options.workers = workers;
+    const std::string checksum = run(options).weights_checksum;
+    return std::pair(checksum, timeless_metrics(folder.path() / name));
+  };
+  const auto one = outcome("one", 1);
+  CHECK(one == outcome("three", 3));
+  CHECK(one == outcome("none", 0));  // with one thread
+}
+
 TEST_CASE("a run with and one without measuring end bitwise the same") {
   const TemporaryFolder folder;
   auto options = small_run(folder.path() / "measured");
