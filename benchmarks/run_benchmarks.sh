@@ -21,7 +21,7 @@ esac
 
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/bootstrap.sh"
 microreg_bootstrap
-microreg_build penalty_overhead
+microreg_build penalty_overhead worker_study
 
 program="$microreg_build_dir/benchmarks/penalty_overhead"
 threads="${MICROREG_THREADS:-0}"
@@ -29,11 +29,13 @@ results="$microreg_root/benchmarks/results"
 chart="$microreg_root/docs/penalty_overhead.svg"
 options=()
 peer_options=()
+worker_options=()
 if [ -n "$quick" ]; then
   results="$microreg_root/build/benchmarks-quick"
   chart="$results/penalty_overhead.svg"
   options=(--quick)
   peer_options=(--model resnet18_w16 --model cnn --seconds 5)
+  worker_options=(--model cnn --seconds 3)
 fi
 mkdir -p "$results"
 
@@ -41,12 +43,20 @@ microreg_say "Penalised against plain steps"
 "$program" "${options[@]}" --threads "$threads" --json "$results/penalty_overhead.json" \
   --sweep-json "$results/sweeps.json" | tee "$results/penalty_overhead.txt"
 
+echo
+microreg_say "Workers, beside busy processes too"
+"$microreg_build_dir/benchmarks/worker_study" "${worker_options[@]}" --busy 0 --busy 1 --busy 2 |
+  tee "$results/workers.txt"
+
 # The peers need the Python side of the same LibTorch.
 if [ -n "$microreg_python" ] && "$microreg_python" -c "import torch" >/dev/null 2>&1; then
   echo
   microreg_say "Peers"
   "$microreg_python" "$microreg_root/benchmarks/peers/compare.py" "$program" "${peer_options[@]}" \
     --threads "$threads" --json "$results/peers.json" | tee "$results/peers.txt"
+  "$microreg_python" "$microreg_root/benchmarks/peers/compare.py" "$program" "${peer_options[@]}" \
+    --threads "$threads" --micro-batches 4 --workers 2 --best --json "$results/peers_workers.json" |
+    tee "$results/peers_workers.txt"
 else
   microreg_say "Peers: skipped, no Python can import this LibTorch"
 fi

@@ -40,8 +40,8 @@ def plain_step(model, loss_function, images, labels, strength, weight=1):
     return loss.detach()
 
 
-# name: (step, whether it computes what our gradient-norm step computes). All but the last two take a weight, and so
-# several micro-batches a step.
+# name: (step, whether it computes what our gradient-norm step computes). Most take a weight, and so one micro-batch of
+# several.
 PEERS = {
     "plain": (plain_step, False),
     "authors": (authors_formula.step, True),
@@ -50,6 +50,7 @@ PEERS = {
     "input_jacobian": (input_jacobian.step, False),
 }
 OF_ONE_MICRO_BATCH = ("finite_difference", "input_jacobian")
+AT_ONCE = {"torch.func, vmap": (functional.MicroBatchesAtOnce(), True)}
 COMPILED = {
     "authors_compiled": (functional.CompiledModel(), True),
     "func_compiled": (functional.Step(compiled=True), True),
@@ -117,10 +118,17 @@ class Theirs:
         start = time.perf_counter()
         self.model.zero_grad()
         count = len(self.images) // self.micro_batch
+        if name in AT_ONCE:
+            loss = step(self.model, self.loss_function, self.images, self.labels, 1.0, self.micro_batch)
+            return self.taken(start, loss)
         weight = () if name in OF_ONE_MICRO_BATCH else (1 / count,)
         loss = 0
         for images, labels in zip(self.images.split(self.micro_batch), self.labels.split(self.micro_batch)):
             loss = loss + step(self.model, self.loss_function, images, labels, 1.0, *weight) / count
+        return self.taken(start, loss)
+
+    def taken(self, start, loss):
+        """Milliseconds since the start, loss, norm of the gradient."""
         milliseconds = 1e3 * (time.perf_counter() - start)
         squared = sum(float(p.grad.norm()) ** 2 for p in self.model.parameters() if p.grad is not None)
         return milliseconds, float(loss), math.sqrt(squared)
@@ -143,6 +151,8 @@ def compare(program, network, options):
     arguments = ["--micro-batch", str(options.micro_batch), "--batch", str(options.micro_batch * options.micro_batches),
                  "--workers", str(options.workers), "--threads", str(threads), "--malloc", options.malloc]
     peers = {name: peer for name, peer in PEERS.items() if options.micro_batches == 1 or name not in OF_ONE_MICRO_BATCH}
+    if options.micro_batches > 1:
+        peers |= AT_ONCE
     if options.compile:
         peers |= COMPILED
     layouts = LAYOUTS if NETWORKS[network][1] else LAYOUTS[:1]
@@ -167,8 +177,8 @@ def compare(program, network, options):
         for peer, (step, same) in list(peers.items()):
             try:
                 their_loss, their_norm = theirs.step(peer, step)[1:]
-            except Exception as error:  # torch.compile's, of many kinds
-                if peer not in COMPILED:
+            except Exception as error:  # torch.compile's and vmap's, of many kinds
+                if peer not in COMPILED and peer not in AT_ONCE:
                     raise
                 print(f"{network:<14}{peer}: {str(error).splitlines()[0]}", flush=True)
                 del peers[peer]

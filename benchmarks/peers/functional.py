@@ -1,7 +1,7 @@
-"""The gradient-norm step by torch.func, gradient of gradient, and compiled where torch.compile can."""
+"""The gradient-norm step by torch.func: gradient of gradient, over micro-batches by vmap, and compiled where it can be."""
 
 import torch
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call, grad_and_value, vmap
 
 
 def objective(model, loss_function, strength):
@@ -18,8 +18,20 @@ def objective(model, loss_function, strength):
     return penalised
 
 
+def add_gradients(model, gradients):
+    for name, parameter in model.named_parameters():
+        gradient = gradients[name]
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def state_of(model):
+    """Parameters, and copies of the buffers, which may move."""
+    return ({name: parameter.detach() for name, parameter in model.named_parameters()},
+            {name: buffer.clone() for name, buffer in model.named_buffers()})
+
+
 class Step:
-    """Adds weight times the gradient to .grad; returns the loss. The running statistics that move are copies."""
+    """Adds weight times the gradient to .grad; returns the loss."""
 
     def __init__(self, compiled):
         self.compiled = compiled
@@ -31,13 +43,20 @@ class Step:
             self.gradient = grad_and_value(objective(model, loss_function, strength), has_aux=True)
             if self.compiled:
                 self.gradient = torch.compile(self.gradient)
-        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        gradients, (_, loss) = self.gradient(parameters, buffers, images, labels)
-        for name, parameter in model.named_parameters():
-            gradient = gradients[name] * weight
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        gradients, (_, loss) = self.gradient(*state_of(model), images, labels)
+        add_gradients(model, {name: gradient * weight for name, gradient in gradients.items()})
         return loss.detach()
+
+
+class MicroBatchesAtOnce:
+    """All micro-batches of a step in one call, one dimension more, as vmap writes them."""
+
+    def __call__(self, model, loss_function, images, labels, strength, micro_batch):
+        gradient = grad_and_value(objective(model, loss_function, strength), has_aux=True)
+        cut = [tensor.unflatten(0, (-1, micro_batch)) for tensor in (images, labels)]
+        gradients, (_, losses) = vmap(gradient, in_dims=(None, None, 0, 0))(*state_of(model), *cut)
+        add_gradients(model, {name: gradient.mean(0) for name, gradient in gradients.items()})
+        return losses.mean().detach()
 
 
 class CompiledModel:
