@@ -8,6 +8,7 @@
 
 #include <torch/torch.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,14 @@ inline torch::Tensor flat_grad(const std::vector<torch::Tensor>& parameters) {
     parts.push_back(grad.detach().to(torch::kCPU, torch::kFloat64).flatten());
   }
   return torch::cat(parts);
+}
+
+/// The gradient that `step` leaves in the parameters of `model`, where there was none before, as flat_grad() has it.
+template <class Step>
+torch::Tensor grad_after(const torch::nn::Module& model, const Step& step) {
+  clear_grad(model.parameters());
+  step();
+  return flat_grad(model.parameters());
 }
 
 /// Gradients by `parameters` in one float64 vector; zeros where one is undefined.
@@ -59,6 +68,17 @@ inline torch::Tensor penalty_by_hand(const torch::Tensor& loss, const std::vecto
                    parameters);
 }
 
+/// The gradient of sum of weights[i] * loss[i] + penalty_weights[i] * strength * || grad loss[i] ||^2, by hand.
+inline torch::Tensor step_by_hand(const std::vector<torch::Tensor>& losses, const std::vector<double>& weights,
+                                  const std::vector<double>& penalty_weights, double strength,
+                                  const std::vector<torch::Tensor>& parameters) {
+  torch::Tensor sum = torch::zeros({}, torch::kFloat64);
+  for (std::size_t i = 0; i < losses.size(); ++i) {
+    sum = sum + weights[i] * losses[i] + penalty_weights[i] * strength * squared_norm_by_hand(losses[i], parameters);
+  }
+  return flattened(torch::autograd::grad({sum}, parameters), parameters);
+}
+
 /// || a - b || / || b ||, in float64.
 inline double relative_error(const torch::Tensor& a, const torch::Tensor& b) {
   const torch::Tensor exact = b.detach().to(torch::kCPU, torch::kFloat64);
@@ -73,6 +93,11 @@ inline bool same_bits(const torch::Tensor& a, const torch::Tensor& b) {
   }
   return a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
          at::equal(a.flatten().view(torch::kUInt8), b.flatten().view(torch::kUInt8));
+}
+
+/// Whether `part` is the slice [begin, begin + length) of `whole`, and a view of it.
+inline bool is_view(const torch::Tensor& part, const torch::Tensor& whole, std::int64_t begin, std::int64_t length) {
+  return at::equal(part, whole.narrow(0, begin, length)) && part.storage().is_alias_of(whole.storage());
 }
 
 /// The message of the `Error` that `call` throws; fails the test if it throws none.

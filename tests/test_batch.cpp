@@ -1,14 +1,15 @@
-// Splitting: every kind of batch, slices, weights, and the errors of batches that cannot be split.
+// Splitting: every kind of batch, slices, and the errors of batches that cannot be split.
 #include "helpers.hpp"
 
 #include <microreg/microreg.hpp>
 
 #include <array>
 #include <cstdint>
-#include <limits>
 #include <map>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 using namespace helpers;
@@ -43,11 +44,6 @@ static_assert(!microreg::Batch<torch::Tensor*>);
 namespace {
 
 torch::Tensor rows(std::int64_t count) { return torch::arange(count * 2, torch::kFloat32).view({count, 2}); }
-
-/// Whether the slice [begin, begin + length) of `rows(10)` is `part`, as a view of `whole`.
-bool is_view(const torch::Tensor& part, const torch::Tensor& whole, std::int64_t begin, std::int64_t length) {
-  return at::equal(part, whole.narrow(0, begin, length)) && part.storage().is_alias_of(whole.storage());
-}
 
 /// The gradient of a model that reads its batch through `read`, cut into micro-batches of 4, 4 and 2.
 template <class Input, class Read>
@@ -119,30 +115,6 @@ TEST_CASE("targets of any kind reach the loss", "[batch]") {
   CHECK(sizes == std::vector<std::int64_t>{4, 4, 2});
 }
 
-TEST_CASE("the cut and its weights", "[batch]") {
-  const std::int64_t samples = GENERATE(1, 4, 7, 8, 9, 100);
-  const std::int64_t size = GENERATE(1, 4, 8, 1000);
-  for (const auto weighting : {microreg::Weighting::samples, microreg::Weighting::reference}) {
-    const microreg::MicroBatches cut(samples, size, weighting);
-    std::int64_t covered = 0;
-    double total = 0;
-    for (std::int64_t i = 0; i < cut.count(); ++i) {
-      CHECK(cut.begin(i) == covered);
-      CHECK(cut.size(i) >= 1);
-      CHECK(cut.size(i) <= size);
-      CHECK(cut.weight(i) == Approx(weighting == microreg::Weighting::samples
-                                        ? static_cast<double>(cut.size(i)) / static_cast<double>(samples)
-                                        : 1.0 / static_cast<double>(cut.count())));
-      covered += cut.size(i);
-      total += cut.weight(i);
-    }
-    CHECK(covered == samples);
-    CHECK(total == Approx(1.0));
-    CHECK(cut.count() ==
-          static_cast<std::int64_t>(std::ceil(static_cast<double>(samples) / static_cast<double>(size))));
-  }
-}
-
 TEST_CASE("a batch that cannot be split names the tensor and the remedy", "[batch]") {
   const torch::Tensor x = rows(10);
   const auto message = [](const auto& batch) {
@@ -196,27 +168,4 @@ TEST_CASE("samples that do not lie along the first dimension", "[batch]") {
   CHECK(has(message(std::pair{x, microreg::Along<1>(x)}), {"input[1] has 2"}));
   CHECK(has(message(microreg::Along<2>(x)), {"[10, 2]", "no dimension 2"}));
   CHECK(has(message(microreg::Whole(x)), {"no tensor"}));
-}
-
-TEST_CASE("a loop of one's own over micro-batches", "[batch]") {
-  const torch::Tensor x = rows(10);
-  const torch::Tensor y = torch::arange(10);
-  std::int64_t begin = 0;
-  double weight = 0;
-  for (const auto& [part, first, second] : microreg::micro_batches(4, x, y)) {
-    CHECK(part.index == begin / 4);
-    CHECK(part.count == 3);
-    CHECK(part.begin == begin);
-    CHECK(is_view(first, x, begin, part.size));
-    CHECK(is_view(second, y, begin, part.size));
-    begin += part.size;
-    weight += part.weight;
-  }
-  CHECK(begin == 10);
-  CHECK(weight == Approx(1.0));
-  CHECK(microreg::micro_batches(4, x).size() == 3);
-  CHECK(microreg::micro_batches(std::numeric_limits<std::int64_t>::max(), x).size() == 1);
-  CHECK(has(message_of<BatchError>([&] { (void)microreg::micro_batches(4, x, y.narrow(0, 0, 9)); }), {"10", "9"}));
-  CHECK(has(message_of<BatchError>([&] { (void)microreg::micro_batches(4, x.narrow(0, 0, 0)); }), {"empty"}));
-  CHECK(has(message_of<microreg::OptionError>([&] { (void)microreg::micro_batches(0, x); }), {"is 0"}));
 }

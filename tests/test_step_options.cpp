@@ -1,39 +1,30 @@
-// What is trained beside the model, losses that count, short micro-batches, sequences, classes that lie last, and what
-// is done about NaN: the options of a step, against formulas by hand.
+// What is trained beside the model, losses that count, sequences, classes that lie last: the options of a step, against
+// formulas by hand.
 #include "helpers.hpp"
 #include "networks.hpp"
 
 #include <microreg/microreg.hpp>
 
-#include <cmath>
-#include <limits>
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <vector>
 
 using namespace helpers;
 using microreg::BatchError;
 using microreg::FunctionModel;
 using microreg::GradientNorm;
 using microreg::ModelError;
-using microreg::NonFinite;
 using microreg::OptionError;
 using microreg::OtherLeaves;
 using microreg::Reduction;
 using microreg::Regularizer;
-using microreg::ShortLast;
 using torch::Tensor;
 
 namespace {
 
 using TensorList = std::vector<Tensor>;
-
-/// The gradient of sum of weights[i] * loss[i] + penalty_weights[i] * strength * || grad loss[i] ||^2, by hand.
-Tensor combined(const TensorList& losses, const std::vector<double>& weights,
-                const std::vector<double>& penalty_weights, double strength, const TensorList& parameters) {
-  Tensor sum = torch::zeros({}, torch::kFloat64);
-  for (std::size_t i = 0; i < losses.size(); ++i) {
-    sum = sum + weights[i] * losses[i] + penalty_weights[i] * strength * squared_norm_by_hand(losses[i], parameters);
-  }
-  return flattened(torch::autograd::grad({sum}, parameters), parameters);
-}
 
 Tensor label_loss(const Tensor& o, const Tensor& y) { return torch::cross_entropy_loss(o, y); }
 
@@ -72,7 +63,7 @@ TEST_CASE("parameters of a loss that is a module are trained", "[step options]")
   const Tensor x = torch::randn({8, 6}, torch::kFloat64), y = torch::randn({8, 2}, torch::kFloat64);
   TensorList all = model->parameters();
   all.push_back(loss->scale);
-  const Tensor expected = combined({loss(model(x), y)}, {1}, {1}, 0.5, all);
+  const Tensor expected = step_by_hand({loss(model(x), y)}, {1}, {1}, 0.5, all);
   loss->calls.zero_();
   Regularizer r(model, loss, GradientNorm{}, {.strength = 0.5});
   (void)r.backward(x, y);
@@ -109,7 +100,7 @@ TEST_CASE("other leaves are trained, refused or ignored", "[step options]") {
     losses.push_back(label_loss(model(encoded().narrow(0, 2 * i, 2)), y.narrow(0, 2 * i, 2)));
   }
   const std::vector<double> quarter(4, 0.25);
-  const Tensor expected = combined(losses, quarter, quarter, 0.5, all);
+  const Tensor expected = step_by_hand(losses, quarter, quarter, 0.5, all);
   for (const double strength : {0.5, 0.0}) {
     clear_grad(all);
     Regularizer r(model, label_loss, GradientNorm{},
@@ -157,41 +148,6 @@ TEST_CASE("leaves that a pass makes for itself are not refused", "[step options]
   CHECK_NOTHROW((void)p.backward([&] { return label_loss(forward(batch.input), batch.target); }));
 }
 
-TEST_CASE("a short last micro-batch is kept, merged or dropped", "[step options]") {
-  networks::Mlp model = networks::seeded_mlp();
-  const auto batch = networks::vectors(9);
-  const auto gradient = [&](ShortLast last, std::vector<std::int64_t> sizes) {
-    model->zero_grad();
-    Regularizer r(model, label_loss, GradientNorm{}, {.strength = 0.5, .micro_batch_size = 4, .short_last = last});
-    const auto report = r.backward(batch.input, batch.target);
-    CHECK(report.micro_batches() == static_cast<std::int64_t>(sizes.size()));
-    std::int64_t used = 0;
-    for (const std::int64_t size : sizes) {
-      used += size;
-    }
-    CHECK(report.samples == used);
-    TensorList losses;
-    std::vector<double> weights;
-    std::int64_t begin = 0;
-    for (const std::int64_t size : sizes) {
-      losses.push_back(
-          label_loss(model->forward(batch.input.narrow(0, begin, size)), batch.target.narrow(0, begin, size)));
-      weights.push_back(static_cast<double>(size) / static_cast<double>(used));
-      begin += size;
-    }
-    const Tensor expected = combined(losses, weights, weights, 0.5, model->parameters());
-    CHECK(relative_error(flat_grad(model->parameters()), expected) < 1e-13);
-  };
-  gradient(ShortLast::kept, {4, 4, 1});
-  gradient(ShortLast::merged, {4, 5});
-  gradient(ShortLast::dropped, {4, 4});
-  // Fewer samples than a micro-batch are one in any case.
-  for (const ShortLast last : {ShortLast::kept, ShortLast::merged, ShortLast::dropped}) {
-    CHECK(microreg::MicroBatches(3, 4, microreg::Weighting::samples, last).size(0) == 3);
-    CHECK(microreg::MicroBatches(8, 4, microreg::Weighting::samples, last).count() == 2);
-  }
-}
-
 TEST_CASE("a loss that says what it is a mean over", "[step options]") {
   networks::Mlp model = networks::seeded_mlp();
   const auto batch = networks::vectors(10);
@@ -211,7 +167,8 @@ TEST_CASE("a loss that says what it is a mean over", "[step options]") {
     model->zero_grad();
     Regularizer r(model, counted, GradientNorm{}, {.strength = 0.5, .micro_batch_size = 4, .estimator = estimator});
     const auto report = r.backward(batch.input, labels);
-    const Tensor expected = combined({sum(0, 4) / 2, sum(8, 2) / 2}, {0.5, 0.5}, {0.5, 0.5}, 0.5, model->parameters());
+    const Tensor expected =
+        step_by_hand({sum(0, 4) / 2, sum(8, 2) / 2}, {0.5, 0.5}, {0.5, 0.5}, 0.5, model->parameters());
     CHECK(relative_error(flat_grad(model->parameters()), expected) < 1e-6);
     CHECK(report.loss.item<double>() == Approx(sum(0, 10).item<double>() / 4).epsilon(1e-12));
   }
@@ -238,7 +195,7 @@ TEST_CASE("a sum whose scale is kept", "[step options]") {
     means.push_back(
         label_loss(model->forward(batch.input.narrow(0, begin, size)), batch.target.narrow(0, begin, size)));
   }
-  const Tensor expected = combined(means, {4, 4, 2}, {0.4, 0.4, 0.2}, 0.5, model->parameters());
+  const Tensor expected = step_by_hand(means, {4, 4, 2}, {0.4, 0.4, 0.2}, 0.5, model->parameters());
   CHECK(relative_error(flat_grad(model->parameters()), expected) < 1e-13);
   CHECK(report.loss.item<double>() ==
         Approx(sum(model->forward(batch.input), batch.target).item<double>()).epsilon(1e-12));
@@ -288,63 +245,4 @@ TEST_CASE("classes that lie last", "[step options]") {
   CHECK(value(last, transposed, -1, exact) == Approx(value(second, label_loss, 1, exact)).epsilon(1e-12));
   CHECK(value(last, transposed, 2, microreg::Expectation::sampled) > 0);
   CHECK_THROWS_AS(value(last, transposed, 3, exact), ModelError);
-}
-
-TEST_CASE("what is done about NaN", "[step options]") {
-  torch::nn::Sequential model(torch::nn::Linear(6, 8), torch::nn::BatchNorm1d(8), torch::nn::Linear(8, 5));
-  model->to(torch::kFloat64);
-  auto batch = networks::vectors(8);
-  const auto last = [](const Tensor& o, const Tensor& y) { return label_loss(o, y); };
-  SECTION("the step is skipped") {
-    batch.input[5].fill_(std::nan(""));
-    Regularizer r(model, last, GradientNorm{}, {.micro_batch_size = 4, .non_finite = NonFinite::skip_step});
-    const Watch watch(*model);
-    const auto report = r.backward(batch.input, batch.target);
-    CHECK(report.skipped);
-    CHECK(r.skipped() == 1);
-    CHECK(r.step() == 1);
-    CHECK(watch.unchanged());
-    microreg::Penalised p(model, GradientNorm{}, {.non_finite = NonFinite::skip_step});
-    CHECK(p.backward([&] { return last(model->forward(batch.input), batch.target); }).skipped);
-    CHECK(p.skipped() == 1);
-    CHECK(watch.unchanged());
-  }
-  SECTION("the penalty is skipped") {
-    // A probe whose gradient is infinite where the loss's is not.
-    const auto steep =
-        microreg::SquaredGradientNorm{[](const Tensor& o) { return (o - o.detach()).abs().sum().sqrt(); }};
-    const auto gradient = [&](double strength, NonFinite policy) {
-      model->zero_grad();
-      Regularizer r(model, last, steep, {.strength = strength, .micro_batch_size = 4, .non_finite = policy});
-      const auto report = r.backward(batch.input, batch.target);
-      CHECK(report.penalty_skipped == (policy == NonFinite::skip_penalty));
-      CHECK_FALSE(report.skipped);
-      return flat_grad(model->parameters());
-    };
-    CHECK_THROWS_AS(gradient(1, NonFinite::error), microreg::NonFiniteError);
-    model->zero_grad();
-    const Tensor found = gradient(1, NonFinite::skip_penalty);
-    Tensor expected = torch::zeros({}, torch::kFloat64);
-    for (const std::int64_t begin : {0, 4}) {
-      expected = expected + last(model->forward(batch.input.narrow(0, begin, 4)), batch.target.narrow(0, begin, 4)) / 2;
-    }
-    model->zero_grad();
-    expected.backward();
-    CHECK(relative_error(found, flat_grad(model->parameters())) < 1e-12);
-    // A loss that the loop has computed serves again, with a closure or without.
-    for (const bool closure : {false, true}) {
-      model->zero_grad();
-      microreg::Penalised p(model, steep, {.non_finite = NonFinite::skip_penalty});
-      for (auto [part, x, y] : microreg::micro_batches(4, batch.input, batch.target)) {
-        const auto pass = [&model, &last, in = x, labels = y] {
-          const Tensor o = model->forward(in);
-          return microreg::PassTensors{last(o, labels), o};
-        };
-        CHECK((closure ? p.backward(part, pass) : p.backward(part, pass())).penalty_skipped);
-      }
-      CHECK(relative_error(flat_grad(model->parameters()), found) < 1e-12);
-    }
-    microreg::Penalised p(model, GradientNorm{}, {.non_finite = NonFinite::skip_penalty});
-    CHECK_FALSE(p.backward(last(model->forward(batch.input), batch.target)).penalty_skipped);
-  }
 }
