@@ -96,14 +96,12 @@ bool group_norm_over_few_elements() {
     const Tensor x = values.to(type).requires_grad_();
     const Tensor groups = x.view({64, 4, 2});
     const Tensor centred = groups - groups.mean({2}, true);
-    const Tensor y = by_hand ? (centred * (centred.square().mean({2}, true) + 1e-5).rsqrt()).view({64, 8})
-                             : torch::group_norm(x, 4);
+    const Tensor y =
+        by_hand ? (centred * (centred.square().mean({2}, true) + 1e-5).rsqrt()).view({64, 8}) : torch::group_norm(x, 4);
     return torch::autograd::grad({(y * direction.to(type)).sum()}, {x})[0].to(torch::kFloat64);
   };
   const Tensor right = derivative(torch::kFloat64, true);
-  const auto error = [&](bool by_hand) {
-    return (derivative(torch::kFloat32, by_hand) - right).norm().item<double>();
-  };
+  const auto error = [&](bool by_hand) { return (derivative(torch::kFloat32, by_hand) - right).norm().item<double>(); };
   return error(false) > 2 * error(true);
 }
 
@@ -155,7 +153,7 @@ const char* outcome(bool (*is_seen)()) {
   }
   int status = 0;
   waitpid(child, &status, 0);
-  return WIFSIGNALED(status)         ? "crash"
+  return WIFSIGNALED(status)        ? "crash"
          : WEXITSTATUS(status) == 0 ? "no"
          : WEXITSTATUS(status) == 1 ? "seen"
                                     : "refused";
