@@ -7,6 +7,7 @@
 #include <microreg/gates/scope.hpp>
 #include <microreg/grafting.hpp>
 #include <microreg/microreg.hpp>
+#include <microreg/verify.hpp>
 
 #include <cstdio>
 #include <cstdlib>
