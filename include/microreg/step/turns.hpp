@@ -10,11 +10,13 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <latch>
 #include <limits>
 #include <mutex>
 #include <system_error>
@@ -80,9 +82,30 @@ class Turns {
   std::exception_ptr error_;
 };
 
+/// While it lives, LibTorch's operations run on one thread each where this thread calls them.
+class OneThread {
+ public:
+  OneThread() : before_(at::get_num_threads()) { at::set_num_threads(1); }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+  ~OneThread() { at::set_num_threads(before_); }
+
+  /// at::set_num_threads() is also what threads that are still to come begin with: again what it was, which only
+  /// another thread can say without changing this one's.
+  void let_others_begin_as_before() const {
+    try {
+      std::jthread([before = before_] { at::set_num_threads(before); });
+    } catch (const std::system_error&) {  // the system has no more threads to give: at the end, then
+    }
+  }
+
+ private:
+  int before_;
+};
+
 /// Calls work(piece, turns) for pieces 0 .. count - 1: one after the other on this thread where `workers` is 0, or on
-/// that many threads, which see this one's thread-local state (scopes, gradient mode, autocast) and run LibTorch's
-/// operations on one thread each. A stage that `work` does not pass is passed when it returns.
+/// that many threads, this one among them, which see this one's thread-local state (scopes, gradient mode, autocast)
+/// and run LibTorch's operations on one thread each. A stage that `work` does not pass is passed when it returns.
 inline void in_turns(std::int64_t workers, std::int64_t count, const std::function<void(std::int64_t, Turns&)>& work) {
   Turns turns;
   const auto run = [&](std::int64_t piece) {
@@ -97,35 +120,9 @@ inline void in_turns(std::int64_t workers, std::int64_t count, const std::functi
     return;
   }
 
-  const at::ThreadLocalState state;
-  const auto half = at::autocast::get_autocast_dtype(c10::kCPU);
-  const bool caches = at::autocast::is_autocast_cache_enabled();
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::int64_t next = 0;
-  std::size_t ready = 0;
+  std::atomic<std::int64_t> next = 0;
   const auto work_off = [&] {
-    // LibTorch sets a thread's number when it first asks for it, to what all threads begin with: before, not later.
-    at::internal::lazy_init_num_threads();
-    (void)at::get_num_threads();
-    at::set_num_threads(1);
-    {
-      const std::lock_guard lock(mutex);
-      ++ready;
-      changed.notify_one();
-    }
-    const at::ThreadLocalStateGuard guard(state);
-    at::autocast::set_autocast_dtype(c10::kCPU, half);  // which not every LibTorch counts among that state
-    at::autocast::set_autocast_cache_enabled(caches);
-    for (;;) {
-      std::int64_t piece = 0;
-      {
-        const std::lock_guard lock(mutex);
-        piece = next++;
-      }
-      if (piece >= count) {
-        return;
-      }
+    for (std::int64_t piece = next++; piece < count; piece = next++) {
       try {
         run(piece);
       } catch (const Turns::Stopped&) {
@@ -136,22 +133,35 @@ inline void in_turns(std::int64_t workers, std::int64_t count, const std::functi
       }
     }
   };
+  const at::ThreadLocalState state;
+  const auto half = at::autocast::get_autocast_dtype(c10::kCPU);
+  const bool caches = at::autocast::is_autocast_cache_enabled();
+  const std::int64_t others = std::min(workers, count) - 1;
   {
+    const OneThread one;
+    std::latch ready(others);
+    const auto begin = [&] {
+      // LibTorch sets a thread's number when it first asks for it, to what all threads begin with: before, not later.
+      at::internal::lazy_init_num_threads();
+      (void)at::get_num_threads();
+      at::set_num_threads(1);
+      ready.count_down();
+      const at::ThreadLocalStateGuard guard(state);
+      at::autocast::set_autocast_dtype(c10::kCPU, half);  // which not every LibTorch counts among that state
+      at::autocast::set_autocast_cache_enabled(caches);
+      work_off();
+    };
     std::vector<std::jthread> threads;
     try {
-      while (static_cast<std::int64_t>(threads.size()) < std::min(workers, count)) {
-        threads.emplace_back(work_off);
+      while (static_cast<std::int64_t>(threads.size()) < others) {
+        threads.emplace_back(begin);
       }
-    } catch (const std::system_error&) {  // the system has no more threads to give
-      if (threads.empty()) {
-        throw;
-      }
+    } catch (const std::system_error&) {  // the system has no more threads to give: those that there are
+      ready.count_down(others - static_cast<std::int64_t>(threads.size()));
     }
-    // at::set_num_threads() is also what threads that are still to come begin with.
-    const int before = at::get_num_threads();
-    std::unique_lock lock(mutex);
-    changed.wait(lock, [&] { return ready == threads.size(); });
-    at::set_num_threads(before);
+    ready.wait();
+    one.let_others_begin_as_before();
+    work_off();
   }
   turns.rethrow();
 }
