@@ -8,6 +8,7 @@
 
 #include <ATen/record_function.h>
 #include <microreg/microreg.hpp>
+#include <microreg/step/turns.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -690,20 +691,29 @@ TEST_CASE("a forward pass that writes to a parameter or buffer later than the fi
 }
 
 TEST_CASE("a step with workers leaves the number of threads alone", "[workers]") {
-  const int before = at::get_num_threads();
+  const int usual = at::get_num_threads();
+  const int before = 3;
+  at::set_num_threads(before);
   NoisyNet model;
-  std::set<int> inside;
+  std::set<int> inside, beside;
   const auto loss = [&](const torch::Tensor& output, const torch::Tensor& labels) {
     inside.insert(at::get_num_threads());
+    std::thread([&] { beside.insert(at::get_num_threads()); }).join();
     return torch::cross_entropy_loss(output, labels);
   };
   microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{}, {.micro_batch_size = 4, .workers = 2});
   (void)regularizer.backward(torch::randn({12, 2, 9, 9}), torch::randint(networks::classes, {12}));
   CHECK(inside == std::set<int>{1});
+  CHECK(beside == std::set<int>{before});
   CHECK(at::get_num_threads() == before);
   int elsewhere = 0;
   std::thread([&] { elsewhere = at::get_num_threads(); }).join();
   CHECK(elsewhere == before);
+  at::set_num_threads(usual);
+}
+
+TEST_CASE("workers without a micro-batch have nothing to do, and end", "[workers]") {
+  microreg::detail::in_turns(2, 0, [](std::int64_t, microreg::detail::Turns&) { FAIL("there is no piece"); });
 }
 
 TEST_CASE("a negative number of workers is refused", "[workers]") {

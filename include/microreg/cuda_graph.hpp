@@ -65,7 +65,8 @@ struct CudaGraphOptions {
 /// Source: CUDA Graphs, Nvidia, CUDA C++ Programming Guide; torch.cuda.CUDAGraph.
 class CudaGraph final : public detail::Recordings {
  public:
-  /// Throws OptionError for `shapes` below 1, or `check_every` or `tolerance` below 0. Touches no device.
+  /// Throws OptionError for `shapes` below 1, `check_every` below 0, or a `tolerance` below 0 or not
+  /// finite. Touches no device.
   explicit CudaGraph(CudaGraphOptions options = {})
       : Recordings({options.shapes, options.check_every, options.tolerance}) {
     if (options.shapes < 1) {
@@ -77,7 +78,7 @@ class CudaGraph final : public detail::Recordings {
     }
     if (!detail::is_finite(options.tolerance) || options.tolerance < 0) {
       throw OptionError(detail::text({"CudaGraphOptions::tolerance is ", options.tolerance,
-                                      "; it must be a positive number, or 0 for an automatic choice"}));
+                                      "; it must be a finite number above 0, or 0 for an automatic choice"}));
     }
   }
 

@@ -125,9 +125,10 @@ struct RegularizerOptions {
   /// Report the norm of the penalties' gradient over that of the loss gradient, by which a strength is chosen: a tenth
   /// to one is usual. Costs one backward pass more for each micro-batch.
   bool gradient_ratio = false;
-  /// How many micro-batches are worked on at a time, each by a thread of its own on which LibTorch runs its operations
-  /// on one thread. 0: one after the other, on this thread, with LibTorch's threads inside of each operation. On the
-  /// CPU operations of small networks do not fill several cores, and micro-batches do, also beside other processes.
+  /// How many micro-batches are worked on at a time, each by one thread, the calling one among them, on which LibTorch
+  /// runs its operations on one thread. 0: one after the other, on this thread, with LibTorch's threads inside of each
+  /// operation. On the CPU operations of small networks do not fill several cores, and micro-batches do, also beside
+  /// other processes.
   ///
   /// - Numbers: every N >= 1 gives the same bits, in `.grad`, report, buffers and random number generators, whatever
   ///   the timing: sums are taken in the order of the micro-batches. 0 gives them too where torch::get_num_threads() is

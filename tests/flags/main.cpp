@@ -4,6 +4,7 @@
 #include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <torch/nn/modules/linear.h>
+#include <microreg/detail/finite.hpp>
 #include <microreg/gates/scope.hpp>
 #include <microreg/grafting.hpp>
 #include <microreg/microreg.hpp>
@@ -133,10 +134,13 @@ void check_not_finite() {
   check(throws<microreg::OptionError>(
             [] { Network().step({.strength = 0.3, .micro_batch_size = 2, .sampling = {.share = nan()}}); }),
         "a share of NaN is refused");
-  check(!microreg::verify(network.layers, squared_error, microreg::GradientNorm{}, network.x, network.y,
-                          {.strength = 0.3, .micro_batch_size = 2})
+  check(!microreg::verify(network.layers, squared_error, microreg::GradientNorm{}, network.x.narrow(0, 2, 2),
+                          network.y.narrow(0, 2, 2), {.strength = 0.3, .micro_batch_size = 2})
              .ok(),
         "verify sees NaN");
+  check(microreg::detail::exceeds(nan(), 1) && microreg::detail::exceeds(endless().item<double>(), 1) &&
+            !microreg::detail::exceeds(0.5, 1),
+        "an error of NaN exceeds what is allowed");
   check(throws<microreg::OptionError>([] { (void)microreg::Gaussian{nan()}.sample({}, {}); }),
         "a standard deviation of NaN is refused");
   Network other;

@@ -625,7 +625,7 @@ class Verifier {
     const bool coarse = loss_type_ != at::kDouble;
     const bool half = loss_type_ != at::kDouble && loss_type_ != at::kFloat;
     const double most = half ? 0.2 : coarse ? 1e-2 : 1e-6;
-    if (found_.fused_error && (!is_finite(*found_.fused_error) || *found_.fused_error > most)) {
+    if (found_.fused_error && exceeds(*found_.fused_error, most)) {
       problem(text({"fused double backward and LibTorch's own are ", in_percent(*found_.fused_error),
                     " apart: one of them is wrong, or the gradient is lost in rounding (compare in float64); "
                     ".fused = false takes LibTorch's own"}));

@@ -21,6 +21,9 @@ inline bool is_finite(double value) noexcept {
   return (forgotten(std::bit_cast<std::uint64_t>(value)) >> 52 & 0x7FF) != 0x7FF;
 }
 
+/// Whether the value is not known to be at most the limit: it is above, infinite or NaN.
+inline bool exceeds(double value, double limit) noexcept { return !is_finite(value) || value > limit; }
+
 inline double unbounded() noexcept { return std::bit_cast<double>(forgotten(std::uint64_t{0x7FF0000000000000})); }
 
 /// The next number above or below; what is not finite is the next to itself.

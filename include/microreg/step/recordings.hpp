@@ -458,7 +458,7 @@ class Recordings : public Replay {
       error = std::max(error, apart(std::abs(work.estimated.squared_norms[i].sqrt().item<double>() - norm), norm));
     }
     const double limit = own.empty() ? 0 : tolerance(own.front(), loss);
-    if (!is_finite(error) || error > limit) {
+    if (exceeds(error, limit)) {
       throw ModelError(text(
           {"what the CUDA graph repeats is ", 100 * error, " % off the same micro-batch done operation by operation (",
            100 * limit,

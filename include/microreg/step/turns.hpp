@@ -19,7 +19,6 @@
 #include <latch>
 #include <limits>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -95,7 +94,7 @@ class OneThread {
   void let_others_begin_as_before() const {
     try {
       std::jthread([before = before_] { at::set_num_threads(before); });
-    } catch (const std::system_error&) {  // the system has no more threads to give: at the end, then
+    } catch (const std::exception&) {  // the system has no more threads to give: at the end, then
     }
   }
 
@@ -113,7 +112,7 @@ inline void in_turns(std::int64_t workers, std::int64_t count, const std::functi
     turns.pass(Turns::Stage::forward, piece);
     turns.pass(Turns::Stage::sum, piece);
   };
-  if (workers == 0) {
+  if (workers == 0 || count == 0) {
     for (std::int64_t piece = 0; piece < count; ++piece) {
       run(piece);
     }
@@ -139,13 +138,14 @@ inline void in_turns(std::int64_t workers, std::int64_t count, const std::functi
   const std::int64_t others = std::min(workers, count) - 1;
   {
     const OneThread one;
-    std::latch ready(others);
+    std::latch ready(others), go(1);
     const auto begin = [&] {
       // LibTorch sets a thread's number when it first asks for it, to what all threads begin with: before, not later.
       at::internal::lazy_init_num_threads();
       (void)at::get_num_threads();
       at::set_num_threads(1);
       ready.count_down();
+      go.wait();
       const at::ThreadLocalStateGuard guard(state);
       at::autocast::set_autocast_dtype(c10::kCPU, half);  // which not every LibTorch counts among that state
       at::autocast::set_autocast_cache_enabled(caches);
@@ -156,11 +156,12 @@ inline void in_turns(std::int64_t workers, std::int64_t count, const std::functi
       while (static_cast<std::int64_t>(threads.size()) < others) {
         threads.emplace_back(begin);
       }
-    } catch (const std::system_error&) {  // the system has no more threads to give: those that there are
+    } catch (const std::exception&) {  // the system has no more threads to give: those that there are
       ready.count_down(others - static_cast<std::int64_t>(threads.size()));
     }
     ready.wait();
     one.let_others_begin_as_before();
+    go.count_down();
     work_off();
   }
   turns.rethrow();
