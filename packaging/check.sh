@@ -119,6 +119,7 @@ PYTHON
     tail -n 50 "$work/conda.log"
     fail "the conda recipe does not build"
   }
+  same_as_install "$work/conda-package"
   consumer_runs "$work/conda-package"
   echo "conda: the recipe renders and builds a package of $version that holds what it says, and a project that finds it runs"
 }

@@ -3,7 +3,7 @@
 #     tests/check_versions.sh [VERSION...]           the oracle's, the kernels', the gates' and the estimators' tests, and
 #                                                    the CIFAR trainer
 #     tests/check_versions.sh --quick [VERSION...]   the oracle's alone, header-only, in one program; the versions at a time
-#     tests/check_versions.sh --syntax [VERSION...]  in addition, all other sources are parsed
+#     tests/check_versions.sh --syntax [VERSION...]  in addition, other tests, examples and benchmarks are parsed
 #     tests/check_versions.sh --all [VERSION...]     all tests, the trainer's too, and the trainer
 #     tests/check_versions.sh --faults [VERSION...]  which of LibTorch's own faults that docs/libtorch-bugs.md lists are there
 # Without a version: the oldest and the newest that the library is for. A version is downloaded once, into build/versions,
@@ -274,7 +274,10 @@ take() {
 }
 if [ "$mode" = faults ]; then
   for version in "$@"; do take faults "$version"; done
-  [ "$status" = 0 ] || exit "$status"
+  there=()
+  for version in "$@"; do [ ! -s "$tables/$version" ] || there+=("$version"); done
+  [ "${#there[@]}" -gt 0 ] || exit "$status"
+  set -- "${there[@]}"
   printf '| LibTorch |%s\n' "$(printf ' %s |' "$@")"
   printf '|---|%s\n' "$(printf -- '---|%.0s' "$@")"
   columns=()
@@ -283,7 +286,7 @@ if [ "$mode" = faults ]; then
     columns+=("$tables/$version.outcome")
   done
   paste -d '|' <(sed 's/ | .*//' "$tables/$1") "${columns[@]}" | sed 's/|/ | /g; s/.*/| & |/'
-  exit
+  exit "$status"
 fi
 if [ "$mode" = quick ]; then
   at_work=()
