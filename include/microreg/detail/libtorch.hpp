@@ -6,6 +6,7 @@
 #include <c10/core/ScalarType.h>
 #include <c10/core/Storage.h>
 #include <c10/util/Exception.h>
+#include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/version.h>
 #include <microreg/version.hpp>
@@ -67,6 +68,16 @@ template <class Graph, class Generator>
 void draws_from(const Generator& generator, Graph& graph) {
   if constexpr (requires { graph.register_generator_state(generator); }) {
     graph.register_generator_state(generator);
+  }
+}
+
+/// The store of a process group; none in 2.7 and older, which do not tell it.
+template <class Store, class Group>
+c10::intrusive_ptr<Store> store_of(Group& group) {
+  if constexpr (requires { group.getStore(); }) {
+    return group.getStore();
+  } else {
+    return {};
   }
 }
 

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/util/intrusive_ptr.h>
+#include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/text.hpp>
 #include <microreg/distributed/communicator.hpp>
 #include <microreg/distributed/report.hpp>
@@ -36,8 +37,8 @@ struct ProcessGroupOptions {
   std::chrono::milliseconds timeout{20'000};
   /// How long it then waits for the others to say that they are there, to find out who is not.
   std::chrono::milliseconds roll_call{5'000};
-  /// Where they say so, a store that all ranks share; that of the group if empty. One communicator for each store, or a
-  /// c10d::PrefixStore.
+  /// Where they say so, a store that all ranks share; that of the group if empty, which LibTorch 2.7 and older do not
+  /// tell. One communicator for each store, or a c10d::PrefixStore.
   c10::intrusive_ptr<c10d::Store> store = {};
 };
 
@@ -56,7 +57,7 @@ class ProcessGroupCommunicator final : public Communicator {
   explicit ProcessGroupCommunicator(c10::intrusive_ptr<c10d::ProcessGroup> group, ProcessGroupOptions options = {})
       : group_(std::move(group)), options_(std::move(options)) {
     if (!options_.store) {
-      options_.store = group_->getStore();
+      options_.store = detail::store_of<c10d::Store>(*group_);
     }
     for (const c10::Device& device : group_->getDeviceTypes()) {
       devices_.push_back(device.type());
