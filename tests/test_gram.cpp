@@ -3,9 +3,10 @@
 
 #include <ATen/record_function.h>
 #include <microreg/microreg.hpp>
+#include <microreg/step/call_watch.hpp>
 #include <microreg/step/gram.hpp>
 
-#include <memory>
+#include <cstdint>
 #include <optional>
 #include <string_view>
 #include <utility>
@@ -75,27 +76,24 @@ torch::Tensor step(Wide model, const microreg::AnyPenalty<>& penalty, std::int64
   return flat_grad(model->parameters());
 }
 
-/// How many matrix products of `call`, all of one thread, have a result of n x n.
-template <class Call>
-int products_of(std::int64_t n, const Call& call) {
-  thread_local int count;
-  thread_local std::int64_t size;
-  count = 0;
-  size = n;
-  const auto handle = at::addThreadLocalCallback(
-      at::RecordFunctionCallback([](const at::RecordFunction& function) -> std::unique_ptr<at::ObserverContext> {
-        if (std::string_view(function.name()) == "aten::mm") {
-          const auto operands = function.inputs();
-          count += operands[0].toTensor().size(0) == size && operands[1].toTensor().size(1) == size ? 1 : 0;
-        }
-        return nullptr;
-      })
-          .needsInputs(true)
-          .scopes({at::RecordScope::FUNCTION}));
-  call();
-  at::removeCallback(handle);
-  return count;
-}
+/// Counts the matrix products on this thread whose result is n x n.
+class SquareProducts final : public microreg::detail::CallWatch<SquareProducts> {
+ public:
+  explicit SquareProducts(std::int64_t n) : CallWatch(true), n_(n) {}
+  [[nodiscard]] int count() const { return count_; }
+
+ private:
+  friend class CallWatch<SquareProducts>;
+  void note(const at::RecordFunction& function) {
+    if (std::string_view(function.name()) == "aten::mm") {
+      const auto operands = function.inputs();
+      count_ += operands[0].toTensor().size(0) == n_ && operands[1].toTensor().size(1) == n_ ? 1 : 0;
+    }
+  }
+
+  std::int64_t n_;
+  int count_ = 0;
+};
 
 }  // namespace
 
@@ -162,7 +160,9 @@ TEST_CASE("a step of every penalty is the same without Gram matrices", "[gram]")
 
 TEST_CASE("a step takes the two Gram matrices of the wide layer, unless it is LibTorch's own", "[gram]") {
   const auto gram_matrices = [](std::int64_t samples, bool fused) {
-    return products_of(samples, [&] { (void)step(wide(), microreg::GradientNorm{}, samples, fused); });
+    const SquareProducts products(samples);
+    (void)step(wide(), microreg::GradientNorm{}, samples, fused);
+    return products.count();
   };
   CHECK(gram_matrices(4, true) == 2);
   CHECK(gram_matrices(4, false) == 0);

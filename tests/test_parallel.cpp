@@ -3,6 +3,7 @@
 
 #include <torch/torch.h>
 #include <microreg/detail/parallel.hpp>
+#include <microreg/detail/threads_inside.hpp>
 
 #include <atomic>
 #include <mutex>
@@ -13,20 +14,9 @@
 #include <vector>
 
 using microreg::detail::parallel_for;
+using microreg::detail::ThreadsInside;
 
 namespace {
-
-/// LibTorch's number of threads for one test.
-class Threads {
- public:
-  explicit Threads(int count) : before_(at::get_num_threads()) { at::set_num_threads(count); }
-  Threads(const Threads&) = delete;
-  Threads& operator=(const Threads&) = delete;
-  ~Threads() { at::set_num_threads(before_); }
-
- private:
-  int before_;
-};
 
 /// The parts that a loop falls into, in order, and how many threads ran them.
 struct Run {
@@ -50,19 +40,19 @@ Run run(std::int64_t begin, std::int64_t end, std::int64_t grain) {
 
 TEST_CASE("a parallel loop runs on as many threads as LibTorch has, each with its part", "[parallel]") {
   using Parts = std::vector<std::pair<std::int64_t, std::int64_t>>;
-  const Threads two(2);
+  const ThreadsInside two(2);
   const Run both = run(3, 104, 1);
   CHECK(both.threads == 2);
   CHECK(both.parts == Parts{{3, 53}, {53, 104}});
   CHECK(run(0, 100, 100).parts == Parts{{0, 100}});
   CHECK(run(0, 1, 1).parts == Parts{{0, 1}});
   CHECK(run(5, 5, 1).parts.empty());
-  const Threads one(1);
+  const ThreadsInside one(1);
   CHECK(run(3, 104, 1).parts == Parts{{3, 104}});
 }
 
 TEST_CASE("a parallel loop within another is serial", "[parallel]") {
-  const Threads two(2);
+  const ThreadsInside two(2);
   std::atomic<int> outer = 0;
   std::atomic<int> inner = 0;
   parallel_for(0, 2, 1, [&](std::int64_t /*begin*/, std::int64_t /*end*/) {
@@ -77,7 +67,7 @@ TEST_CASE("a parallel loop within another is serial", "[parallel]") {
 }
 
 TEST_CASE("an exception in a parallel loop arrives at the caller", "[parallel]") {
-  const Threads two(2);
+  const ThreadsInside two(2);
   CHECK_THROWS_AS(parallel_for(0, 100, 1,
                                [](std::int64_t begin, std::int64_t /*end*/) {
                                  if (begin > 0) {

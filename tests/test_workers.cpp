@@ -7,6 +7,7 @@
 #include "own_functions.hpp"
 
 #include <ATen/record_function.h>
+#include <microreg/detail/threads_inside.hpp>
 #include <microreg/microreg.hpp>
 #include <microreg/step/turns.hpp>
 
@@ -28,6 +29,7 @@
 #include <vector>
 
 using namespace helpers;
+using microreg::detail::ThreadsInside;
 
 namespace {
 
@@ -238,18 +240,6 @@ std::vector<torch::Tensor> two_steps(const Loss& loss, const Penalty& penalty, m
   return left_behind(*model, regularizer.backward(input, target));
 }
 
-/// LibTorch on one thread inside of operations, as a worker has it.
-class OneThread {
- public:
-  OneThread() : before_(at::get_num_threads()) { at::set_num_threads(1); }
-  OneThread(const OneThread&) = delete;
-  OneThread& operator=(const OneThread&) = delete;
-  ~OneThread() { at::set_num_threads(before_); }
-
- private:
-  int before_;
-};
-
 }  // namespace
 
 TEST_CASE("any number of workers leaves the same bits behind as one, and as none on one thread", "[workers]") {
@@ -275,7 +265,7 @@ TEST_CASE("any number of workers leaves the same bits behind as one, and as none
     for (const std::int64_t workers : {2, 3, 16, 2, 3, 16}) {
       CHECK(all_same_bits(step(workers), one));
     }
-    const OneThread threads;
+    const ThreadsInside threads(1);
     CHECK(all_same_bits(step(0), one));
   };
   SECTION("a ragged tail, outputs, parts of the loss") {
@@ -302,7 +292,7 @@ TEST_CASE("any number of workers leaves the same bits behind as one, and as none
     CHECK(all_same_bits(step(3), step(1)));
   }
   SECTION("a difference that displaces the parameters, which runs in order") {
-    const OneThread threads;  // a difference takes this thread's own
+    const ThreadsInside threads(1);  // a difference takes this thread's own
     const auto smooth = microreg::GradientNorm{};
     const auto step = [&](std::int64_t workers) {
       return two_steps<NoisyNet>(
@@ -475,7 +465,7 @@ TEST_CASE("workers see the mixed precision and the gradient mode around the step
                                {.strength = 0.1, .micro_batch_size = 4, .workers = workers}, input, target);
   };
   const auto with = step(2);
-  const OneThread threads;
+  const ThreadsInside threads(1);
   CHECK(all_same_bits(with, step(0)));
   const auto without = two_steps<NoisyNet>(cross_entropy, microreg::GradientNorm{},
                                            {.strength = 0.1, .micro_batch_size = 4}, input, target);
@@ -496,7 +486,7 @@ TEST_CASE("measure gives the same bits with workers, and leaves nothing behind",
   const auto one = measured(1);
   CHECK(all_same_bits(measured(2), one));
   CHECK(all_same_bits(measured(3), one));
-  const OneThread threads;
+  const ThreadsInside threads(1);
   CHECK(all_same_bits(measured(0), one));
 }
 
@@ -576,7 +566,7 @@ TEST_CASE("networks that run in order give the same bits with workers", "[worker
   };
   const auto one = step(1);
   CHECK(all_same_bits(step(3), one));
-  const OneThread threads;
+  const ThreadsInside threads(1);
   CHECK(all_same_bits(step(0), one));
 }
 
@@ -691,9 +681,8 @@ TEST_CASE("a forward pass that writes to a parameter or buffer later than the fi
 }
 
 TEST_CASE("a step with workers leaves the number of threads alone", "[workers]") {
-  const int usual = at::get_num_threads();
   const int before = 3;
-  at::set_num_threads(before);
+  const ThreadsInside threads(before);
   NoisyNet model;
   std::set<int> inside, beside;
   const auto loss = [&](const torch::Tensor& output, const torch::Tensor& labels) {
@@ -709,7 +698,6 @@ TEST_CASE("a step with workers leaves the number of threads alone", "[workers]")
   int elsewhere = 0;
   std::thread([&] { elsewhere = at::get_num_threads(); }).join();
   CHECK(elsewhere == before);
-  at::set_num_threads(usual);
 }
 
 TEST_CASE("workers without a micro-batch have nothing to do, and end", "[workers]") {

@@ -178,7 +178,7 @@ def compare(program, network, options):
             try:
                 their_loss, their_norm = theirs.step(peer, step)[1:]
             except Exception as error:  # torch.compile's and vmap's, of many kinds
-                if peer not in COMPILED and peer not in AT_ONCE:
+                if peer in PEERS:
                     raise
                 print(f"{network:<14}{peer}: {str(error).splitlines()[0]}", flush=True)
                 del peers[peer]

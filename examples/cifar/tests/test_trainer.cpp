@@ -1,6 +1,7 @@
 #include "trainer.hpp"
 
 #include <microreg/error.hpp>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -9,6 +10,16 @@
 #include "models.hpp"
 #include "run_state.hpp"
 #include "small_run.hpp"
+
+namespace {
+
+/// What a run ends with and what it has recorded.
+std::pair<std::string, std::vector<Json>> outcome_of(const cifar::Options& options) {
+  const std::string checksum = run(options).weights_checksum;
+  return {checksum, timeless_metrics(options.output)};
+}
+
+}  // namespace
 
 TEST_CASE("every method trains and leaves complete records") {
   const auto named = GENERATE(from_range(std::begin(cifar::method_names), std::end(cifar::method_names)));
@@ -69,8 +80,7 @@ TEST_CASE("the same seed gives the same run, another seed another one") {
     set_method(options, method, "");
     options.augment = true;
     options.seed = seed;
-    const std::string checksum = run(options).weights_checksum;
-    return std::pair(checksum, timeless_metrics(folder.path() / name));
+    return outcome_of(options);
   };
   const auto first = outcome("a", 2);
   CHECK(first == outcome("b", 2));
@@ -85,8 +95,7 @@ TEST_CASE("any number of workers gives the same run") {
     options.model = cifar::Architecture::resnet18;         // moves statistics
     options.augment = true;
     options.workers = workers;
-    const std::string checksum = run(options).weights_checksum;
-    return std::pair(checksum, timeless_metrics(folder.path() / name));
+    return outcome_of(options);
   };
   const auto one = outcome("one", 1);
   CHECK(one == outcome("three", 3));

@@ -6,6 +6,7 @@
 #include <ATen/ThreadLocalState.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/DeviceType.h>
+#include <microreg/detail/threads_inside.hpp>
 #include <microreg/version.hpp>
 
 #include <algorithm>
@@ -81,27 +82,6 @@ class Turns {
   std::exception_ptr error_;
 };
 
-/// While it lives, LibTorch's operations run on one thread each where this thread calls them.
-class OneThread {
- public:
-  OneThread() : before_(at::get_num_threads()) { at::set_num_threads(1); }
-  OneThread(const OneThread&) = delete;
-  OneThread& operator=(const OneThread&) = delete;
-  ~OneThread() { at::set_num_threads(before_); }
-
-  /// at::set_num_threads() is also what threads that are still to come begin with: again what it was, which only
-  /// another thread can say without changing this one's.
-  void let_others_begin_as_before() const {
-    try {
-      std::jthread([before = before_] { at::set_num_threads(before); });
-    } catch (const std::exception&) {  // the system has no more threads to give: at the end, then
-    }
-  }
-
- private:
-  int before_;
-};
-
 /// Calls work(piece, turns) for pieces 0 .. count - 1: one after the other on this thread where `workers` is 0, or on
 /// that many threads, this one among them, which see this one's thread-local state (scopes, gradient mode, autocast)
 /// and run LibTorch's operations on one thread each. A stage that `work` does not pass is passed when it returns.
@@ -137,7 +117,7 @@ inline void in_turns(std::int64_t workers, std::int64_t count, const std::functi
   const bool caches = at::autocast::is_autocast_cache_enabled();
   const std::int64_t others = std::min(workers, count) - 1;
   {
-    const OneThread one;
+    const ThreadsInside one(1);
     std::latch ready(others), go(1);
     const auto begin = [&] {
       // LibTorch sets a thread's number when it first asks for it, to what all threads begin with: before, not later.
