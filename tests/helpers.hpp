@@ -7,8 +7,10 @@
 #include "on_device.hpp"
 
 #include <torch/torch.h>
+#include <microreg/detail/libtorch.hpp>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -113,6 +115,22 @@ std::string message_of(const Call& call) {
   }
   FAIL("no error was thrown");
   return {};
+}
+
+/// What `reference()` returns. Nothing where this LibTorch has no derivative to compute it with and 2.13 has: the case
+/// is left out then, by name.
+template <class Reference>
+auto if_differentiable(const std::string& name, const Reference& reference) -> std::optional<decltype(reference())> {
+  try {
+    return reference();
+  } catch (const c10::Error& error) {
+    const std::string words = error.what_without_backtrace();
+    if (MICROREG_LIBTORCH >= 213 || words.find("is not implemented") == std::string::npos) {
+      throw;
+    }
+    WARN(name << " is left out: " << words);
+    return std::nullopt;
+  }
 }
 
 /// Whether `text` contains every one of `parts`.

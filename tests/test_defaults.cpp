@@ -120,7 +120,11 @@ enum class Then { right, refused, either };
 void check_kind(const char* name, const Fresh& fresh, Then exact, Then difference, const Fresh& composed = {},
                 double exact_bound = 1e-4) {
   INFO(name);
-  const Tensor expected = written_by_hand(composed ? composed : fresh);
+  const auto by_hand = if_differentiable(name, [&] { return written_by_hand(composed ? composed : fresh); });
+  if (!by_hand.has_value()) {
+    return;
+  }
+  const Tensor& expected = *by_hand;
   const struct {
     const char* name;
     microreg::Estimator estimator;
@@ -253,7 +257,8 @@ TEST_CASE("defaults: losses with kinks", "[defaults]") {
   for (const double p : {1., double(INFINITY)}) {
     check_kind("cdist",
                activated(relu, [=](const Tensor& o, const Tensor& y) { return torch::cdist(o, own(o, y), p).mean(); }),
-               Then::refused, Then::right, activated(relu, [=](const Tensor& o, const Tensor& y) {
+               microreg::detail::cdist_differentiates_twice ? Then::right : Then::refused, Then::right,
+               activated(relu, [=](const Tensor& o, const Tensor& y) {
                  const Tensor apart = (o.unsqueeze(1) - own(o, y)).abs();
                  return (p == 1 ? apart.sum(2) : apart.amax(2)).mean();
                }));

@@ -471,6 +471,21 @@ TEST_CASE("at strength 0 a difference makes no further pass", "[estimators]") {
   CHECK(relative_error(gradient, step_gradient(model, batch, everything, options_with(Exact{}, 0.0))) < 1e-14);
 }
 
+TEST_CASE("an estimator is assigned as a whole", "[estimators]") {
+  // What a variant has beside that would leave behind what makes a difference.
+  const auto emplaces = []<class E>(E& e) {
+    return requires { e.template emplace<microreg::ForwardDifference>(); } || requires { e.template emplace<1>(); };
+  };
+  const auto swaps = []<class E>(E& e) { return requires { e.swap(e); }; };
+  microreg::Estimator a = microreg::ForwardDifference{}, b = microreg::Exact{};
+  CHECK_FALSE(emplaces(a));
+  CHECK_FALSE(swaps(a));
+  std::swap(a, b);
+  CHECK(a.differences() == nullptr);
+  CHECK(b.differences() != nullptr);
+  CHECK(std::holds_alternative<microreg::ForwardDifference>(b));
+}
+
 TEST_CASE("options of the estimators are checked", "[estimators]") {
   const auto message = [](const microreg::RegularizerOptions& options) {
     return message_of<microreg::OptionError>([&] {

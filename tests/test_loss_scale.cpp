@@ -5,6 +5,7 @@
 #include <microreg/microreg.hpp>
 
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -54,6 +55,19 @@ TEST_CASE("a loss scale changes nothing but what underflows", "[loss scale]") {
         [&] { microreg::Regularizer<>(model, cross_entropy, microreg::GradientNorm{}, options); });
   };
   CHECK(has(refused({.loss_scale = 0}), {"loss_scale", "0", "positive"}));
+  {
+    microreg::Regularizer<> constant(model, cross_entropy, microreg::GradientNorm{}, {.loss_scale = 8});
+    CHECK(has(message_of<microreg::OptionError>([&] { constant.set_loss_scale(4); }), {"DynamicLossScale"}));
+    microreg::Regularizer<> follows(model, cross_entropy, microreg::GradientNorm{},
+                                    {.loss_scale = microreg::DynamicLossScale{}});
+    for (const double wrong : {0.0, -1.0, std::nan(""), std::numeric_limits<double>::infinity()}) {
+      CHECK(has(message_of<microreg::OptionError>([&] { follows.set_loss_scale(wrong); }),
+                {"set_loss_scale()", "above 0"}));
+      CHECK_FALSE(follows.loss_scale().defined());
+    }
+    follows.set_loss_scale(256);
+    CHECK(follows.loss_scale().item<double>() == 256);
+  }
   CHECK(has(refused({.estimator = microreg::ForwardDifference{}, .loss_scale = 8}), {"loss_scale", "Exact"}));
 }
 

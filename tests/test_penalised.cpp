@@ -213,3 +213,28 @@ TEST_CASE("a share of the parts is penalised as Regularizer penalises it", "[pen
   CHECK(chosen < 3);
   CHECK(relative_error(s.gradient(), exact) < 1e-12);
 }
+
+TEST_CASE("an input that a penalty differentiates by has to require a gradient", "[penalised]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(8);
+  microreg::Penalised penalised(model, microreg::InputJacobian{}, {.strength = 0.1});
+  const auto step = [&](const torch::Tensor& input) {
+    const torch::Tensor output = model->forward(input);
+    (void)penalised.backward(microreg::PassTensors{torch::cross_entropy_loss(output, batch.target), output, input});
+  };
+  CHECK(has(message_of<microreg::ModelError>([&] { step(batch.input); }), {"PassTensors.input", "requires_grad_()"}));
+  CHECK_NOTHROW(step(batch.input.detach().clone().requires_grad_()));
+}
+
+TEST_CASE("a part of a step is not left out alone", "[penalised]") {
+  auto model = networks::seeded_mlp();
+  const auto batch = networks::vectors(8);
+  microreg::Penalised penalised(model, microreg::GradientNorm{},
+                                {.strength = 0.1, .non_finite = microreg::NonFinite::skip_step});
+  for (const auto& [part, x, y] : microreg::micro_batches(4, batch.input, batch.target)) {
+    const torch::Tensor loss = torch::cross_entropy_loss(model->forward(x), y);
+    const auto words = message_of<microreg::OptionError>([&, p = part] { (void)penalised.backward(p, loss); });
+    CHECK(has(words, {"skip_step", "part", "of 2"}));
+  }
+  CHECK_NOTHROW(penalised.backward(torch::cross_entropy_loss(model->forward(batch.input), batch.target)));
+}

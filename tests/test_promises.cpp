@@ -678,7 +678,11 @@ TEST_CASE("errors keep their type, and name what has no second derivative", "[pr
   CHECK(has(first, {"my_op"}));
   CHECK(first.find("choose") == std::string::npos);
   const auto cdist = [](const Tensor& h) { return torch::cat({torch::cdist(h, h), h.narrow(1, 0, 2)}, 1); };
-  CHECK(has(message_of<ModelError>([&] { step(cdist, Exact{}); }), {"cdist", "modules[0]"}));
+  if (microreg::detail::cdist_differentiates_twice) {
+    CHECK_NOTHROW(step(cdist, Exact{}));
+  } else {
+    CHECK(has(message_of<ModelError>([&] { step(cdist, Exact{}); }), {"cdist", "modules[0]"}));
+  }
 }
 
 TEST_CASE("hardsigmoid has a second derivative inside a scope: zero", "[promises]") {
@@ -711,4 +715,239 @@ TEST_CASE("the micro-batch of a non-finite loss in a loop of one's own", "[promi
     }
   }
   CHECK(failed == 2);
+}
+
+TEST_CASE("a step that is undone leaves another thread's numbers alone, also where steps have drawn none",
+          "[promises]") {
+  torch::manual_seed(12);
+  torch::nn::Linear model(4, 3);
+  model->to(torch::kFloat64);
+  const Tensor x = doubles({8, 4}), y = torch::randint(3, {8});
+  bool fails = false;
+  const auto loss = [&](const Tensor& o, const Tensor& t) {
+    if (fails) {
+      std::thread([] { (void)torch::rand({3}); }).join();
+      throw std::domain_error("the user's");
+    }
+    return ce(o, t);
+  };
+  const auto state = [] { return at::globalContext().defaultGenerator(at::kCPU).get_state(); };
+  Regularizer r(model, loss, GradientNorm{});
+  (void)r.backward(x, y);
+  const Tensor before = state();
+  fails = true;
+  CHECK_THROWS_AS(r.backward(x, y), std::domain_error);
+  CHECK_FALSE(same_bits(state(), before));
+}
+
+TEST_CASE("generators are put back whatever the steps before have drawn", "[promises]") {
+  torch::manual_seed(12);
+  torch::nn::Linear first(4, 8), second(8, 3);
+  first->to(torch::kFloat64);
+  second->to(torch::kFloat64);
+  const Tensor x = doubles({8, 4}), y = torch::randint(3, {8});
+  int fails = 0;
+  const auto at = [&](int place) {
+    if (fails == place) {
+      throw std::domain_error("the user's");
+    }
+  };
+  FunctionModel model{[&](const Tensor& in) {
+                        at(1);
+                        const Tensor out = second(torch::dropout(torch::relu(first(in)), 0.5, true));
+                        at(2);
+                        return out;
+                      },
+                      microreg::modules(first, second)};
+  const auto state = [] { return at::globalContext().defaultGenerator(at::kCPU).get_state(); };
+  Regularizer r(model, ce, GradientNorm{});
+  const auto is_put_back = [&](int place) {
+    fails = place;
+    const Tensor before = state();
+    CHECK_THROWS_AS(r.backward(x, y), std::domain_error);
+    return same_bits(state(), before);
+  };
+  CHECK(is_put_back(2));
+  fails = 0;
+  (void)r.backward(x, y);
+  CHECK(is_put_back(1));
+  CHECK(is_put_back(2));
+  // A penalty that draws, in every fourth step.
+  torch::nn::Linear plain(4, 3);
+  plain->to(torch::kFloat64);
+  const auto loss = [&](const Tensor& o, const Tensor& t) {
+    at(3);
+    return ce(o, t);
+  };
+  Regularizer draws(plain, loss, microreg::FisherTrace{},
+                    {.sampling = {.every = 4}, .check_finite = microreg::CheckFinite::always});
+  for (int i = 0; i < 4; ++i) {
+    fails = 0;
+    (void)draws.backward(x, y);
+  }
+  const auto not_a_number = x.clone().fill_(std::nan(""));
+  const Tensor before = state();
+  CHECK_THROWS_AS(draws.backward(not_a_number, y), microreg::NonFiniteError);
+  CHECK(same_bits(state(), before));
+}
+
+TEST_CASE("a handler of warnings that throws replaces no error", "[promises]") {
+  torch::manual_seed(12);
+  torch::nn::Linear model(4, 3);
+  model->to(torch::kFloat64);
+  const Tensor x = doubles({8, 4}), y = torch::randint(3, {8});
+  bool fails = false;
+  Regularizer r(
+      model,
+      [&](const Tensor& o, const Tensor& t) {
+        if (fails) {
+          {
+            const torch::NoGradGuard no_grad;
+            model->weight.mul_(2);
+          }
+          std::thread([] { (void)torch::rand({3}); }).join();
+          throw std::domain_error("the user's");
+        }
+        return ce(o, t);
+      },
+      GradientNorm{});
+  (void)r.backward(x, y);
+  fails = true;
+  struct Throws final : c10::WarningHandler {
+    void process(const c10::Warning& warning) override { throw std::runtime_error(warning.msg()); }
+  } throws;
+  const c10::WarningUtils::WarningHandlerGuard guard(&throws);
+  const c10::WarningUtils::WarnAlways always;
+  CHECK_THROWS_AS(r.backward(x, y), std::domain_error);
+}
+
+TEST_CASE("parameters that a forward pass writes to are put back, frozen ones too", "[promises]") {
+  torch::manual_seed(12);
+  struct WordsImpl : torch::nn::Module {
+    WordsImpl() {
+      register_module("words", words);
+      register_module("output", output);
+      const torch::NoGradGuard no_grad;
+      words->weight.mul_(3);
+      words->weight.set_requires_grad(false);
+    }
+    Tensor forward(const Tensor& x) {
+      if (clamps) {
+        const torch::NoGradGuard no_grad;
+        output->weight.clamp_(-0.1, 0.1);
+      }
+      return output(words(x).mean(1));
+    }
+    torch::nn::Embedding words{torch::nn::EmbeddingOptions(10, 4).max_norm(1)};
+    torch::nn::Linear output{4, 3};
+    bool clamps = false;
+  };
+  const Tensor x = torch::randint(10, {8, 3}), y = torch::randint(3, {8});
+  bool fails = true;
+  const auto loss = [&](const Tensor& o, const Tensor& t) {
+    return fails ? throw std::domain_error("the user's") : ce(o, t);
+  };
+  const auto model = std::make_shared<WordsImpl>();
+  {
+    const Tensor before = model->words->weight.clone();
+    Regularizer r(model, loss, GradientNorm{});
+    CHECK_THROWS_AS(r.backward(x, y), std::domain_error);
+    CHECK(same_bits(model->words->weight, before));
+    fails = false;
+    (void)microreg::measure(model, loss, GradientNorm{}, x, y);
+    CHECK(same_bits(model->words->weight, before));
+  }
+  Regularizer r(model, loss, GradientNorm{});
+  (void)r.backward(x, y);
+  {
+    const torch::NoGradGuard no_grad;
+    model->words->weight.mul_(3);
+  }
+  const auto is_put_back = [&](bool expected) {
+    const helpers::Watch watch(*model);
+    fails = true;
+    std::vector<std::string> words;
+    {
+      struct Heard final : c10::WarningHandler {
+        explicit Heard(std::vector<std::string>& to) : words(to) {}
+        void process(const c10::Warning& warning) override { words.push_back(warning.msg()); }
+        std::vector<std::string>& words;
+      } heard(words);
+      const c10::WarningUtils::WarningHandlerGuard guard(&heard);
+      CHECK_THROWS_AS(r.backward(x, y), std::domain_error);
+    }
+    CHECK(watch.unchanged() == expected);
+    REQUIRE(words.empty() == expected);
+    if (!expected) {
+      CHECK(has(words[0], {"output.weight", "first time"}));
+    }
+    fails = false;
+  };
+  is_put_back(true);  // known from the first step
+  // One that is written to from a later step on is known afterwards; until then it is said.
+  model->clamps = true;
+  is_put_back(false);
+  {
+    const torch::NoGradGuard no_grad;
+    model->output->weight.mul_(3);
+  }
+  is_put_back(true);
+}
+
+TEST_CASE("large running statistics, which count no version, are put back", "[promises]") {
+  torch::manual_seed(12);
+  constexpr std::int64_t wide = 1 << 18;  // 1 MB
+  torch::nn::Sequential model(torch::nn::Linear(2, wide), torch::nn::BatchNorm1d(wide), torch::nn::Linear(wide, 3));
+  const Tensor x = torch::randn({8, 2}), y = torch::randint(3, {8});
+  const helpers::Watch watch(*model);
+  (void)microreg::measure(model, ce, GradientNorm{}, x, y, {.micro_batch_size = 4});
+  CHECK(watch.unchanged());
+  bool fails = false;
+  const auto loss = [&](const Tensor& o, const Tensor& t) {
+    return fails ? throw std::domain_error("the user's") : ce(o, t);
+  };
+  Regularizer r(model, loss, GradientNorm{}, {.strength = 0.01, .micro_batch_size = 4});
+  fails = true;
+  CHECK_THROWS_AS(r.backward(x, y), std::domain_error);
+  CHECK(watch.unchanged());
+  fails = false;
+  (void)r.backward(x, y);
+  fails = true;
+  const helpers::Watch later(*model);
+  CHECK_THROWS_AS(r.backward(x, y), std::domain_error);
+  CHECK(later.unchanged());
+  // A difference moves them once for each micro-batch, as one pass does.
+  std::vector<Tensor> moved;
+  for (const microreg::Estimator& estimator :
+       {microreg::Estimator(Exact{}), microreg::Estimator(ForwardDifference{})}) {
+    const Tensor mean = model->named_buffers()["1.running_mean"];
+    const Tensor before = mean.clone();
+    Regularizer one(model, ce, GradientNorm{}, {.strength = 0.01, .micro_batch_size = 4, .estimator = estimator});
+    (void)one.backward(x, y);
+    moved.push_back(mean.clone());
+    mean.copy_(before);
+  }
+  CHECK(same_bits(moved[0], moved[1]));
+}
+
+TEST_CASE("copies of a Regularizer take steps on threads of their own", "[promises][threads]") {
+  torch::manual_seed(12);
+  torch::nn::Linear model(4, 3);
+  model->to(torch::kFloat64);
+  (void)model->register_buffer("large", torch::ones({1 << 18}));
+  const Tensor x = doubles({8, 4}), y = torch::randint(3, {8});
+  Regularizer first(model, ce, GradientNorm{});
+  std::vector<double> norms(2);
+  const auto steps = [&](Regularizer<>& r, double& norm) {
+    for (int i = 0; i < 20; ++i) {
+      norm = r.backward(x, y).penalties[0].value.item<double>();
+    }
+  };
+  Regularizer<> second = first;
+  std::thread other([&] { steps(second, norms[1]); });
+  steps(first, norms[0]);
+  other.join();
+  CHECK(norms[0] == norms[1]);
+  CHECK(first.step() == 20);
+  CHECK(second.step() == 20);
 }

@@ -251,6 +251,46 @@ TEST_CASE("the ratio of the gradients is that of penalty to loss", "[regularizer
                   .gradient_ratio.defined());
 }
 
+TEST_CASE("the ratio of the gradients where one of them is 0", "[regularizer]") {
+  torch::Tensor w = torch::ones({1}, torch::kFloat64).requires_grad_();
+  microreg::FunctionModel model{[&](const torch::Tensor& x) { return x * w; }, {w}};
+  const torch::Tensor x = torch::ones({2, 1}, torch::kFloat64);
+  const auto ratio = [&](const torch::Tensor& target, double strength) {
+    const auto loss = [](const torch::Tensor& o, const torch::Tensor& y) { return (o - y).square().mean(); };
+    microreg::Regularizer regularizer(model, loss, microreg::AverageJacobian{},
+                                      {.strength = strength, .gradient_ratio = true});
+    return regularizer.backward(x, target).gradient_ratio.item<double>();
+  };
+  // The Jacobian of x w is x, whose derivative by w is 0; of x w^2 it is not.
+  CHECK(ratio(torch::zeros({2, 1}, torch::kFloat64), 1) == 0);
+  microreg::FunctionModel square{[&](const torch::Tensor& in) { return in * w.square(); }, {w}};
+  const auto loss = [](const torch::Tensor& o, const torch::Tensor& y) { return (o - y).square().mean(); };
+  for (const double strength : {1.0, 0.0}) {
+    microreg::Regularizer fitted(square, loss, microreg::AverageJacobian{},
+                                 {.strength = strength, .gradient_ratio = true});
+    const double found = fitted.backward(x, x).gradient_ratio.item<double>();  // the loss gradient is 0
+    CHECK(found == (strength > 0 ? std::numeric_limits<double>::infinity() : 0));
+  }
+}
+
+TEST_CASE("outputs are put together along the dimension of their samples", "[regularizer]") {
+  torch::Tensor w = torch::ones({1}, torch::kFloat64).requires_grad_();
+  const torch::Tensor x = torch::randn({3, 10, 2}, torch::kFloat64);  // [T, B, F]
+  const auto model = [&](const torch::Tensor& in) { return in * w; };
+  microreg::FunctionModel network{model, {w}};
+  using Sequences = microreg::Along<1>;
+  const auto loss = [](const torch::Tensor& output) { return output.square().mean(); };
+  microreg::Regularizer<Sequences, microreg::NoTarget> regularizer(network, loss, microreg::GradientNorm{},
+                                                                   {.micro_batch_size = 4, .keep_outputs = true});
+  const auto report = regularizer.backward(Sequences(x));
+  CHECK(same_bits(report.output(0, 1), x));
+  CHECK(same_bits(report.output(0, -2), x));
+  for (const std::int64_t dimension : {0, 2, 3, -4}) {
+    CHECK(has(message_of<microreg::OptionError>([&] { (void)report.output(0, dimension); }),
+              {"[3, 4, 2]", "dimension", "output(index, dimension)"}));
+  }
+}
+
 TEST_CASE("a step may take several calls", "[regularizer]") {
   auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(8);

@@ -802,7 +802,12 @@ TEST_CASE("right or refused: losses without a second derivative", "[right_or_ref
     for (const auto& [name, loss, composed] : losses) {
       CAPTURE(name, type);
       const Tensor right = written_by_hand(net, composed, x, y);
-      CHECK_THROWS_AS(part_of(net, loss, x, y, Exact{}, true), microreg::ModelError);
+      if (has(name, {"cdist"}) && microreg::detail::cdist_differentiates_twice) {
+        CHECK(relative_error(part_of(net, loss, x, y, Exact{}, true), right) <
+              (type == torch::kFloat64 ? 1e-10 : 1e-3));
+      } else {
+        CHECK_THROWS_AS(part_of(net, loss, x, y, Exact{}, true), microreg::ModelError);
+      }
       for (const microreg::Estimator& estimator :
            {microreg::Estimator(ForwardDifference{}), microreg::Estimator(CentralDifference{})}) {
         CHECK(relative_error(part_of(net, loss, x, y, estimator, true), right) <

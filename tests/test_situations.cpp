@@ -74,7 +74,11 @@ void check_situation(const char* name, const std::function<Situation()>& make) {
   torch::manual_seed(3);
   const Situation s = make();
   torch::manual_seed(draws);
-  const ByHand right = by_hand(s.forward, s.loss, s.weights, s.x, s.y, 4);
+  const auto found = if_differentiable(name, [&] { return by_hand(s.forward, s.loss, s.weights, s.x, s.y, 4); });
+  if (!found.has_value()) {
+    return;
+  }
+  const ByHand& right = *found;
   const Tensor generator = at::globalContext().defaultGenerator(torch::kCPU).get_state();
   REQUIRE(right.of_penalty.norm().item<double>() > 1e-6);
   for (const auto& way : ways) {

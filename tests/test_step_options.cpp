@@ -197,8 +197,30 @@ TEST_CASE("a sum whose scale is kept", "[step options]") {
   }
   const Tensor expected = step_by_hand(means, {4, 4, 2}, {0.4, 0.4, 0.2}, 0.5, model->parameters());
   CHECK(relative_error(flat_grad(model->parameters()), expected) < 1e-13);
-  CHECK(report.loss.item<double>() ==
-        Approx(sum(model->forward(batch.input), batch.target).item<double>()).epsilon(1e-12));
+  const double whole = sum(model->forward(batch.input), batch.target).item<double>();
+  CHECK(report.loss.item<double>() == Approx(whole).epsilon(1e-12));
+  // Parts have the scale of the loss.
+  const auto with_parts = [&](const Tensor& o, const Tensor& y) {
+    const Tensor loss = sum(o, y);
+    return std::tuple{loss, loss / 4, loss * 3 / 4};
+  };
+  Regularizer of_parts(model, with_parts, GradientNorm{}, {.micro_batch_size = 4, .reduction = Reduction::total});
+  const auto parts = of_parts.backward(batch.input, batch.target).loss_parts;
+  CHECK(parts[0].item<double>() == Approx(whole / 4).epsilon(1e-12));
+  CHECK(parts[1].item<double>() == Approx(whole * 3 / 4).epsilon(1e-12));
+  // What is no sum over samples is refused.
+  const auto counted = [&](const Tensor& o, const Tensor& y) {
+    return microreg::CountedLoss{sum(o, y), torch::tensor(o.size(0))};
+  };
+  Regularizer of_counts(model, counted, GradientNorm{}, {.micro_batch_size = 4, .reduction = Reduction::total});
+  CHECK(has(message_of<OptionError>([&] { (void)of_counts.backward(batch.input, batch.target); }),
+            {"Reduction::total", "CountedLoss"}));
+  CHECK(has(message_of<OptionError>([&] {
+              Regularizer(
+                  model, sum, GradientNorm{},
+                  {.micro_batch_size = 4, .weighting = microreg::Weighting::reference, .reduction = Reduction::total});
+            }),
+            {"Reduction::total", "Weighting::reference"}));
 }
 
 TEST_CASE("sequences that are cut along time", "[step options]") {

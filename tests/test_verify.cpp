@@ -264,12 +264,15 @@ TEST_CASE("verify: all operations without a second derivative", "[verify]") {
   const auto found = s.verified(forward);
   CHECK_FALSE(found.ok());
   CHECK(has(found.exact_refusal, {"no second derivative"}));
-  REQUIRE(found.missing.size() == 2);
-  CHECK(has(found.missing[0].operation + found.missing[1].operation, {"_cdist_backward", "attention"}));
+  const bool cdist_too = !microreg::detail::cdist_differentiates_twice;
+  REQUIRE(found.missing.size() == (cdist_too ? 2 : 1));
+  CHECK(has(found.missing.front().operation + found.missing.back().operation, {"attention"}));
+  CHECK(has(found.missing.front().operation + found.missing.back().operation, {"_cdist_backward"}) == cdist_too);
   for (const auto& missing : found.missing) {
     CHECK(has(missing.place, {"behind parameter"}));
   }
-  CHECK(has(found.text(), {"operands, or ForwardDifference", "setSDPUseFlash(false)"}));
+  CHECK(has(found.text(), {"setSDPUseFlash(false)"}));
+  CHECK(has(found.text(), {"operands, or ForwardDifference"}) == cdist_too);
   CHECK(any_has(found.problems, {"Exact is refused"}));
   CHECK_FALSE(found.fused_error.has_value());
   CHECK_FALSE(found.difference_error.has_value());

@@ -7,6 +7,8 @@
 #include "own_functions.hpp"
 
 #include <ATen/record_function.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
+#include <torch/script.h>
 #include <microreg/detail/threads_inside.hpp>
 #include <microreg/microreg.hpp>
 #include <microreg/step/turns.hpp>
@@ -74,6 +76,70 @@ struct SpectralNetImpl : torch::nn::Module {
   torch::Tensor u;
 };
 TORCH_MODULE(SpectralNet);
+
+/// The same, which hides its writing from LibTorch's count of versions.
+struct HiddenSpectralNetImpl : torch::nn::Module {
+  HiddenSpectralNetImpl() {
+    register_module("output", output);
+    u = register_buffer("u", torch::ones({networks::classes}));
+  }
+  torch::Tensor forward(const torch::Tensor& x) {
+    u.data().copy_(torch::softmax(output->bias.detach() + u, 0));
+    return output(x) * u;
+  }
+  torch::nn::Linear output{6, networks::classes};
+  torch::Tensor u;
+};
+TORCH_MODULE(HiddenSpectralNet);
+
+/// The same through a pointer, which no operation tells of.
+struct PointerNetImpl : torch::nn::Module {
+  PointerNetImpl() {
+    register_module("output", output);
+    u = register_buffer("u", torch::ones({networks::classes}));
+  }
+  torch::Tensor forward(const torch::Tensor& x) {
+    u.mutable_data_ptr<float>()[1] += 0.5F;
+    return output(x) * u;
+  }
+  torch::nn::Linear output{6, networks::classes};
+  torch::Tensor u;
+};
+TORCH_MODULE(PointerNet);
+
+/// Batch normalisation without a graph, whose running variance the graph behind it keeps, or does not.
+struct WatchingNetImpl : torch::nn::Module {
+  explicit WatchingNetImpl(bool reads_statistics = true) : reads(reads_statistics) {
+    register_module("first", first);
+    register_module("norm", norm);
+    register_module("output", output);
+  }
+  torch::Tensor forward(const torch::Tensor& x) {
+    const torch::Tensor hidden = torch::tanh(first(x));
+    {
+      const torch::NoGradGuard no_grad;
+      (void)norm(hidden);
+    }
+    return output(reads ? hidden * norm->running_var : hidden);
+  }
+  bool reads;
+  torch::nn::Linear first{6, 6};
+  torch::nn::BatchNorm1d norm{6};
+  torch::nn::Linear output{6, networks::classes};
+};
+TORCH_MODULE(WatchingNet);
+
+/// Batch normalisation of the data, which needs no graph.
+struct DataNormNetImpl : torch::nn::Module {
+  DataNormNetImpl() {
+    register_module("norm", norm);
+    register_module("output", output);
+  }
+  torch::Tensor forward(const torch::Tensor& x) { return output(norm(x)); }
+  torch::nn::BatchNorm1d norm{torch::nn::BatchNorm1dOptions(6).affine(false)};
+  torch::nn::Linear output{6, networks::classes};
+};
+TORCH_MODULE(DataNormNet);
 
 /// A buffer too large to be compared, which is written to on some batches only.
 struct BankNetImpl : torch::nn::Module {
@@ -146,10 +212,11 @@ class HeldBack {
   at::CallbackHandle handle_{};
 };
 
-/// Waits, in the first backward pass on any thread, until the model is called on another one.
+/// Waits, in the first backward pass on any thread or on the one that begins(), until the model is called on another
+/// one.
 class Overlap {
  public:
-  Overlap() {
+  explicit Overlap(bool on_any = true) : waits_(on_any) {
     self() = this;
     handle_ = at::addGlobalCallback(
         at::RecordFunctionCallback(&tell).scopes({at::RecordScope::FUNCTION, at::RecordScope::BACKWARD_FUNCTION}));
@@ -157,6 +224,12 @@ class Overlap {
   ~Overlap() {
     at::removeCallback(handle_);
     self() = nullptr;
+  }
+  /// This thread's backward passes count from now on.
+  void begins() {
+    const std::lock_guard lock(mutex_);
+    waits_ = true;
+    on_ = std::this_thread::get_id();
   }
   /// Whether something else happened on another thread.
   [[nodiscard]] bool seen() const { return seen_; }
@@ -177,7 +250,7 @@ class Overlap {
       seen_ = true;
       changed_.notify_all();
     }
-    if (backward && !waits_for_others_.has_value()) {
+    if (backward && waits_ && !waits_for_others_.has_value() && on_.value_or(thread) == thread) {
       waits_for_others_ = thread;
       inside_ = true;
       changed_.wait_for(lock, std::chrono::seconds(2), [&] { return seen_; });
@@ -187,7 +260,8 @@ class Overlap {
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::optional<std::thread::id> waits_for_others_;
+  bool waits_;
+  std::optional<std::thread::id> on_, waits_for_others_;
   bool inside_ = false;
   bool seen_ = false;
   at::CallbackHandle handle_{};
@@ -472,6 +546,99 @@ TEST_CASE("workers see the mixed precision and the gradient mode around the step
   CHECK_FALSE(all_same_bits(with, without));
 }
 
+TEST_CASE("workers see the rest of LibTorch's state of a thread", "[workers]") {
+  torch::manual_seed(1);
+  const torch::Tensor input = torch::randn({24, 6});
+  const torch::Tensor target = torch::zeros({24, 6});
+  // The end of a nested scope clears the cache of casts where nothing is around it.
+  const auto nested = [](const torch::Tensor& output, const torch::Tensor& y) {
+    {
+      const microreg::Autocast again(torch::kCPU, torch::kBFloat16);
+      (void)torch::mm(output, output.t());
+    }
+    return torch::mse_loss(output.to(torch::kFloat), y);
+  };
+  TwiceNet model;
+  const auto twice = [&](const torch::Tensor& x) {
+    const torch::Tensor once = torch::tanh(model->layer(x));
+    {
+      const microreg::Autocast again(torch::kCPU, torch::kBFloat16);
+    }
+    return model->layer(once);
+  };
+  microreg::FunctionModel network{twice, model->parameters()};
+  const auto step = [&](std::int64_t workers) {
+    clear_grad(model->parameters());
+    const microreg::Autocast autocast(torch::kCPU, torch::kBFloat16);
+    microreg::Regularizer regularizer(network, nested, microreg::GradientNorm{},
+                                      {.strength = 0.1, .micro_batch_size = 4, .workers = workers});
+    const auto report = regularizer.backward(input, target);
+    return left_behind(*model, report);
+  };
+  const auto one = step(1);
+  for (const std::int64_t workers : {2, 3, 3, 3}) {
+    CHECK(all_same_bits(step(workers), one));
+  }
+
+  struct Counts final : c10::WarningHandler {
+    void process(const c10::Warning& /*warning*/) override { ++count; }
+    int count = 0;
+  } warnings;
+  std::set<std::thread::id> threads;
+  std::set<bool> optimized;
+  const auto warns = [&](const torch::Tensor& output, const torch::Tensor& y) {
+    TORCH_WARN("once a micro-batch");
+    optimized.insert(torch::jit::getGraphExecutorOptimize());
+    threads.insert(std::this_thread::get_id());
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    return torch::mse_loss(output, y);
+  };
+  {
+    const c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+    const torch::jit::GraphOptimizerEnabledGuard plain(false);
+    microreg::Regularizer regularizer(model, warns, microreg::GradientNorm{},
+                                      {.strength = 0.1, .micro_batch_size = 4, .workers = 3});
+    (void)regularizer.backward(input, target);
+  }
+  CHECK(warnings.count == 6);
+  CHECK(threads.size() > 1);
+  CHECK(optimized == std::set<bool>{false});
+}
+
+TEST_CASE("a step within a worker is nested, and may not displace what others read", "[workers]") {
+  torch::manual_seed(1);
+  TwiceNet model;
+  const torch::Tensor input = torch::randn({24, 6});
+  const torch::Tensor target = torch::randn({24, 6});
+  const auto step = [&](const microreg::Estimator& outer, std::int64_t workers, const auto& inner) {
+    const auto loss = [&](const torch::Tensor& output, const torch::Tensor& y) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      inner();
+      return torch::mse_loss(output, y);
+    };
+    microreg::Regularizer regularizer(model, loss, microreg::GradientNorm{},
+                                      {.strength = 0.1, .micro_batch_size = 4, .estimator = outer, .workers = workers});
+    (void)regularizer.backward(input, target);
+  };
+  const auto measures = [&] {
+    (void)microreg::measure(model, torch::nn::MSELoss(), microreg::GradientNorm{}, input, target);
+  };
+  const auto displaces = [&] {
+    microreg::Regularizer regularizer(model, torch::nn::MSELoss(), microreg::GradientNorm{},
+                                      {.estimator = microreg::ForwardDifference{}});
+    (void)regularizer.backward(input, target);
+  };
+  CHECK_NOTHROW(step(microreg::Exact{}, 2, measures));
+  for (int repeat = 0; repeat < 3; ++repeat) {  // whichever thread has which micro-batch
+    const Watch watch(*model);
+    CHECK(has(message_of<microreg::ModelError>([&] { step(microreg::Exact{}, 2, displaces); }),
+              {"nested", "side by side", "workers = 0"}));
+    CHECK(watch.unchanged());
+  }
+  CHECK_NOTHROW(step(microreg::Exact{}, 0, displaces));
+  CHECK_NOTHROW(step(microreg::Exact{}, 1, displaces));  // nothing is beside it
+}
+
 TEST_CASE("measure gives the same bits with workers, and leaves nothing behind", "[workers]") {
   torch::manual_seed(1);
   NoisyNet model;
@@ -514,10 +681,30 @@ TEST_CASE("a micro-batch is differentiated beside the next one, unless the two w
   CHECK_FALSE(overlaps(SpectralNet(), cross_entropy, vectors, 2));
   CHECK_FALSE(overlaps(NoisyNet(), reversed, images, 2));
   CHECK_FALSE(overlaps(NoisyNet(), hooked, images, 2));
+  const auto noded = [](const torch::Tensor& output, const torch::Tensor& target) {
+    return torch::cross_entropy_loss(through_own_node(output), target);
+  };
+  CHECK_FALSE(overlaps(NoisyNet(), noded, images, 2));
   {
     NoisyNet model;
     model->output->weight.register_hook([](const torch::Tensor& gradient) { return gradient; });
     CHECK_FALSE(overlaps(model, cross_entropy, images, 2));
+  }
+  // Whatever else holds what is written to, and however it is written.
+  CHECK_FALSE(overlaps(HiddenSpectralNet(), cross_entropy, vectors, 2));
+  CHECK_FALSE(overlaps(PointerNet(), cross_entropy, vectors, 2));
+  CHECK_FALSE(overlaps(WatchingNet(), cross_entropy, vectors, 2));
+  CHECK(overlaps(WatchingNet(/*reads_statistics=*/false), cross_entropy, vectors, 2));
+  CHECK(overlaps(DataNormNet(), cross_entropy, vectors, 2));
+  {
+    SpectralNet model;
+    torch::Tensor last;
+    const auto keeps = [&](const torch::Tensor& output, const torch::Tensor& target) {
+      last = output;
+      return torch::cross_entropy_loss(output, target);
+    };
+    last = model->forward(vectors);  // an older graph holds what the first forward pass writes to, and goes then
+    CHECK_FALSE(overlaps(model, keeps, vectors, 2));
   }
   torch::nn::Linear encoder(6, 6);
   SpectralNet other;
@@ -530,12 +717,81 @@ TEST_CASE("a micro-batch is differentiated beside the next one, unless the two w
   CHECK_FALSE(overlap.seen());
 }
 
-TEST_CASE("what a penalty reads is found on the first micro-batch that is penalised", "[workers]") {
+TEST_CASE("what operations do not tell of keeps its turn", "[workers]") {
+  torch::manual_seed(1);
+  const torch::Tensor vectors = torch::randn({24, 6});
+  const torch::Tensor target = torch::randint(networks::classes, {24});
+  const auto overlaps = [&](auto model) {
+    microreg::Regularizer regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                      {.strength = 0.1, .micro_batch_size = 4, .workers = 2});
+    (void)regularizer.backward(vectors, target);
+    const Overlap overlap;
+    (void)regularizer.backward(vectors, target);
+    return overlap.seen();
+  };
+  {
+    const at::DisableRecordFunctionGuard nobody_is_told;
+    SpectralNet model;
+    microreg::Regularizer regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                      {.strength = 0.1, .micro_batch_size = 4, .workers = 2});
+    for (int i = 0; i < 5; ++i) {  // LibTorch's own check finds a graph whose tensors were overwritten
+      CHECK_NOTHROW(regularizer.backward(vectors, target));
+    }
+  }
+  // From its second call on TorchScript differentiates operations as one node, which keeps what it is handed.
+  const auto scripted = [](const std::string& forward) {
+    torch::jit::Module module("m");
+    module.register_parameter("w", torch::randn({networks::classes, 6}).requires_grad_(), false);
+    module.register_buffer("u", torch::ones({networks::classes}));
+    module.define(forward);
+    return module;
+  };
+  CHECK_FALSE(overlaps(scripted(R"(
+    def forward(self, x):
+        self.u.detach().mul_(0.9)
+        h = torch.matmul(x, self.w.t())
+        return torch.tanh(h * self.u) * self.u
+  )")));
+  CHECK(overlaps(scripted(R"(
+    def forward(self, x):
+        h = torch.matmul(x, self.w.t())
+        return torch.tanh(h * self.u) * self.u
+  )")));
+  // Instance normalisation with statistics of its own, beside batch normalisation: written to, kept and not read.
+  CHECK(overlaps(torch::nn::Sequential(
+      torch::nn::Unflatten(torch::nn::UnflattenOptions(1, {2, 3})),
+      torch::nn::InstanceNorm1d(torch::nn::InstanceNorm1dOptions(2).affine(true).track_running_stats(true)),
+      torch::nn::Flatten(), torch::nn::Linear(6, networks::classes))));
+  // On another thread of one's own.
+  struct ThreadedImpl : torch::nn::Module {
+    ThreadedImpl() {
+      register_module("output", output);
+      u = register_buffer("u", torch::ones({networks::classes}));
+    }
+    torch::Tensor forward(const torch::Tensor& x) {
+      torch::Tensor result;
+      std::thread([&] { result = output(x) * u; }).join();
+      const torch::NoGradGuard no_grad;
+      u.mul_(0.9);
+      return result.tanh();
+    }
+    torch::nn::Linear output{6, networks::classes};
+    torch::Tensor u;
+  };
+  // It is written to after the graph has kept it, so that LibTorch refuses that with and without workers.
+  CHECK_THROWS(overlaps(std::make_shared<ThreadedImpl>()));
+}
+
+TEST_CASE("what a penalty reads is found on each micro-batch that is penalised", "[workers]") {
   torch::manual_seed(1);
   NoisyNet model;
+  Overlap* watching = nullptr;
+  bool reads = true;
   // Its derivative keeps the running variance, which the next forward pass moves without counting a version.
   const microreg::SquaredGradientNorm scaled([&](const auto& pass) {
-    return (pass.output.square() * model->norm->running_var.narrow(0, 0, networks::classes)).mean();
+    watching->begins();
+    const torch::Tensor variance = model->norm->running_var.narrow(0, 0, networks::classes);
+    return (pass.output.square() * (reads ? variance : variance.clone())).mean();
   });
   const auto step = [&](double share, std::int64_t seed) {
     microreg::Regularizer regularizer(model, cross_entropy, scaled,
@@ -543,15 +799,19 @@ TEST_CASE("what a penalty reads is found on the first micro-batch that is penali
                                        .micro_batch_size = 4,
                                        .sampling = {.share = share, .seed = static_cast<std::uint64_t>(seed)},
                                        .workers = 2});
-    const Overlap overlap;
+    Overlap overlap(/*on_any=*/false);
+    watching = &overlap;
     const auto report = regularizer.backward(torch::randn({24, 2, 9, 9}), torch::randint(networks::classes, {24}));
     return std::tuple(report.penalised, overlap.seen());
   };
   int behind = 0;
-  for (std::int64_t seed = 0; seed < 8; ++seed) {
-    const auto [penalised, seen] = step(0.5, seed);
-    behind += penalised.front() > 0 ? 1 : 0;
-    CHECK_FALSE(seen);
+  for (std::int64_t seed = 0; seed < 4; ++seed) {
+    for (const bool now : {true, false}) {
+      reads = now;
+      const auto [penalised, seen] = step(0.5, seed);
+      behind += penalised.front() > 0 ? 1 : 0;
+      CHECK(seen == !reads);
+    }
   }
   CHECK(behind > 0);
 }

@@ -153,7 +153,11 @@ inline std::vector<std::exception_ptr> try_gloo_ranks(
         auto group = c10::make_intrusive<c10d::ProcessGroup>(store, rank, ranks);
         group->setBackend(c10::kCPU, c10d::ProcessGroup::BackendType::GLOO,
                           c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, ranks, options));
-        return std::make_shared<microreg::ProcessGroupCommunicator>(group, how);
+        microreg::ProcessGroupOptions with_store = how;
+        if (microreg::detail::store_of<c10d::Store>(*group) == nullptr) {  // LibTorch before 2.8
+          with_store.store = store;
+        }
+        return std::make_shared<microreg::ProcessGroupCommunicator>(group, with_store);
       },
       work);
 }

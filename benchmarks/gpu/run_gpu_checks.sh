@@ -100,15 +100,15 @@ declare -A limit=([machine]=20 [tests]=200 [ceilings]=30 [benchmark]=150 [traini
 for stage in "${stages[@]}"; do
   echo "== $stage"
   start="$(date +%s)"
-  (
-    trap 'kill -- -$BASHPID 2>/dev/null' TERM
-    "stage_$stage"
-  ) >"$out/$stage.txt" 2>&1 &
+  # In process groups of their own, so that all of a stage ends with it.
+  set -m
+  "stage_$stage" >"$out/$stage.txt" 2>&1 &
   worker=$!
-  (sleep "${limit[$stage]}" && pkill -TERM -P "$worker") &
+  { sleep "${limit[$stage]}" && echo "stopped after ${limit[$stage]} s" >>"$out/$stage.txt" && kill -TERM -- "-$worker"; } &
   watch=$!
+  set +m
   wait "$worker"
-  kill "$watch" 2>/dev/null
+  kill -TERM -- "-$watch" 2>/dev/null
   cat "$out/$stage.txt"
   echo "== $stage took $(($(date +%s) - start)) s"
 done

@@ -358,11 +358,14 @@ Summary train(const Options& options, Progress& progress, const std::shared_ptr<
         "note: with --split reference the best checkpoint is chosen on the test images, as in the authors' code; that "
         "flatters its test accuracy");
   }
-  progress.say(fmt::format("{}, strength {}, batch {} in micro-batches of {}, learning rate {}, seed {}, {} threads{}",
-                           name_of(method_names, options.method), options.strength, options.batch_size,
-                           options.micro_batch_size, options.learning_rate, options.seed, torch::get_num_threads(),
-                           (resolved.workers > 0 ? fmt::format(", {} workers", resolved.workers) : "") +
-                               (ranks == nullptr ? "" : fmt::format(", {} ranks", ranks->size()))));
+  progress.say(fmt::format(
+      "{}, strength {}, batch {} in micro-batches of {}, learning rate {}, seed {}, {} threads{}",
+      name_of(method_names, options.method), options.strength, options.batch_size, options.micro_batch_size,
+      options.learning_rate, options.seed, torch::get_num_threads(),
+      (resolved.workers > 0 ? fmt::format(", {} workers{}", resolved.workers,
+                                          options.estimator == EstimatorName::exact ? "" : " (but for displacements)")
+                            : "") +
+          (ranks == nullptr ? "" : fmt::format(", {} ranks", ranks->size()))));
   if (options.method == Method::external_grafting) {
     const std::int64_t recorded = RecordedNorms(options.norms_from).steps();
     progress.say(fmt::format("gradient norms of {}, {} steps{}", options.norms_from, recorded,

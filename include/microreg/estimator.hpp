@@ -92,6 +92,11 @@ class Estimator : public std::variant<Exact, ForwardDifference, CentralDifferenc
   /// The same for two displaced gradients.
   Estimator(CentralDifference central) : variant(central), differences_(detail::make_differences) {}  // NOLINT
 
+  /// Assign instead, which brings what makes a difference.
+  template <class...>
+  void emplace() = delete;
+  void swap(std::variant<Exact, ForwardDifference, CentralDifference>& other) = delete;  ///< std::swap does it
+
   /// Whether the parameters themselves are displaced, by penalties that count their gradient.
   [[nodiscard]] bool displaces_parameters() const {
     return std::visit(

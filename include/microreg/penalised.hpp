@@ -145,8 +145,8 @@ class Penalised {
   std::function<std::vector<at::Tensor>()> buffers_;  // empty: not known
   AnyPenalty<> penalty_;
   RegularizerOptions options_;
-  std::shared_ptr<detail::SnapshotMemory> memory_;
   detail::Progress progress_;
+  detail::OwnMemory memory_;
 };
 
 }  // namespace microreg::inline MICROREG_ABI

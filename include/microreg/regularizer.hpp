@@ -109,8 +109,9 @@ class Regularizer {
   void advance() noexcept { ++progress_.step; }
   /// With a DynamicLossScale: S of the next step, a scalar on the device; undefined before the first.
   [[nodiscard]] const at::Tensor& loss_scale() const noexcept { return progress_.scale.scale; }
-  /// Lets it go on from here, for a run that resumes.
-  void set_loss_scale(double scale) { progress_.set_scale(scale); }
+  /// Lets it go on from here, for a run that resumes. Throws OptionError for a scale that is not above 0, and without a
+  /// DynamicLossScale.
+  void set_loss_scale(double scale) { progress_.set_scale(scale, options_.loss_scale); }
 
   [[nodiscard]] const RegularizerOptions& options() const noexcept { return options_; }  ///< those it was made with
 
@@ -122,7 +123,8 @@ class Regularizer {
     // Held, in case a callable of the user's assigns to this Regularizer meanwhile.
     const auto objective = objective_;
     const RegularizerOptions options = options_;
-    detail::ObjectiveOnBatch<Input, Target> batch(*objective, options, input, target, &objective->memory);
+    const auto memory = memory_.shared();
+    detail::ObjectiveOnBatch<Input, Target> batch(*objective, options, input, target, memory.get());
     Report report = detail::take_step(batch, options, progress_);
     progress_.step += options.advance ? 1 : 0;
     return report;
@@ -131,6 +133,7 @@ class Regularizer {
   std::shared_ptr<detail::Objective<Input, Target>> objective_;
   RegularizerOptions options_;
   detail::Progress progress_;
+  detail::OwnMemory memory_;
 };
 
 template <class M, class Loss, class PenaltyOrSum>

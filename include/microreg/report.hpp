@@ -59,9 +59,10 @@ struct Report {
   /// The report of the penalty called `name`. Throws OptionError, with the names there are, if there is none.
   [[nodiscard]] const PenaltyReport& penalty(std::string_view name) const;
 
-  /// Tensor `index` of the model's output over the whole mini-batch: its micro-batches behind one another along the
-  /// first dimension, scalars stacked. Copies. Throws OptionError unless the step was told to keep outputs.
-  [[nodiscard]] at::Tensor output(std::size_t index = 0) const;
+  /// Tensor `index` of the model's output over the whole mini-batch: its micro-batches behind one another along
+  /// `dimension`, in which its samples lie (a model on Along<1> may have them in the second), scalars stacked. Copies.
+  /// Throws OptionError unless the step was told to keep outputs, and where their shapes do not fit together so.
+  [[nodiscard]] at::Tensor output(std::size_t index = 0, std::int64_t dimension = 0) const;
 
   /// Throws NonFiniteError, naming the first micro-batch and what is wrong in it, if a loss, a penalty or the gradient
   /// is NaN or infinite. Synchronises a CUDA device.

@@ -67,6 +67,11 @@ MICROREG_INLINE void validate(const RegularizerOptions& options) {
     throw OptionError(text({"loss_scale is ", options.loss_scale.number,
                             " with a difference, which half types are too coarse for; use Exact"}));
   }
+  if (options.reduction == Reduction::total && options.weighting == Weighting::reference) {
+    throw OptionError(
+        "reduction is Reduction::total, the sum over samples, and weighting is Weighting::reference, which counts "
+        "micro-batches alike; use Reduction::sum, or leave weighting at Weighting::samples");
+  }
   if (options.cuda_graph != nullptr && !std::holds_alternative<Exact>(options.estimator)) {
     throw OptionError(
         "cuda_graph is set and the estimator is a difference, which moves parameters on the host's word; use Exact, or "

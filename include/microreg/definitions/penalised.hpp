@@ -26,6 +26,13 @@ class GivenEvaluation final : public Evaluation {
     if (pass_.input.defined()) {
       inputs.push_back(pass_.input);
     }
+    for (const TermInfo& term : penalty.terms()) {
+      if (term.by_input && pass_.input.defined() && !pass_.input.requires_grad()) {
+        throw ModelError(text({"penalty ", term.name,
+                               " counts the gradient by the input, and PassTensors.input does not require one: call "
+                               "input.requires_grad_() before the forward pass"}));
+      }
+    }
   }
 
   [[nodiscard]] std::vector<at::Tensor> probes(std::size_t term, Draws* draws) const override {
@@ -103,8 +110,7 @@ MICROREG_INLINE Penalised::Penalised(std::vector<at::Tensor> parameters, AnyPena
                .fused = options.fused,
                .loss_scale = options.loss_scale,
                .gradient_ratio = options.gradient_ratio,
-               .advance = options.advance},
-      memory_(std::make_shared<detail::SnapshotMemory>()) {
+               .advance = options.advance} {
   detail::validate(options_);
 }
 
@@ -133,6 +139,12 @@ MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<Pass
         detail::text({"loss_scale is dynamic, and this is part ", part.index, " of ", part.count,
                       ": a part that overflows cannot be left out of a step alone; use a number, or Regularizer"}));
   }
+  if (options_.non_finite == NonFinite::skip_step && part.count > 1) {
+    throw OptionError(
+        detail::text({"non_finite is NonFinite::skip_step, and this is part ", part.index, " of ", part.count,
+                      ": a part that is left out leaves the others' share of the step in .grad; use "
+                      "NonFinite::error or skip_penalty, or Regularizer"}));
+  }
   if (!(detail::is_finite(part.weight) && part.weight > 0)) {
     throw OptionError(detail::text({"part.weight is ", part.weight, "; it must be a finite number above 0"}));
   }
@@ -141,7 +153,7 @@ MICROREG_INLINE Report Penalised::run(const Part& part, const std::function<Pass
   const auto buffers = buffers_;
   const AnyPenalty<> penalty = penalty_;
   const RegularizerOptions options = options_;
-  const auto memory = memory_;
+  const auto memory = memory_.shared();
   detail::GivenPass batch(parameters, buffers, penalty, options, part, pass, keeps_graph, *memory);
   Report report = detail::take_step(batch, options, progress_);
   progress_.step += options.advance && part.index + 1 == part.count ? 1 : 0;

@@ -56,7 +56,7 @@ MICROREG_INLINE const PenaltyReport& Report::penalty(std::string_view name) cons
   throw OptionError(detail::text({"the report has no penalty named ", name, "; it has: ", names}));
 }
 
-MICROREG_INLINE at::Tensor Report::output(std::size_t index) const {
+MICROREG_INLINE at::Tensor Report::output(std::size_t index, std::int64_t dimension) const {
   if (micro_batch_outputs.empty()) {
     throw OptionError("the report has no outputs; set .keep_outputs = true");
   }
@@ -69,7 +69,32 @@ MICROREG_INLINE at::Tensor Report::output(std::size_t index) const {
     }
     tensors.push_back(outputs[index]);
   }
-  return tensors.front().dim() == 0 ? at::stack(tensors) : at::cat(tensors);
+  if (tensors.front().dim() == 0) {
+    return at::stack(tensors);
+  }
+  const std::int64_t rank = tensors.front().dim();
+  const std::int64_t d = dimension < 0 ? dimension + rank : dimension;
+  if (d < 0 || d >= rank) {
+    throw OptionError(detail::text({"output ", index, " has shape ", tensors.front().sizes(), " and no dimension ",
+                                    dimension, "; give that of the samples: output(index, dimension)"}));
+  }
+  const auto others = [&](const at::Tensor& tensor) {
+    std::vector<std::int64_t> sizes = tensor.sizes().vec();
+    sizes.erase(sizes.begin() + d);
+    return sizes;
+  };
+  for (std::size_t m = 0; m < tensors.size(); ++m) {
+    if (tensors[m].dim() != rank || others(tensors[m]) != others(tensors.front())) {
+      throw OptionError(detail::text({"output ", index, " has shape ", tensors.front().sizes(),
+                                      " in the first micro-batch and ", tensors[m].sizes(),
+                                      " in another, which do not "
+                                      "fit together along dimension ",
+                                      dimension,
+                                      "; give that of the samples: "
+                                      "output(index, dimension)"}));
+    }
+  }
+  return at::cat(tensors, d);
 }
 
 MICROREG_INLINE void Report::throw_if_not_finite() const {

@@ -51,7 +51,7 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
     if (options.estimator.differences() != nullptr) {
       require_plain_input(batch);
       difference = options.estimator.differences()(
-          {options.estimator, parameters, next.proof, options.fused, options.check_finite});
+          {options.estimator, parameters, next.proof, options.fused, options.check_finite, options.autocast});
     }
     const FusedScope fused(options.fused && difference == nullptr);
     const ExactTask exact{parameters, HalfRange(scale, options.autocast, parameters), options.gradient_ratio};
@@ -148,8 +148,9 @@ inline Report step_once(MiniBatch& batch, const RegularizerOptions& options, Pro
       report.gradient_norm = at::full_like(report.gradient_norm, unbounded());
     }
     if (options.gradient_ratio) {
-      report.gradient_ratio =
-          squared_norm(differences(sums, loss_sums), scalar).sqrt() * over_norm(squared_norm(loss_sums, scalar), 1.0);
+      // Infinite where the loss gradient alone is 0, and 0 where both are.
+      const at::Tensor penalties = squared_norm(differences(sums, loss_sums), scalar).sqrt();
+      report.gradient_ratio = at::where(penalties == 0, penalties, penalties / squared_norm(loss_sums, scalar).sqrt());
     }
     if (options.loss_scale.dynamic.has_value()) {
       follow(*options.loss_scale.dynamic, next.scale, sums, report);
@@ -218,9 +219,22 @@ MICROREG_INLINE std::int64_t Progress::all_skipped() const {
   return skipped + (scale.skipped.defined() ? scale.skipped.item<std::int64_t>() : 0);
 }
 
-MICROREG_INLINE void Progress::set_scale(double number) {
+MICROREG_INLINE void Progress::set_scale(double number, const LossScale& options) {
+  if (!options.dynamic.has_value()) {
+    throw OptionError("set_loss_scale() is for a DynamicLossScale; a constant one is the option loss_scale");
+  }
+  if (!(is_finite(number) && number > 0)) {
+    throw OptionError(text({"set_loss_scale() is called with ", number, "; it must be a finite number above 0"}));
+  }
   scale.scale = at::full({}, number, at::kFloat);
   scale.good_steps.reset();
+}
+
+MICROREG_INLINE std::shared_ptr<SnapshotMemory> OwnMemory::shared() {
+  if (memory_ == nullptr) {
+    memory_ = std::make_shared<SnapshotMemory>();
+  }
+  return memory_;
 }
 
 MICROREG_INLINE Report measure_step(MiniBatch& batch, const RegularizerOptions& options) {

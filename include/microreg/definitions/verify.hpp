@@ -121,7 +121,7 @@ class Verifier {
   Verification run() {
     try {
       const at::AutoGradMode enable_grad(true);
-      const ActiveStep active(parameters_, /*moves=*/true);
+      const ActiveStep active(parameters_, ActiveStep::Moves::parameters, /*side_by_side=*/false);
       const GuardedGradients guard(parameters_.tensors, parameters_.names);
       describe();
       try_loss();
@@ -156,12 +156,12 @@ class Verifier {
   };
 
   Snapshot everything() const {
-    std::vector<at::Tensor> tensors = batch_.buffers();
+    std::vector<at::Tensor> others;
     for (const NamedParameter& parameter : all_parameters_) {
-      tensors.push_back(parameter.tensor);
+      others.push_back(parameter.tensor);
     }
-    batch_.for_each_tensor([&](const at::Tensor& tensor, const std::string& /*path*/) { tensors.push_back(tensor); });
-    return {tensors, devices_of(parameters_.tensors), options_.generator};
+    batch_.for_each_tensor([&](const at::Tensor& tensor, const std::string& /*path*/) { others.push_back(tensor); });
+    return {batch_.buffers(), others, devices_of(parameters_.tensors), options_.generator};
   }
 
   [[nodiscard]] at::TensorOptions scalar() const { return at::TensorOptions().dtype(at::kDouble); }
@@ -224,7 +224,7 @@ class Verifier {
       dropouts_ = training->dropouts();
       training.reset();
       draws_ = state_.generators().moved();
-      writes_ = state_.changed().size();
+      writes_ = state_.changes();
       found_.loss = evaluation->loss.item<double>();
       loss_type_ = evaluation->loss.scalar_type();
       found_.where = text({loss_type_, " on ", parameters_.tensors.front().device()});
@@ -420,8 +420,8 @@ class Verifier {
   }
 
   void difference_once(const Estimator& estimator, double loss, Gradient& sums) {
-    const auto difference =
-        estimator.differences()({estimator, parameters_, proof_, options_.fused, options_.check_finite});
+    const auto difference = estimator.differences()(
+        {estimator, parameters_, proof_, options_.fused, options_.check_finite, options_.autocast});
     std::mutex calling;
     Calls calls(calling);
     const Visitor visitor{calls, [] {}, [](Evaluation& /*evaluation*/) {},

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <string>
+#include <string_view>
 #include <typeinfo>
 #include <unordered_map>
 #include <unordered_set>
@@ -22,7 +23,8 @@ namespace microreg::inline MICROREG_ABI::detail {
 enum class NodeKind {
   plain,
   leaf,           ///< AccumulateGrad
-  function,       ///< torch::autograd::Function, which does what its author likes
+  function,       ///< a torch::autograd::Function or a node of the user's own, which does what its author likes
+  scripted,       ///< a part of a graph that TorchScript differentiates as one
   weight_norm,    ///< its second derivative holds the norms constant
   norm_backward,  ///< of layer or batch normalisation, whose own second derivative holds the statistics constant
   copy_slices,    ///< an operation in place on a view; it is a node of its own inside
@@ -43,7 +45,15 @@ inline NodeKind kind_by_name(const torch::autograd::Node& node) {
   if (has("NormBackwardBackward") && (has("Batch") || has("Layer"))) {
     return NodeKind::norm_backward;
   }
-  return (has("CppNode") || name.ends_with("PyNode")) && !has("microreg::") ? NodeKind::function : NodeKind::plain;
+  // Types as compilers mangle them: LibTorch's own nodes and ours are in its namespace, or inside of a function there.
+  const std::string_view type = typeid(node).name();
+  const auto holds = [&](const char* part) { return type.find(part) != std::string_view::npos; };
+  const auto of = [&](const char* space) { return type.starts_with(space) || type.substr(1).starts_with(space); };
+  if (holds("DifferentiableGraph")) {
+    return NodeKind::scripted;
+  }
+  const bool written_by_user = (holds("7CppNodeI") && !holds("7CppNodeIN8microreg")) || holds("6PyNode");
+  return !written_by_user && (of("N5torch") || of("N8microreg")) ? NodeKind::plain : NodeKind::function;
 }
 
 /// Asked by name once for each type of node, since names are made anew at each call.

@@ -36,6 +36,9 @@ inline constexpr bool hardswish_kinks_vary = MICROREG_LIBTORCH < 208;
 /// value at a bound passes, and the first of two that are equal.
 inline constexpr bool clamp_shares_ties = MICROREG_LIBTORCH >= 214;
 
+/// Whether cdist has a second derivative for every order, from 2.14 on; before, for order 2 by products alone.
+inline constexpr bool cdist_differentiates_twice = MICROREG_LIBTORCH >= 214;
+
 /// A pointer that owns a node of autograd's graph: counted by the node itself from 2.13 on, before by std::shared_ptr.
 using NodePointer = decltype(torch::autograd::Edge::function);
 

@@ -85,9 +85,9 @@ class Registration {
     add_with_in_place("_to_copy", nullptr, convert);
     add_with_in_place("max_pool1d", nullptr, max_pool1d);
     for (const Normalisation& each : normalisations) {
-      (void)kernels_.add(
-          full_name(each.operation), [](const c10::FunctionSchema&) { return true; },
-          std::make_unique<NormalisationKernel>(each));
+      const std::string name = full_name(each.operation);
+      const auto fits = [](const c10::FunctionSchema&) { return true; };
+      Interceptors::report(name, kernels_.add(name, fits, std::make_unique<NormalisationKernel>(each)));
     }
     pin_notice(session_notice, c10::IntType::get(), reinterpret_cast<std::int64_t>(slot_));
   }
@@ -133,7 +133,7 @@ class Registration {
   void add_with_in_place(const std::string& operation, const char* arguments, const Kernel& kernel) {
     std::string in_place = operation;
     in_place.insert(std::min(operation.find('.'), operation.size()), 1, '_');
-    (void)add(in_place, arguments, kernel);
+    (void)add(in_place, arguments, kernel);  // most have none
     Interceptors::report(full_name(operation), add(operation, arguments, kernel));
   }
 

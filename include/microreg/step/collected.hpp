@@ -30,8 +30,13 @@ class Collected {
 
   /// Takes the count of the next micro-batch's loss, where it says what it is a mean over. What the micro-batch is to
   /// weigh: relative to the first, and not 0, by which a difference would divide; the sums are scaled in the end.
-  /// Throws OptionError where the options weigh micro-batches alike.
+  /// Throws OptionError where the options weigh micro-batches alike, or keep the scale of a sum.
   double weight_by_count(double count) {
+    if (options_.reduction == Reduction::total) {
+      throw OptionError(
+          "reduction is Reduction::total, a sum over samples, and the loss returns a CountedLoss, which is a mean over "
+          "counts; leave reduction at Reduction::mean, or return the sum from the loss");
+    }
     if (options_.weighting == Weighting::reference) {
       throw OptionError(
           "weighting is Weighting::reference, which counts micro-batches alike, and the loss returns a CountedLoss, "
@@ -105,6 +110,9 @@ class Collected {
       result.loss = weighted_sum(losses_, parts_, whole);
       result.loss = counted() || scale == 1 ? result.loss : result.loss * scale;
       result.loss_parts = sums_of_loss_parts(result.loss, whole);
+      for (at::Tensor& part : result.loss_parts) {
+        part = counted() || scale == 1 ? part : part * scale;
+      }
     }
     for (const Part& part : penalised_) {
       result.penalised.push_back(part.index - parts_.front().index);

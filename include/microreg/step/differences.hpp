@@ -2,6 +2,7 @@
 /// What a step knows of an estimator that differentiates by differences.
 #pragma once
 
+#include <c10/core/ScalarType.h>
 #include <microreg/check_finite.hpp>
 #include <microreg/micro_batches.hpp>
 #include <microreg/parameters.hpp>
@@ -10,6 +11,7 @@
 #include <microreg/step/snapshot.hpp>
 #include <microreg/step/visitor.hpp>
 
+#include <optional>
 #include <vector>
 
 namespace microreg::inline MICROREG_ABI {
@@ -19,13 +21,14 @@ class Estimator;
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// What a step asks for. `proof` is written to. `fused`: double backward, where it is needed, by the faster formulas.
-/// `looks`: when values may be read, as the step does for NaN and infinity.
+/// `looks`: when values may be read, as the step does for NaN and infinity. `autocast`: the step's.
 struct DifferenceRequest {
   const Estimator& estimator;
   const Parameters& parameters;
   Proof& proof;
   bool fused;
   CheckFinite looks;
+  std::optional<at::ScalarType> autocast;
 };
 
 /// Estimates the penalty's gradient by displaced passes, for all micro-batches of one step.

@@ -4,6 +4,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/SequenceNumber.h>
+#include <c10/util/Exception.h>
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/substitution.hpp>
 #include <microreg/detail/text.hpp>
@@ -36,7 +37,9 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <new>
 #include <optional>
+#include <string_view>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -61,6 +64,7 @@ class FiniteDifference final : public Differences {
         parameters_(request.parameters),
         proof_(request.proof),
         fused_(request.fused),
+        autocast_(request.autocast),
         first_pass_(settings, request.parameters),
         displacements_(settings, request.parameters, request.proof, request.looks),
         terms_(settings, request.parameters, request.proof),
@@ -230,6 +234,24 @@ class FiniteDifference final : public Differences {
     return result;
   }
 
+  /// Whether `work()` went through: a missing second derivative is anybody's exception. Memory that ran out is none.
+  template <class Work>
+  static bool is_differentiable(const Work& work) {
+    try {
+      work();
+      return true;
+    } catch (const std::bad_alloc&) {
+      throw;
+    } catch (const c10::OutOfMemoryError&) {
+      throw;
+    } catch (const std::exception& error) {
+      if (std::string_view(error.what()).find("can't allocate memory") != std::string_view::npos) {
+        throw;  // the CPU's allocator has no type of its own
+      }
+      return false;
+    }
+  }
+
   /// The same by double backward of one more pass at the first point, or of one probe only. Nothing where an operation
   /// has no second derivative. Throws DifferenceError if that pass does not repeat the first.
   std::optional<std::vector<at::Tensor>> exactly(DifferencePasses& passes,
@@ -258,7 +280,7 @@ class FiniteDifference final : public Differences {
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       largest = std::max(largest, factor(i));
     }
-    DoubleBackward step(*evaluation, parameters_, HalfRange(1, std::nullopt, parameters_), largest);
+    DoubleBackward step(*evaluation, parameters_, HalfRange(1, autocast_, parameters_), largest);
     for (std::size_t i = 0; i < passes.terms.size(); ++i) {
       if (!counts(i)) {
         continue;
@@ -274,19 +296,16 @@ class FiniteDifference final : public Differences {
       if (only) {
         probes[i] = {probes[i][only->second]};
       }
-      try {
-        (void)step.add(info, probes[i], factor(i), factor(i) > 0, passes.terms[i].squared_norm);
-      } catch (const std::exception&) {
+      const auto add = [&] { (void)step.add(info, probes[i], factor(i), factor(i) > 0, passes.terms[i].squared_norm); };
+      if (!is_differentiable(add)) {
         return std::nullopt;
       }
     }
-    try {
-      std::vector<at::Tensor> result(parameters_.tensors.size());
-      add_scaled(result, step.finish(std::nullopt));
-      return result;
-    } catch (const std::exception&) {
+    std::vector<at::Tensor> result(parameters_.tensors.size());
+    if (!is_differentiable([&] { add_scaled(result, step.finish(std::nullopt)); })) {
       return std::nullopt;
     }
+    return result;
   }
 
   /// Adds what a difference gives for all penalties if that agrees with double backward; if the automatic displacement
@@ -407,6 +426,7 @@ class FiniteDifference final : public Differences {
   const Parameters& parameters_;
   Proof& proof_;
   bool fused_;
+  std::optional<at::ScalarType> autocast_;
   FirstPass first_pass_;
   Displacements displacements_;
   ProofTerms terms_;

@@ -112,10 +112,10 @@ class FirstPass {
     if (!displaced || settings_.own_functions == OwnFunctions::smooth) {
       return;
     }
-    if (const auto [function, hook] = own_code({scalar}, parameters_); !function.empty() || !hook.empty()) {
+    if (const OwnCode own = own_code({scalar}, parameters_); own.any()) {
       throw GateError(
-          text({what, function.empty() ? " has a hook at " : " has a function of one's own, ",
-                function.empty() ? hook : function,
+          text({what, own.function.empty() ? " has a hook at " : " has a function of one's own, ",
+                own.function.empty() ? own.hook : own.function,
                 ", of which nobody but its author knows whether it has a kink, which a difference would have to "
                 "freeze, or changes gradients; set .own_functions = OwnFunctions::smooth in the estimator if it does "
                 "neither, else use Exact"}));

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/text.hpp>
+#include <microreg/detail/version_of.hpp>
 #include <microreg/error.hpp>
 #include <microreg/gates/watched.hpp>
 #include <microreg/options.hpp>
@@ -64,7 +65,7 @@ class Step {
         all_parameters_(all_parameters(batch, options)),
         parameters_(trainable(all_parameters_, options.select)),
         parts_(batch.parts()),
-        active_(parameters_, options.estimator.differences() != nullptr),
+        active_(parameters_, moves(), std::min(workers(), static_cast<std::int64_t>(parts_.size())) > 1),
         buffers_(batch.buffers()),
         snapshot_(checked_snapshot()),
         sums_{std::vector<at::Tensor>(parameters_.tensors.size()),
@@ -78,27 +79,27 @@ class Step {
   /// to.
   template <class Steps>
   Report guarded(const Steps& steps) {
-    SnapshotMemory* const memory = batch_.memory();
-    draws_.emplace(memory == nullptr || memory->draws, snapshot_.generators());
+    draws_.emplace(batch_.memory() == nullptr || batch_.memory()->draws, snapshot_.generators());
     try {
       const GuardedGradients guard(parameters_.tensors, parameters_.names);
       Report report = steps();
+      remember_draws(/*done=*/true);
       remember_written();
-      if (memory != nullptr) {
-        memory->draws = snapshot_.generators().moved();
-      }
       return report;
     } catch (const SparseGradient& error) {
-      snapshot_.restore_after_error(draws_->alone());
+      restore_after_error();
       rethrow_named(error);
     } catch (...) {
-      snapshot_.restore_after_error(draws_->alone());
+      restore_after_error();
       throw;
     }
   }
 
   /// Undoes what the steps did.
-  void restore() const { snapshot_.restore(draws_->alone()); }
+  void restore() {
+    snapshot_.restore(draws_->alone());
+    say_what_stays();
+  }
 
   [[nodiscard]] const Parameters& parameters() const noexcept { return parameters_; }
   [[nodiscard]] const Snapshot& snapshot() const noexcept { return snapshot_; }
@@ -129,10 +130,6 @@ class Step {
       }
       side_by_side_.emplace(batch_, parameters_, std::move(state), options_.estimator.differences() != nullptr);
     }
-    const auto penalised = std::find_if(parts_.begin(), parts_.end(), [&](const Part& part) {
-      return choice.chosen[static_cast<std::size_t>(part.index)];
-    });
-    judged_ = penalised == parts_.end() ? 0 : penalised - parts_.begin();
     in_turns(side_by_side, static_cast<std::int64_t>(parts_.size()),
              [&](std::int64_t i, Turns& turns) { estimate_part(i, turns, choice, estimate); });
     collected_.weigh_by_counts();
@@ -170,10 +167,9 @@ class Step {
         const SavedTensor* const saved = snapshot_.find(buffer);
         result.moved.push_back(saved != nullptr && saved->differs());
       }
-      for (std::size_t i = 0; i < parameters_.tensors.size() && !result.sums.empty(); ++i) {
-        const SavedTensor* const saved = snapshot_.find(parameters_.tensors[i]);
-        if (saved != nullptr && saved->changed()) {
-          throw ModelError(text({"the forward pass writes to parameter ", parameters_.names[i],
+      for (std::size_t i = 0; i < all_parameters_.size() && !result.sums.empty(); ++i) {
+        if (all_parameters_[i].tensor.requires_grad() && version_of(all_parameters_[i].tensor) != versions_[i]) {
+          throw ModelError(text({"the forward pass writes to parameter ", all_parameters_[i].name,
                                  " (an Embedding's max_norm), which each of several ranks does for its own samples "
                                  "alone; do it between the steps, on all ranks"}));
         }
@@ -236,10 +232,10 @@ class Step {
     Calls calls(calling_);
     const OwnDraws::Here draws(*draws_);
     const RecurrentCalls recurrent(parts_.size() > 1 && watches_recurrent(part));
-    const NormCalls norms(side_by_side_.has_value() && i == judged_);
+    std::optional<StateCalls> state;
     const auto begin = [&] {
       if (side_by_side_.has_value()) {
-        side_by_side_->begin(i == judged_);
+        side_by_side_->begin(state);
       }
     };
     const auto keep = [&](Evaluation& evaluation) {
@@ -258,8 +254,12 @@ class Step {
     };
     const auto go_on = [&](const Evaluation& evaluation, const std::vector<std::vector<at::Tensor>>& probes,
                            bool through_first) {
-      if (side_by_side_.has_value() && i >= judged_ && may_go_on(i, turns, norms, evaluation, probes) &&
-          !through_first) {
+      if (!side_by_side_.has_value()) {
+        return;
+      }
+      const bool apart = may_go_on(turns, *state, evaluation, probes, through_first);
+      state.reset();
+      if (apart) {
         turns.pass(Turns::Stage::forward, i);
         calls.leave();
       }
@@ -279,10 +279,10 @@ class Step {
 
   /// Whether the next micro-batch may begin. If this one has written to what others were differentiating by, they may
   /// meanwhile have said so in LibTorch's words: then this error is the step's.
-  bool may_go_on(std::int64_t i, Turns& turns, const NormCalls& norms, const Evaluation& evaluation,
-                 const std::vector<std::vector<at::Tensor>>& probes) {
+  bool may_go_on(Turns& turns, const StateCalls& state, const Evaluation& evaluation,
+                 const std::vector<std::vector<at::Tensor>>& probes, bool through_first) {
     try {
-      return side_by_side_->may_go_on(i == judged_, norms, evaluation, probes);
+      return side_by_side_->may_go_on(state, evaluation, probes, through_first);
     } catch (const ModelError&) {
       turns.stop_all();
     }
@@ -294,6 +294,12 @@ class Step {
       any = any || !batch_.term(i).by_input;
     }
     return any && options_.estimator.displaces_parameters();
+  }
+
+  [[nodiscard]] ActiveStep::Moves moves() const {
+    return displaces()                                   ? ActiveStep::Moves::parameters
+           : options_.estimator.differences() != nullptr ? ActiveStep::Moves::buffers
+                                                         : ActiveStep::Moves::nothing;
   }
 
   /// |B| where the loss keeps the scale of a sum, otherwise 1.
@@ -310,29 +316,82 @@ class Step {
   }
 
   /// The checks that need the parameters, and then the snapshot: of buffers, and of parameters that the forward pass
-  /// writes to (an Embedding's max_norm), which the first step finds out.
+  /// writes to (an Embedding's max_norm), which the first step finds out, frozen ones too.
   Snapshot checked_snapshot() {
     check_devices(batch_, options_, parameters_.tensors);
     check_parameters(parameters_);
     SnapshotMemory* const memory = batch_.memory();
     ranks_.enter({options_, parameters_, all_parameters_, buffers_, batch_, strengths_, memory}, parts_);
-    std::vector<at::Tensor> tensors = buffers_;
-    const std::vector<at::Tensor>& written =
-        memory != nullptr && !memory->first ? memory->written : parameters_.tensors;
-    tensors.insert(tensors.end(), written.begin(), written.end());
-    return {tensors, devices_of(parameters_.tensors), options_.generator, memory};
+    std::vector<at::Tensor> trained, frozen;
+    std::size_t trained_bytes = 0, frozen_bytes = 0;
+    for (const NamedParameter& each : all_parameters_) {
+      versions_.push_back(version_of(each.tensor));
+      const bool trains = each.tensor.requires_grad();
+      (trains ? trained : frozen).push_back(each.tensor);
+      (trains ? trained_bytes : frozen_bytes) += each.tensor.nbytes();
+    }
+    // A large network that is frozen around a small one that is trained is not held twice for this.
+    if (constexpr std::size_t small = std::size_t{1} << 28; frozen_bytes <= std::max(trained_bytes, small)) {
+      trained.insert(trained.end(), frozen.begin(), frozen.end());
+    }
+    return {buffers_, memory == nullptr || memory->first ? trained : memory->written, devices_of(parameters_.tensors),
+            options_.generator, memory};
   }
 
-  void remember_written() const {
-    SnapshotMemory* const memory = batch_.memory();
-    if (memory == nullptr || parts_.empty() || !std::exchange(memory->first, false)) {
-      return;
+  void remember_written() {
+    if (SnapshotMemory* const memory = batch_.memory(); memory != nullptr && !parts_.empty()) {
+      memory->first = false;
+      for_each_newly_written([&](const NamedParameter& each) { memory->written.push_back(each.tensor); });
     }
-    for (const at::Tensor& tensor : snapshot_.changed()) {
-      if (tensor.requires_grad()) {
-        memory->written.push_back(tensor);
+  }
+
+  /// Once a step has drawn, all are followed: not every one gets as far, or has a penalty that draws.
+  void remember_draws(bool done) {
+    if (SnapshotMemory* const memory = batch_.memory()) {
+      memory->draws = draws_->drawn() || (memory->draws && !(memory->first && done));
+    }
+  }
+
+  /// Calls `visit` for every parameter that was written to, and not in a step before.
+  template <class Visit>
+  void for_each_newly_written(const Visit& visit) {
+    const SnapshotMemory* const memory = batch_.memory();
+    for (std::size_t i = 0; i < all_parameters_.size(); ++i) {
+      const at::Tensor& tensor = all_parameters_[i].tensor;
+      const auto is_this = [&](const at::Tensor& other) { return other.is_same(tensor); };
+      if (std::exchange(versions_[i], version_of(tensor)) != version_of(tensor) &&
+          (memory == nullptr || std::none_of(memory->written.begin(), memory->written.end(), is_this))) {
+        visit(all_parameters_[i]);
       }
     }
+  }
+
+  /// Parameters are copied once it is known that the model writes to them: where that is seen for the first time in the
+  /// step that fails, it is said.
+  void restore_after_error() {
+    snapshot_.restore_after_error(is_alone());
+    without_errors([&] {
+      remember_draws(/*done=*/false);
+      say_what_stays();
+    });
+  }
+
+  void say_what_stays() {
+    for_each_newly_written([&](const NamedParameter& each) {
+      if (SnapshotMemory* const memory = batch_.memory()) {
+        memory->written.push_back(each.tensor);
+      }
+      if (snapshot_.find(each.tensor) == nullptr) {
+        TORCH_WARN("microreg could not put back parameter ", each.name,
+                   ", to which the forward pass wrote for the first time in a step that was undone");
+      }
+    });
+  }
+
+  [[nodiscard]] bool is_alone() const noexcept {
+    bool result = false;
+    without_errors([&] { result = draws_->alone(); });
+    return result;
   }
 
   MiniBatch& batch_;
@@ -345,6 +404,7 @@ class Step {
   std::vector<Part> parts_;
   ActiveStep active_;  // before anything is copied that another thread may be moving
   std::vector<at::Tensor> buffers_;
+  std::vector<std::uint64_t> versions_;  // of all parameters
   Snapshot snapshot_;
   Sums sums_;
   Collected collected_{batch_, options_, parts_};
@@ -352,7 +412,6 @@ class Step {
   std::optional<OwnDraws> draws_;
   std::optional<SideBySide> side_by_side_;  // where there are workers
   std::int64_t replayed_ = 0;
-  std::int64_t judged_ = 0;  // the first micro-batch with probes shows what graphs keep; those before it run alone
   std::mutex calling_;
 };
 

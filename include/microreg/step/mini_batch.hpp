@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 #include <microreg/any_penalty.hpp>
+#include <microreg/loss_scale.hpp>
 #include <microreg/micro_batches.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/penalty.hpp>
@@ -116,8 +117,28 @@ struct Progress {
 
   /// All steps that were left out. Waits for the device where a loss scale follows the gradients there.
   [[nodiscard]] std::int64_t all_skipped() const;
-  /// Lets a loss scale that follows the gradients go on from `number`.
-  void set_scale(double number);
+  /// Lets a loss scale that follows the gradients go on from `number`. Throws OptionError where it does not follow
+  /// them.
+  void set_scale(double number, const LossScale& options);
+};
+
+/// The SnapshotMemory of one Regularizer or Penalised. A copy of that begins anew: it may step on another thread.
+class OwnMemory {
+ public:
+  OwnMemory() = default;
+  OwnMemory(const OwnMemory& /*other*/) noexcept {}
+  OwnMemory(OwnMemory&&) noexcept = default;
+  OwnMemory& operator=(OwnMemory other) noexcept {
+    memory_.swap(other.memory_);
+    return *this;
+  }
+  ~OwnMemory() = default;
+
+  /// Made when it is first asked for.
+  [[nodiscard]] std::shared_ptr<SnapshotMemory> shared();
+
+ private:
+  std::shared_ptr<SnapshotMemory> memory_;
 };
 
 /// Adds the gradient of the objective on the mini-batch to `.grad`; the whole of Regularizer::backward but counting the

@@ -173,8 +173,6 @@ class Objective : public std::enable_shared_from_this<Objective<Input, Target>> 
   [[nodiscard]] virtual const TermInfo& term(std::size_t index) const = 0;
   [[nodiscard]] virtual std::unique_ptr<Evaluation> evaluate(Input input, Target target, std::int64_t size,
                                                              const RegularizerOptions& options) = 0;
-
-  SnapshotMemory memory;  ///< of the Regularizer
 };
 
 /// What a forward pass returned, kept for the probes.

@@ -17,8 +17,9 @@ namespace microreg::inline MICROREG_ABI::detail {
 
 /// The nearest of each kind by name, or empty.
 struct OwnCode {
-  std::string function;  ///< a torch::autograd::Function
-  std::string hook;      ///< the parameter or the operation that a hook hangs on
+  std::string function;   ///< a torch::autograd::Function
+  std::string hook;       ///< the parameter or the operation that a hook hangs on
+  bool scripted = false;  ///< TorchScript differentiates a part of the graph as one node; no code of the user's
 
   [[nodiscard]] bool any() const { return !(function.empty() && hook.empty()); }
 };
@@ -34,6 +35,7 @@ inline OwnCode own_code(const std::vector<at::Tensor>& roots, const Parameters& 
     if (kind == NodeKind::leaf) {
       return;  // what hangs on its node sees what is added to .grad, not the gradient (and may be ours)
     }
+    result.scripted = result.scripted || kind == NodeKind::scripted;
     if (kind == NodeKind::function && result.function.empty()) {
       result.function = node.name();
     }

@@ -13,9 +13,10 @@
 
 namespace microreg::inline MICROREG_ABI::detail {
 
-/// While it lives and is `wanted`, follows the state of generators from one operation of this thread that draws to the
-/// next. Where it was moved in between, somebody else has drawn from them, who would get the same numbers again if they
-/// were put back.
+/// While it lives, follows the state of generators from one operation of this thread that draws to the next. Where it
+/// was moved in between, somebody else has drawn from them, who would get the same numbers again if they were put back.
+/// Where that is not `wanted`, because steps before this one have drawn nothing, whoever moves them is taken for
+/// somebody else.
 class OwnDraws final : public CallWatch<OwnDraws> {
  public:
   static constexpr bool needs_inputs = false;
@@ -39,8 +40,10 @@ class OwnDraws final : public CallWatch<OwnDraws> {
     work();
   }
 
-  /// Whether it is so up to now; true where nobody looked.
-  [[nodiscard]] bool alone() const { return !wanted_ || (alone_ && !last_.moved()); }
+  /// Whether it is so up to now.
+  [[nodiscard]] bool alone() const { return alone_ && !last_.moved(); }
+  /// Whether this step has drawn, or may have.
+  [[nodiscard]] bool drawn() const { return wanted_ ? drawn_ : last_.moved(); }
 
  private:
   friend class CallWatch<OwnDraws>;
@@ -57,6 +60,7 @@ class OwnDraws final : public CallWatch<OwnDraws> {
   }
   void look() {
     const std::lock_guard lock(mutex_);
+    drawn_ = true;
     alone_ = alone_ && !last_.moved();
   }
   void go_on() {
@@ -84,6 +88,7 @@ class OwnDraws final : public CallWatch<OwnDraws> {
   std::mutex mutex_;
   bool wanted_;
   bool alone_ = true;
+  bool drawn_ = false;
   GeneratorStates last_;
   std::unordered_map<const char*, bool> known_;
 };

@@ -109,6 +109,15 @@ class GeneratorStates {
   std::vector<std::pair<at::Generator, at::Tensor>> states_;
 };
 
+/// Warns while an error is on its way: a handler of warnings may throw, and replaces none.
+template <class Warn>
+void without_errors(const Warn& warn) noexcept {
+  try {
+    warn();
+  } catch (...) {
+  }
+}
+
 /// The tensor without the repetitions of expand(), which cannot be written to.
 inline at::Tensor without_repetitions(at::Tensor tensor) {
   if (tensor.layout() == at::kStrided) {
@@ -121,9 +130,10 @@ inline at::Tensor without_repetitions(at::Tensor tensor) {
 
 /// A copy of one tensor: of what its memory holds, and of how it lies there.
 ///
-/// Small ones are compared value by value before they are put back, large ones (and those of a device, which comparing
-/// would wait for) by the version that every operation in place counts. Putting back does not count: the values are
-/// those that other graphs have saved, so that these stay valid.
+/// On the CPU it is compared byte by byte before it is put back, since not everything that writes counts a version
+/// (batch normalisation does not); on a device, where comparing would wait, it is put back always, and what is no plain
+/// memory by its version. Putting back does not count: the values are those that other graphs have saved, so that these
+/// stay valid.
 class SavedTensor {
  public:
   static constexpr std::size_t large = std::size_t{1} << 20;  ///< bytes
@@ -132,8 +142,8 @@ class SavedTensor {
   /// The same as `earlier` where that is still true, without copying again.
   SavedTensor(const at::Tensor& tensor, const SavedTensor* earlier)
       : tensor_(tensor), version_(version_of(tensor)), alias_(tensor.variable_data()) {
-    if (earlier != nullptr && is_large() && earlier->version_ == version_ && earlier->lies_the_same() &&
-        earlier->looks_the_same()) {
+    if (earlier != nullptr && is_reusable() && earlier->version_ == version_ && earlier->lies_the_same() &&
+        (!is_plain() || same_bytes(without_repetitions(alias_), earlier->copy_))) {
       copy_ = earlier->copy_;
     } else {
       copy_ = without_repetitions(alias_).clone();
@@ -143,7 +153,9 @@ class SavedTensor {
   [[nodiscard]] const at::Tensor& tensor() const noexcept { return tensor_; }
   /// The values that it had, without the repetitions of expand().
   [[nodiscard]] const at::Tensor& before() const noexcept { return copy_; }
-  [[nodiscard]] bool is_large() const { return alias_.layout() != at::kStrided || alias_.nbytes() >= large; }
+  [[nodiscard]] bool is_large() const { return !is_plain() || alias_.nbytes() >= large; }
+  /// Whether a copy is worth keeping, and can be compared without waiting.
+  [[nodiscard]] bool is_reusable() const { return is_large() && (!is_plain() || alias_.is_cpu()); }
   [[nodiscard]] bool changed() const { return version_of(tensor_) != version_; }
 
   /// `between`: what it may have been put back to since, which no version tells.
@@ -151,17 +163,24 @@ class SavedTensor {
     if (!lies_the_same()) {
       at::Tensor(tensor_).set_data(alias_);
     }
-    if (differs() || (between != nullptr && between->version_ != version_)) {
+    const bool on_device = is_plain() && !alias_.is_cpu();
+    if (on_device || differs() || (between != nullptr && between->version_ != version_)) {
       without_repetitions(alias_).copy_(copy_);
     }
   }
 
-  /// Whether it may hold other values now.
+  /// Whether it may hold other values now. Waits for a device.
   [[nodiscard]] bool differs() const {
-    return is_large() ? changed() : !alias_.is_cpu() || !same_bytes(without_repetitions(alias_), copy_);
+    if (!is_plain()) {
+      return changed();
+    }
+    const at::Tensor now = without_repetitions(alias_);
+    return alias_.is_cpu() ? !same_bytes(now, copy_) : changed() || !now.equal(copy_);
   }
 
  private:
+  [[nodiscard]] bool is_plain() const { return alias_.layout() == at::kStrided; }
+
   [[nodiscard]] bool lies_the_same() const {
     if (alias_.layout() != at::kStrided || tensor_.layout() != at::kStrided) {
       return alias_.layout() == tensor_.layout();
@@ -169,16 +188,6 @@ class SavedTensor {
     return tensor_.storage().is_alias_of(alias_.storage()) && tensor_.sizes() == alias_.sizes() &&
            tensor_.strides() == alias_.strides() && tensor_.storage_offset() == alias_.storage_offset() &&
            tensor_.scalar_type() == alias_.scalar_type();
-  }
-
-  /// A look at a thousand values, for what was written without being counted.
-  [[nodiscard]] bool looks_the_same() const {
-    if (!alias_.is_cpu() || alias_.layout() != at::kStrided || !alias_.is_contiguous()) {
-      return true;
-    }
-    const std::int64_t step = std::max<std::int64_t>(alias_.numel() / 1000, 1);
-    const auto some = [&](const at::Tensor& tensor) { return tensor.view(-1).slice(0, 0, tensor.numel(), step); };
-    return copy_.is_contiguous() && same_bytes(some(alias_), some(copy_));
   }
 
   at::Tensor tensor_;
@@ -191,10 +200,10 @@ class SavedTensor {
 /// changed, which parameters the model writes to in its forward pass, and whether random numbers are drawn.
 struct SnapshotMemory {
   std::vector<SavedTensor> large;
-  std::vector<at::Tensor> written;
+  std::vector<at::Tensor> written;  ///< parameters, frozen ones among them
   bool first = true;
   bool alike = false;  ///< on all ranks, where there are several
-  bool draws = true;   ///< whether generators moved during the last step
+  bool draws = true;   ///< the last step did
 };
 
 /// The devices of `tensors`, each once.
@@ -208,11 +217,13 @@ inline std::vector<c10::Device> devices_of(const std::vector<at::Tensor>& tensor
   return result;
 }
 
-/// A copy of tensors and random number generators, bitwise. `restore()` puts back, in place, those that have changed.
+/// A copy of buffers, parameters and random number generators, bitwise. `restore()` puts back, in place, those that
+/// have changed.
 class Snapshot {
  public:
-  Snapshot(const std::vector<at::Tensor>& tensors, const std::vector<c10::Device>& devices,
-           const std::optional<at::Generator>& generator, SnapshotMemory* memory = nullptr)
+  Snapshot(const std::vector<at::Tensor>& buffers, const std::vector<at::Tensor>& parameters,
+           const std::vector<c10::Device>& devices, const std::optional<at::Generator>& generator,
+           SnapshotMemory* memory = nullptr)
       : generators_(devices, generator) {
     const at::NoGradGuard no_grad;
     std::unordered_set<const c10::TensorImpl*> seen;
@@ -222,7 +233,7 @@ class Snapshot {
         earlier.emplace(saved.tensor().unsafeGetTensorImpl(), &saved);
       }
     }
-    for (const at::Tensor& tensor : tensors) {
+    for (const at::Tensor& tensor : buffers) {
       if (tensor.defined() && seen.insert(tensor.unsafeGetTensorImpl()).second) {
         const auto known = earlier.find(tensor.unsafeGetTensorImpl());
         saved_.emplace_back(tensor, known == earlier.end() ? nullptr : known->second);
@@ -231,7 +242,13 @@ class Snapshot {
     if (memory != nullptr) {
       memory->large.clear();
       std::copy_if(saved_.begin(), saved_.end(), std::back_inserter(memory->large),
-                   [](const SavedTensor& saved) { return saved.is_large() && !saved.tensor().requires_grad(); });
+                   [](const SavedTensor& saved) { return saved.is_reusable(); });
+    }
+    buffers_ = static_cast<std::ptrdiff_t>(saved_.size());
+    for (const at::Tensor& tensor : parameters) {
+      if (tensor.defined() && seen.insert(tensor.unsafeGetTensorImpl()).second) {
+        saved_.emplace_back(tensor);
+      }
     }
   }
 
@@ -240,11 +257,10 @@ class Snapshot {
   [[nodiscard]] Snapshot buffers_now() const {
     const at::NoGradGuard no_grad;
     Snapshot result(generators_.now());
-    for (const SavedTensor& saved : saved_) {
-      if (!saved.tensor().requires_grad()) {
-        result.saved_.emplace_back(saved.tensor(), &saved);
-      }
+    for (auto saved = saved_.begin(); saved != saved_.begin() + buffers_; ++saved) {
+      result.saved_.emplace_back(saved->tensor(), &*saved);
     }
+    result.buffers_ = buffers_;
     return result;
   }
 
@@ -260,8 +276,8 @@ class Snapshot {
       generators_.restore();
     } else {
       TORCH_WARN_ONCE(
-          "microreg does not put random number generators back, since another thread has drawn from them meanwhile and "
-          "would get the same numbers again");
+          "microreg does not put random number generators back, since another thread may have drawn from them "
+          "meanwhile and would get the same numbers again");
     }
   }
 
@@ -285,19 +301,15 @@ class Snapshot {
     try {
       restore(alone);
     } catch (const std::exception& error) {
-      TORCH_WARN("microreg could not put everything back after an error: ", error.what());
+      without_errors([&] { TORCH_WARN("microreg could not put everything back after an error: ", error.what()); });
+    } catch (...) {
     }
   }
 
-  /// Those that an operation in place has written to since.
-  [[nodiscard]] std::vector<at::Tensor> changed() const {
-    std::vector<at::Tensor> result;
-    for (const SavedTensor& saved : saved_) {
-      if (saved.changed()) {
-        result.push_back(saved.tensor());
-      }
-    }
-    return result;
+  /// How many of them an operation in place has written to since.
+  [[nodiscard]] std::size_t changes() const {
+    return static_cast<std::size_t>(
+        std::count_if(saved_.begin(), saved_.end(), [](const SavedTensor& saved) { return saved.changed(); }));
   }
 
   /// What was saved of `tensor`; null if that is not one of those.
@@ -309,7 +321,9 @@ class Snapshot {
 
   /// Lets the copies of parameters go that nothing has written to, before gradients need the memory.
   void forget_unchanged_parameters() {
-    std::erase_if(saved_, [](const SavedTensor& saved) { return saved.tensor().requires_grad() && !saved.changed(); });
+    saved_.erase(std::remove_if(saved_.begin() + buffers_, saved_.end(),
+                                [](const SavedTensor& saved) { return !saved.changed(); }),
+                 saved_.end());
   }
 
   [[nodiscard]] const GeneratorStates& generators() const noexcept { return generators_; }
@@ -317,7 +331,8 @@ class Snapshot {
  private:
   explicit Snapshot(GeneratorStates generators) : generators_(std::move(generators)) {}
 
-  std::vector<SavedTensor> saved_;
+  std::vector<SavedTensor> saved_;  // buffers first
+  std::ptrdiff_t buffers_ = 0;
   GeneratorStates generators_;
 };
 

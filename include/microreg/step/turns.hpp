@@ -3,9 +3,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/ThreadLocalState.h>
-#include <ATen/autocast_mode.h>
-#include <c10/core/DeviceType.h>
+#include <microreg/detail/thread_state.hpp>
 #include <microreg/detail/threads_inside.hpp>
 #include <microreg/version.hpp>
 
@@ -83,8 +81,8 @@ class Turns {
 };
 
 /// Calls work(piece, turns) for pieces 0 .. count - 1: one after the other on this thread where `workers` is 0, or on
-/// that many threads, this one among them, which see this one's thread-local state (scopes, gradient mode, autocast)
-/// and run LibTorch's operations on one thread each. A stage that `work` does not pass is passed when it returns.
+/// that many threads, this one among them, which take over this one's ThreadState and run LibTorch's operations on one
+/// thread each. A stage that `work` does not pass is passed when it returns.
 inline void in_turns(std::int64_t workers, std::int64_t count, const std::function<void(std::int64_t, Turns&)>& work) {
   Turns turns;
   const auto run = [&](std::int64_t piece) {
@@ -112,9 +110,7 @@ inline void in_turns(std::int64_t workers, std::int64_t count, const std::functi
       }
     }
   };
-  const at::ThreadLocalState state;
-  const auto half = at::autocast::get_autocast_dtype(c10::kCPU);
-  const bool caches = at::autocast::is_autocast_cache_enabled();
+  ThreadState state;
   const std::int64_t others = std::min(workers, count) - 1;
   {
     const ThreadsInside one(1);
@@ -126,9 +122,7 @@ inline void in_turns(std::int64_t workers, std::int64_t count, const std::functi
       at::set_num_threads(1);
       ready.count_down();
       go.wait();
-      const at::ThreadLocalStateGuard guard(state);
-      at::autocast::set_autocast_dtype(c10::kCPU, half);  // which not every LibTorch counts among that state
-      at::autocast::set_autocast_cache_enabled(caches);
+      const ThreadState::Here here(state);
       work_off();
     };
     std::vector<std::jthread> threads;
@@ -142,6 +136,7 @@ inline void in_turns(std::int64_t workers, std::int64_t count, const std::functi
     ready.wait();
     one.let_others_begin_as_before();
     go.count_down();
+    const ThreadState::Warnings warnings(state);
     work_off();
   }
   turns.rethrow();
