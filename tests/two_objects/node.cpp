@@ -1,30 +1,28 @@
 /// @file
-/// Built into two plugins of one layout, whose nodes differ in what they are: NODE and NODE_NAME say as much, in as
-/// many characters each.
+/// Built into two plugins of one layout, whose nodes differ in what they are: SPACE says as much, LibTorch's namespace
+/// or one of the user's, in as many characters each.
 #include "node.hpp"
 
 #include <torch/torch.h>
 #include <microreg/detail/libtorch.hpp>
 
-#include <string>
 #include <typeinfo>
 
 #define EXPORT __attribute__((visibility("default")))
 
-namespace {
+namespace SPACE {
 
-struct NODE : torch::autograd::Node {
+struct PluginNode : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& gradients) override { return gradients; }
-  [[nodiscard]] std::string name() const override { return NODE_NAME; }
 };
 
-}  // namespace
+}  // namespace SPACE
 
 extern "C" {
 
 EXPORT void* make_tensor() {
   auto* const result = new torch::Tensor(torch::ones({2}));
-  const auto node = microreg::detail::make_node<NODE>();
+  const auto node = microreg::detail::make_node<SPACE::PluginNode>();
   node->set_next_edges(torch::autograd::collect_next_edges(torch::ones({2}, torch::requires_grad())));
   torch::autograd::create_gradient_edge(*result, node);
   return result;
@@ -32,5 +30,5 @@ EXPORT void* make_tensor() {
 
 EXPORT void delete_tensor(void* tensor) { delete static_cast<torch::Tensor*>(tensor); }
 
-EXPORT const void* type_of_node() { return &typeid(NODE); }
+EXPORT const void* type_of_node() { return &typeid(SPACE::PluginNode); }
 }

@@ -122,11 +122,13 @@ struct Progress {
   void set_scale(double number, const LossScale& options);
 };
 
-/// The SnapshotMemory of one Regularizer or Penalised. A copy of that begins anew: it may step on another thread.
+/// The SnapshotMemory of one Regularizer or Penalised. A copy knows what that knew and goes on by itself: it may step
+/// on another thread.
 class OwnMemory {
  public:
   OwnMemory() = default;
-  OwnMemory(const OwnMemory& /*other*/) noexcept {}
+  OwnMemory(const OwnMemory& other)
+      : memory_(other.memory_ == nullptr ? nullptr : std::make_shared<SnapshotMemory>(*other.memory_)) {}
   OwnMemory(OwnMemory&&) noexcept = default;
   OwnMemory& operator=(OwnMemory other) noexcept {
     memory_.swap(other.memory_);
