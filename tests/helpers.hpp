@@ -123,8 +123,8 @@ template <class Reference>
 auto if_differentiable(const std::string& name, const Reference& reference) -> std::optional<decltype(reference())> {
   try {
     return reference();
-  } catch (const c10::Error& error) {
-    const std::string words = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    const std::string words = error.what();
     if (MICROREG_LIBTORCH >= 213 || words.find("is not implemented") == std::string::npos) {
       throw;
     }
