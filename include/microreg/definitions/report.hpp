@@ -83,15 +83,12 @@ MICROREG_INLINE at::Tensor Report::output(std::size_t index, std::int64_t dimens
     sizes.erase(sizes.begin() + d);
     return sizes;
   };
-  for (std::size_t m = 0; m < tensors.size(); ++m) {
-    if (tensors[m].dim() != rank || others(tensors[m]) != others(tensors.front())) {
-      throw OptionError(detail::text({"output ", index, " has shape ", tensors.front().sizes(),
-                                      " in the first micro-batch and ", tensors[m].sizes(),
-                                      " in another, which do not "
-                                      "fit together along dimension ",
-                                      dimension,
-                                      "; give that of the samples: "
-                                      "output(index, dimension)"}));
+  for (const at::Tensor& tensor : tensors) {
+    if (tensor.dim() != rank || others(tensor) != others(tensors.front())) {
+      throw OptionError(
+          detail::text({"output ", index, " has shape ", tensors.front().sizes(), " in the first micro-batch and ",
+                        tensor.sizes(), " in another, which do not fit together along dimension ", dimension,
+                        "; give that of the samples: output(index, dimension)"}));
     }
   }
   return at::cat(tensors, d);

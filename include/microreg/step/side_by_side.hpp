@@ -48,18 +48,19 @@ class SideBySide {
         items_.push_back({.tensor = buffer, .buffer = true});
       }
     }
+    for (const Item& item : items_) {
+      tensors_.push_back(item.tensor);
+    }
   }
 
   /// To be called before a forward pass, within its turn. The watch is to live until that has been looked at.
   void begin(std::optional<StateCalls>& calls) {
-    std::vector<at::Tensor> tensors;
     for (Item& item : items_) {
       item.version = version_of(item.tensor);
       item.hash = hash_of(item);
       item.holders = holders(item.tensor);
-      tensors.push_back(item.tensor);
     }
-    calls.emplace(tensors);
+    calls.emplace(tensors_);
   }
 
   /// To be called when model, loss and probes have been called: whether other micro-batches may go on now. Throws
@@ -123,6 +124,7 @@ class SideBySide {
 
   const Parameters& parameters_;
   std::vector<Item> items_;
+  std::vector<at::Tensor> tensors_;  // of those
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail

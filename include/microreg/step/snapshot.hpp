@@ -153,9 +153,10 @@ class SavedTensor {
   [[nodiscard]] const at::Tensor& tensor() const noexcept { return tensor_; }
   /// The values that it had, without the repetitions of expand().
   [[nodiscard]] const at::Tensor& before() const noexcept { return copy_; }
-  [[nodiscard]] bool is_large() const { return !is_plain() || alias_.nbytes() >= large; }
+  /// Whether values can be compared; versions tell of the others.
+  [[nodiscard]] bool is_plain() const { return alias_.layout() == at::kStrided; }
   /// Whether a copy is worth keeping, and can be compared without waiting.
-  [[nodiscard]] bool is_reusable() const { return is_large() && (!is_plain() || alias_.is_cpu()); }
+  [[nodiscard]] bool is_reusable() const { return !is_plain() || (alias_.is_cpu() && alias_.nbytes() >= large); }
   [[nodiscard]] bool changed() const { return version_of(tensor_) != version_; }
 
   /// `between`: what it may have been put back to since, which no version tells.
@@ -179,8 +180,6 @@ class SavedTensor {
   }
 
  private:
-  [[nodiscard]] bool is_plain() const { return alias_.layout() == at::kStrided; }
-
   [[nodiscard]] bool lies_the_same() const {
     if (alias_.layout() != at::kStrided || tensor_.layout() != at::kStrided) {
       return alias_.layout() == tensor_.layout();
@@ -292,7 +291,7 @@ class Snapshot {
   void restore_buffers_over(const Snapshot& other) const {
     const at::NoGradGuard no_grad;
     for (const SavedTensor& saved : saved_) {
-      saved.restore(saved.is_large() ? other.find(saved.tensor()) : nullptr);
+      saved.restore(saved.is_plain() ? nullptr : other.find(saved.tensor()));
     }
   }
 
