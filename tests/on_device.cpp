@@ -4,10 +4,13 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/cuda.h>
 #include <torch/library.h>
 
 #include <cstdlib>
+#include <iostream>
 #include <memory>
+#include <optional>
 #include <string>
 
 namespace helpers {
@@ -68,6 +71,22 @@ const std::unique_ptr<torch::Library> factories = make_factories_use(std::getenv
 at::Device test_device() {
   const char* name = std::getenv("MICROREG_TEST_DEVICE");
   return name == nullptr ? at::Device(at::kCPU) : at::Device(name);
+}
+
+bool no_device() {
+  if (torch::cuda::is_available()) {
+    return false;
+  }
+  std::cout << "skipped: no CUDA device" << std::endl;
+  return true;
+}
+
+std::optional<at::Device> device_to_test() {
+  const char* name = std::getenv("MICROREG_REHEARSE");
+  if (name != nullptr) {
+    return at::Device(name);
+  }
+  return no_device() ? std::nullopt : std::optional(at::Device(at::kCUDA));
 }
 
 at::Generator generator(std::uint64_t seed) {

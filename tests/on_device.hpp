@@ -5,11 +5,19 @@
 #include <torch/types.h>
 
 #include <cstdint>
+#include <optional>
 
 namespace helpers {
 
 /// The device of tensors that a test makes without saying where.
 [[nodiscard]] at::Device test_device();
+
+/// Whether there is no GPU; if so, says that the test is skipped.
+[[nodiscard]] bool no_device();
+
+/// Where a test of what a device computes runs: on the GPU, or where the environment variable MICROREG_REHEARSE says,
+/// which tries the test itself without one; else nowhere.
+[[nodiscard]] std::optional<at::Device> device_to_test();
 
 /// torch::tensor() on it. That one writes its values from the host, wherever it made room for them.
 [[nodiscard]] inline at::Tensor tensor(const torch::detail::TensorDataContainer& values,

@@ -9,20 +9,9 @@
 #include <microreg/cuda_graph.hpp>
 #endif
 
-#include <iostream>
-
 using namespace helpers;
 
 namespace {
-
-bool no_device() {
-  if (torch::cuda::is_available()) {
-    return false;
-  }
-  std::cout << "skipped: no CUDA device" << std::endl;
-  SUCCEED();
-  return true;
-}
 
 /// One step with `penalty` on `device`, from the same weights and data each time.
 template <class Penalty>

@@ -72,6 +72,13 @@ mkdir -p "$carry/bin"
 for program in "${programs[@]}"; do
   strip -o "$carry/bin/$program" "$(find "$tree" -type f -name "$program" -perm -u+x)"
 done
+# Headers for building the programs there, should these not load: benchmarks/gpu/build_there.sh. LibTorch brings fmt's.
+mkdir "$carry/include"
+for header in catch2/catch.hpp CLI/CLI.hpp nlohmann/json.hpp; do
+  found="$(echo '#include <'"$header"'>' | "${CXX:-c++}" -x c++ -std=c++20 -E -M - | tr ' ' '\n' | grep "/$header\$")" ||
+    { microreg_say "There is no <$header>: the programs cannot be built there"; continue; }
+  cp -RL "$(dirname "$found")" "$carry/include/"
+done
 if [ -n "${1:-}" ]; then
   # 20 MB of the 180: one training file and a part of the test file, both whole images.
   mkdir "$carry/cifar10"
@@ -91,6 +98,7 @@ if [ -n "$try" ]; then
   libraries="$("$folder/try/bin/python3" -c 'import os, torch; print(os.path.join(torch.__path__[0], "lib"))' 2>/dev/null)"
   export LD_LIBRARY_PATH="$libraries"
   "$carry/bin/microreg_tests" "[cuda]"
+  MICROREG_REHEARSE=cpu "$carry/bin/microreg_tests" "-#" "[#test_cuda_numbers]"
   "$carry/bin/penalty_overhead" --help | head -n 1
   "$carry/bin/microreg_cifar" --device cuda && microreg_fail "the trainer found a device" || true
 fi

@@ -3,12 +3,13 @@
 #
 #     benchmarks/gpu/run_gpu_checks.sh OUTPUT_FOLDER [STAGE...]
 #
-# Stages, all by default, in this order: machine tests ceilings benchmark training. Each has a time limit of its own,
-# together 480 s, and leaves its results in the folder when it ends; benchmarks/gpu/report.py makes docs/gpu.md of them.
+# Stages, all by default, in this order: machine programs tests ceilings benchmark training. Each has a time limit of its
+# own, together 480 s, and leaves its results in the folder when it ends; benchmarks/gpu/report.py makes docs/gpu.md of
+# them. Where programs do not load, they are built first (build_there.sh), which may take 200 s more.
 set -uo pipefail
 case "${1:---help}" in
   -h | --help)
-    sed -n '2,7s/^# \{0,1\}//p' "$0"
+    sed -n '2,8s/^# \{0,1\}//p' "$0"
     exit
     ;;
 esac
@@ -19,7 +20,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 carry="$root/build/gpu/carry"
 bin="$carry/bin"
 stages=("$@")
-[ "${#stages[@]}" -gt 0 ] || stages=(machine tests ceilings benchmark training)
+[ "${#stages[@]}" -gt 0 ] || stages=(machine programs tests ceilings benchmark training)
 
 libraries="$(python3 -c 'import torch, os; print(os.path.join(torch.__path__[0], "lib"))')" ||
   { echo "error: python3 cannot import torch" >&2; exit 1; }
@@ -32,7 +33,7 @@ cores="$(nproc)"
 files() {
   local prefix="$1"
   shift
-  (cd "$root/tests" && ls test_*.cpp) | sed 's/\.cpp$//' | grep -v '^test_cuda$' |
+  (cd "$root/tests" && ls test_*.cpp) | sed 's/\.cpp$//' | grep -Ev '^test_cuda(_numbers)?$' |
     xargs -P "$((cores / 2))" -I NAME sh -c '
       env OMP_NUM_THREADS=1 TORCH_SHOW_CPP_STACKTRACES=0 '"$*"' timeout 150 \
         '"$bin"'/microreg_tests "-#" "[#NAME]" >'"$out/$prefix"'-NAME.txt 2>&1
@@ -51,6 +52,20 @@ stage_machine() {
   grep -m1 'model name' /proc/cpuinfo
   nproc
   python3 -c 'import torch; print("torch", torch.__version__, "cudnn", torch.backends.cudnn.version())'
+}
+
+# Whether the programs that were brought load here. Those that do not are built.
+stage_programs() {
+  local program broken=()
+  for program in microreg_tests penalty_overhead microreg_cifar; do
+    "$bin/$program" --help >/dev/null 2>"$out/$program.txt" && rm "$out/$program.txt" && continue
+    head -n 2 "$out/$program.txt"
+    broken+=("$program")
+  done
+  if [ "${#broken[@]}" -gt 0 ]; then
+    echo "building ${broken[*]}"
+    "$root/benchmarks/gpu/build_there.sh" "$carry/include" "$bin" "${broken[@]}" 2>&1 | tail -n 20
+  fi
 }
 
 # The tests that need a device; then all others, on the CPU of this machine and with their tensors on the device.
@@ -96,7 +111,7 @@ stage_training() {
   done
 }
 
-declare -A limit=([machine]=20 [tests]=200 [ceilings]=30 [benchmark]=150 [training]=80)
+declare -A limit=([machine]=20 [programs]=220 [tests]=200 [ceilings]=30 [benchmark]=150 [training]=80)
 for stage in "${stages[@]}"; do
   echo "== $stage"
   start="$(date +%s)"
