@@ -138,12 +138,27 @@ inline constexpr bool ties_fields = false;
 template <class... Field>
 inline constexpr bool ties_fields<std::tuple<Field...>> = (std::is_lvalue_reference_v<Field> && ...);
 
+/// The types in what is looked into, as something like a tuple; of a type with microreg_fields, its fields.
 template <class T>
-constexpr bool is_batch();
+auto elements_of() {
+  if constexpr (HasFields<T>) {
+    return std::type_identity<decltype(microreg_fields(std::declval<T&>()))>{};
+  } else if constexpr (IsVector<T>::value || IsOptional<T>::value) {
+    return std::type_identity<std::tuple<typename T::value_type>>{};
+  } else if constexpr (IsMap<T>::value) {
+    return std::type_identity<std::tuple<typename T::mapped_type>>{};
+  } else {
+    return std::type_identity<T>{};
+  }
+}
 
-template <class T, std::size_t... I>
-constexpr bool all_elements_are_batches(std::index_sequence<I...>) {
-  return (is_batch<std::remove_cvref_t<std::tuple_element_t<I, T>>>() && ...);
+/// Whether holds.operator()<E>() for each of them.
+template <class T, class Predicate>
+constexpr bool all_elements(Predicate holds) {
+  using Elements = typename decltype(elements_of<T>())::type;
+  return [&]<std::size_t... I>(std::index_sequence<I...>) {
+    return (holds.template operator()<std::remove_cvref_t<std::tuple_element_t<I, Elements>>>() && ...);
+  }(std::make_index_sequence<std::tuple_size_v<Elements>>{});
 }
 
 template <class T>
@@ -154,12 +169,8 @@ constexpr bool is_batch() {
     static_assert(ties_fields<decltype(microreg_fields(std::declval<T&>()))>,
                   "microreg: microreg_fields(T&) must return std::tie of the fields, references to them");
     return true;
-  } else if constexpr (IsVector<T>::value || IsOptional<T>::value) {
-    return is_batch<typename T::value_type>();
-  } else if constexpr (IsMap<T>::value) {
-    return is_batch<typename T::mapped_type>();
-  } else if constexpr (TupleLike<T>) {
-    return all_elements_are_batches<T>(std::make_index_sequence<std::tuple_size_v<T>>{});
+  } else if constexpr (IsVector<T>::value || IsOptional<T>::value || IsMap<T>::value || TupleLike<T>) {
+    return all_elements<T>([]<class E>() { return is_batch<E>(); });
   } else {
     return false;
   }
@@ -167,52 +178,25 @@ constexpr bool is_batch() {
 
 /// Whether `T` holds types of the user's own, with microreg_fields.
 template <class T>
-constexpr bool has_own_types();
-
-template <class T, std::size_t... I>
-constexpr bool any_element_has_own_types(std::index_sequence<I...>) {
-  return (has_own_types<std::remove_cvref_t<std::tuple_element_t<I, T>>>() || ...);
-}
-
-template <class T>
 constexpr bool has_own_types() {
   if constexpr (is_tensor<T> || is_plain_value<T> || HasSlices<T>) {
     return false;
   } else if constexpr (HasFields<T>) {
     return true;
-  } else if constexpr (IsVector<T>::value || IsOptional<T>::value) {
-    return has_own_types<typename T::value_type>();
-  } else if constexpr (IsMap<T>::value) {
-    return has_own_types<typename T::mapped_type>();
   } else {
-    return any_element_has_own_types<T>(std::make_index_sequence<std::tuple_size_v<T>>{});
+    return !all_elements<T>([]<class E>() { return !has_own_types<E>(); });
   }
 }
 
 /// Whether all that is in `T` is tensors, but for those that stay on the host.
-template <class T>
-constexpr bool holds_tensors_alone();
-
-template <class T, std::size_t... I>
-constexpr bool all_hold_tensors_alone(std::index_sequence<I...>) {
-  return (holds_tensors_alone<std::remove_cvref_t<std::tuple_element_t<I, T>>>() && ...);
-}
-
 template <class T>
 constexpr bool holds_tensors_alone() {
   if constexpr (is_tensor<T>) {
     return !std::is_base_of_v<OnHost, T>;
   } else if constexpr (is_plain_value<T> || HasSlices<T>) {
     return false;
-  } else if constexpr (HasFields<T>) {
-    using Fields = decltype(microreg_fields(std::declval<T&>()));
-    return all_hold_tensors_alone<Fields>(std::make_index_sequence<std::tuple_size_v<Fields>>{});
-  } else if constexpr (IsVector<T>::value || IsOptional<T>::value) {
-    return holds_tensors_alone<typename T::value_type>();
-  } else if constexpr (IsMap<T>::value) {
-    return holds_tensors_alone<typename T::mapped_type>();
   } else {
-    return all_hold_tensors_alone<T>(std::make_index_sequence<std::tuple_size_v<T>>{});
+    return all_elements<T>([]<class E>() { return holds_tensors_alone<E>(); });
   }
 }
 

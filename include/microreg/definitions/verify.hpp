@@ -164,10 +164,6 @@ class Verifier {
     return {batch_.buffers(), others, devices_of(parameters_.tensors), options_.generator};
   }
 
-  [[nodiscard]] at::TensorOptions scalar() const { return at::TensorOptions().dtype(at::kDouble); }
-  [[nodiscard]] double norm(const Gradient& gradient) const {
-    return squared_norm(gradient, scalar()).sqrt().item<double>();
-  }
   [[nodiscard]] Gradient empty() const { return Gradient(parameters_.tensors.size()); }
   [[nodiscard]] bool wants_difference() const { return options_.estimator.differences() != nullptr; }
   [[nodiscard]] bool fused() const { return options_.fused && FusedScope::enabled(); }
@@ -236,7 +232,7 @@ class Verifier {
       for (at::Tensor& each : loss_gradient_) {
         each = each.defined() ? owned(std::move(each)) : each;
       }
-      found_.loss_gradient_norm = norm(loss_gradient_);
+      found_.loss_gradient_norm = norm_of(loss_gradient_);
     }
     try {
       untrained.require_none();
@@ -265,8 +261,7 @@ class Verifier {
     };
     std::set<std::string> dead_ends;
     try {
-      const double strongest = strengths.empty() ? 0.0 : *std::max_element(strengths.begin(), strengths.end());
-      DoubleBackward step(*evaluation, parameters_, range(), strongest);
+      DoubleBackward step(*evaluation, parameters_, range(), strongest_of(strengths));
       for (std::size_t i = 0; i < strengths.size(); ++i) {
         const TermInfo& term = batch_.term(i);
         result.squared_norms.push_back(
@@ -340,19 +335,20 @@ class Verifier {
         continue;
       }
       if (batch_.terms() == 1) {
-        use.gradient_norm = norm(*used.gradient) / strengths_[i];
+        use.gradient_norm = norm_of(*used.gradient) / strengths_[i];
         continue;
       }
       std::vector<double> alone(strengths_.size(), 0.0);
       alone[i] = 1;
       if (const ExactTrial one = exact_trial(fused(), alone); one.gradient) {
-        use.gradient_norm = norm(*one.gradient);
+        use.gradient_norm = norm_of(*one.gradient);
       }
     }
     if (FusedScope::enabled()) {
       const ExactTrial other = exact_trial(!fused(), strengths_);
       found_.other_refusal = used.refusal.empty() ? other.refusal : std::string();
-      if (used.gradient && other.gradient && (is_finite(norm(*used.gradient)) || is_finite(norm(*other.gradient)))) {
+      if (used.gradient && other.gradient &&
+          (is_finite(norm_of(*used.gradient)) || is_finite(norm_of(*other.gradient)))) {
         found_.fused_error = fused() ? compare(*used.gradient, *other.gradient).error()
                                      : compare(*other.gradient, *used.gradient).error();
       }
@@ -470,7 +466,7 @@ class Verifier {
     }
     const double scale = options_.reduction == Reduction::total ? static_cast<double>(found_.samples) : 1.0;
     const double of_loss = found_.loss_gradient_norm * scale;
-    const double of_penalties = norm(*penalties());
+    const double of_penalties = norm_of(*penalties());
     if (!is_finite(of_loss) || !is_finite(of_penalties) || of_loss == 0) {
       return;
     }
@@ -512,7 +508,7 @@ class Verifier {
     Cost result;
     const auto once = [&] {
       const auto start = std::chrono::steady_clock::now();
-      (void)norm(pass());  // waits for a device
+      (void)norm_of(pass());  // waits for a device
       const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
       state_.restore();
       return took.count();
@@ -520,7 +516,7 @@ class Verifier {
     {
       const auto peak = std::make_shared<AllocationPeak>(parameters_.tensors.front().device().type());
       const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, peak);
-      (void)norm(pass());
+      (void)norm_of(pass());
       result.peak_bytes = peak->bytes();
     }
     state_.restore();
@@ -630,11 +626,11 @@ class Verifier {
                     " apart: one of them is wrong, or the gradient is lost in rounding (compare in float64); "
                     ".fused = false takes LibTorch's own"}));
     }
-    if (finite_loss() && penalties() && !is_finite(norm(*penalties()))) {
+    if (finite_loss() && penalties() && !is_finite(norm_of(*penalties()))) {
       problem(
           "the gradient of the penalties is not finite although the loss is: an operation whose second derivative "
           "is infinite (a square root or a norm at 0), or half types that overflow");
-    } else if (penalties() && norm(*penalties()) == 0) {
+    } else if (penalties() && norm_of(*penalties()) == 0) {
       problem(
           "the gradient of the penalties is 0: the probe's gradient does not depend on the parameters (a linear "
           "model with a linear loss), or is 0 on this micro-batch");

@@ -214,39 +214,27 @@ inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, Output
                                 p.count(), r);
   }();
   const auto rounded = [&](const at::Tensor& t) { return t.to(p.x.scalar_type()); };
-  std::array<at::Tensor, 3> out;
-  if (p.alike.empty()) {  // whole tensors, not of float64
-    const NormRow<at::Tensor> single{rounded(row.r), rounded(row.v0), rounded(row.v1),
-                                     rounded(row.c), rounded(row.d),  rounded(row.e)};
-    const NormAffine<at::Tensor> k(single, weight, a, b);
-    if (needs[0]) {
-      out[0] = at::addcmul(k.constant, x_c, k.b).addcmul_(v, k.a);
-    }
-    if (needs[1]) {
-      out[1] = at::addcmul(single.e, p.dy, k.b).addcmul_(v, single.c).addcmul_(x_c, single.d);
-    }
-    if (needs[2]) {
-      out[2] = rounded(at::sum_to(single.r * (sum_vdy - single.v0 * sum_dy - single.v1 * sum_dyx), weight.sizes()));
-    }
-    return out;
-  }
-  const NormAffine<at::Tensor> k(row, weight.to(at::kDouble), a.to(at::kDouble), b.to(at::kDouble));
-  std::vector<at::Tensor> single{k.a, k.b, k.constant, row.c, row.d, row.e};
+  // Coefficients are of float64, unless they are as large as x.
+  const auto fine = [&](const at::Tensor& t) { return t.to(p.alike.empty() ? p.x.scalar_type() : at::kDouble); };
+  const NormRow<at::Tensor> of_row{fine(row.r), fine(row.v0), fine(row.v1), fine(row.c), fine(row.d), fine(row.e)};
+  const NormAffine<at::Tensor> affine(of_row, fine(weight), fine(a), fine(b));
+  std::vector<at::Tensor> k{affine.a, affine.b, affine.constant, of_row.c, of_row.d, of_row.e};
   if (p.varying.empty()) {  // all of one shape: together
-    single = rounded(at::stack(single)).unbind();
+    k = rounded(at::stack(k)).unbind();
   } else {
-    std::transform(single.begin(), single.end(), single.begin(), rounded);
+    std::transform(k.begin(), k.end(), k.begin(), rounded);
   }
+  std::array<at::Tensor, 3> out;
   if (needs[0]) {
-    out[0] = at::addcmul(single[2], x_c, single[1]).addcmul_(v, single[0]);
+    out[0] = at::addcmul(k[2], x_c, k[1]).addcmul_(v, k[0]);
   }
   if (needs[1]) {
-    out[1] = at::addcmul(single[5], p.dy, single[1]).addcmul_(v, single[3]).addcmul_(x_c, single[4]);
+    out[1] = at::addcmul(k[5], p.dy, k[1]).addcmul_(v, k[3]).addcmul_(x_c, k[4]);
   }
   if (needs[2]) {
     const at::Tensor sum =
-        plus_product(plus_product(sum_vdy, row.v0, sum_dy.to(at::kDouble), -1), row.v1, sum_dyx.to(at::kDouble), -1);
-    out[2] = rounded(at::sum_to(row.r * sum, weight.sizes()));
+        plus_product(plus_product(sum_vdy, of_row.v0, fine(sum_dy), -1), of_row.v1, fine(sum_dyx), -1);
+    out[2] = rounded(at::sum_to(of_row.r * sum, weight.sizes()));
   }
   return out;
 }

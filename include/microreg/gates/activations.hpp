@@ -10,7 +10,7 @@
 
 namespace microreg::inline MICROREG_ABI::detail::gating {
 
-inline Tensors replay_relu(const Arguments& in, const Gates& gates) {
+inline Tensors replay_relu(const Arguments& in, const GateTensors& gates) {
   at::Tensor self = in.tensor(0);
   const at::Tensor gate = gates[0].to(self.scalar_type());
   if (!in.in_place() || self.is_view()) {
@@ -29,7 +29,7 @@ inline at::Tensor replay_leaky(const at::Tensor& self, const at::Tensor& gate, c
 }
 
 /// In evaluation mode a leaky_relu whose result is contiguous; in training mode draws.hpp has it.
-inline Tensors replay_rrelu(const Arguments& in, const Gates& gates) {
+inline Tensors replay_rrelu(const Arguments& in, const GateTensors& gates) {
   return {replay_leaky(in.tensor(0), gates[0], (in.number(2) + in.number(3)) / 2).contiguous()};
 }
 
@@ -49,9 +49,9 @@ inline Tensors replay_elu(const at::Tensor& self, const at::Tensor& gate, const 
   return {at::where(gate, self, negative) * scale};
 }
 
-inline Gates sign_of(const Arguments& in) { return {in.tensor(0).gt(0)}; }
-inline Gates sign_if_kept(const Arguments& in) { return {positive_gate(in)}; }
-inline Gates values(const Arguments& in) { return {value_gate(in)}; }
+inline GateTensors sign_of(const Arguments& in) { return {in.tensor(0).gt(0)}; }
+inline GateTensors sign_if_kept(const Arguments& in) { return {positive_gate(in)}; }
+inline GateTensors values(const Arguments& in) { return {value_gate(in)}; }
 
 inline constexpr Rule rrelu_rule = {
     "rrelu_with_noise", "Tensor self, Tensor noise, Scalar lower, Scalar upper, bool training, Generator? generator",
@@ -60,46 +60,47 @@ inline constexpr Rule rrelu_rule = {
 inline constexpr Rule activations[] = {
     {"relu", "Tensor self", nullptr,
      [](const Arguments&, const std::vector<c10::IValue>& results) {
-       return Gates{positive_gate(results[0].toTensor())};
+       return GateTensors{positive_gate(results[0].toTensor())};
      },
      replay_relu},
     {"leaky_relu", "Tensor self, Scalar negative_slope", sign_if_kept, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        return Tensors{replay_leaky(in.tensor(0), gates[0], in.scalar(1))};
      }},
     rrelu_rule,
     {"_prelu_kernel", "Tensor self, Tensor weight", sign_if_kept, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        return Tensors{at::where(gates[0].gt(0), in.tensor(0), in.tensor(0) * in.tensor(1))};
      }},
     {"threshold", "Tensor self, Scalar threshold, Scalar value", values, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        return Tensors{replay_between(in.tensor(0), gates[0], at::threshold(gates[0], in.scalar(1), in.scalar(2)),
                                      in.scalar(1), unbounded())};
      }},
     // relu6 is one.
     {"hardtanh", "Tensor self, Scalar min_val, Scalar max_val", values, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        return Tensors{replay_between(in.tensor(0), gates[0], at::hardtanh(gates[0], in.scalar(1), in.scalar(2)),
                                      in.scalar(1), in.scalar(2))};
      }},
     {"hardshrink", "Tensor self, Scalar lambd",
      [](const Arguments& in) {
-       return Gates{in.tensor(0).ge(-in.scalar(1)).logical_and_(in.tensor(0).le(in.scalar(1)))};
+       return GateTensors{in.tensor(0).ge(-in.scalar(1)).logical_and_(in.tensor(0).le(in.scalar(1)))};
      },
-     nullptr, [](const Arguments& in, const Gates& gates) { return Tensors{in.tensor(0).masked_fill(gates[0], 0)}; }},
+     nullptr,
+     [](const Arguments& in, const GateTensors& gates) { return Tensors{in.tensor(0).masked_fill(gates[0], 0)}; }},
     {"softshrink", "Tensor self, Scalar lambd", nullptr,
      [](const Arguments&, const std::vector<c10::IValue>& results) {
-       return Gates{results[0].toTensor().sign().to(at::kChar)};
+       return GateTensors{results[0].toTensor().sign().to(at::kChar)};
      },
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        const at::Tensor sign = gates[0].to(in.tensor(0).scalar_type());
        return Tensors{in.tensor(0).sub(sign, in.scalar(1)).masked_fill(gates[0].eq(0), 0)};
      }},
     // A difference of gradients must not see another sixth than LibTorch's: a float32 one in the gradient, and on CUDA
     // in the value too.
     {"hardsigmoid", "Tensor self", values, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        const double sixth = double{1.0F / 6.0F};
        const at::Tensor result = at::hardtanh_backward(in.tensor(0) * sixth, gates[0], -3, 3);
        const bool rounded = in.tensor(0).is_cuda();
@@ -110,7 +111,7 @@ inline constexpr Rule activations[] = {
        return Tensors{result};
      }},
     {"hardswish", "Tensor self", values, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        const at::Tensor self = in.in_place() ? in.tensor(0).clone() : in.tensor(0);  // its gradient needs it
        const at::Tensor square = self * (self / 6).add_(0.5);
        if constexpr (hardswish_kinks_vary) {
@@ -121,11 +122,11 @@ inline constexpr Rule activations[] = {
        return Tensors{at::where(gates[0].ge(3), self, at::hardtanh_backward(square, gates[0], -3, 3))};
      }},
     {"elu", "Tensor self, Scalar alpha, Scalar scale, Scalar input_scale", sign_of, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        return replay_elu(in.tensor(0), gates[0], in.scalar(1), in.scalar(2), in.scalar(3));
      }},
     {"celu", "Tensor self, Scalar alpha", sign_of, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        // As with the sixth above: LibTorch's gradient divides by alpha in float32, in place by what stands outside of
        // the exponential alone; its value does not.
        const double alpha = in.number(1), rounded = static_cast<float>(alpha);

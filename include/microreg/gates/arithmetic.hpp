@@ -16,36 +16,36 @@ inline at::Tensor operand(const Arguments& in, std::size_t i) {
 
 /// How often the divisor went into the dividend.
 template <at::Tensor (*remainder)(const at::Tensor&, const at::Tensor&)>
-Gates quotient(const Arguments& in) {
+GateTensors quotient(const Arguments& in) {
   const at::Tensor self = in.tensor(0).detach();
   const at::Tensor other = operand(in, 1).detach();
   return {((self - remainder(self, other)) / other).round()};
 }
-inline Tensors replay_remainder(const Arguments& in, const Gates& gates) {
+inline Tensors replay_remainder(const Arguments& in, const GateTensors& gates) {
   return {in.tensor(0) - operand(in, 1) * gates[0]};
 }
 
 /// What autograd says about a quantisation: its value, and the input's gradient within the range.
-inline Tensors replay_straight_through(const Arguments& in, const Gates& gates) {
+inline Tensors replay_straight_through(const Arguments& in, const GateTensors& gates) {
   return {gates[0] + (in.tensor(0) - gates[2]).masked_fill(gates[1].logical_not(), 0), gates[1]};
 }
-inline Gates straight_through_gates(std::tuple<at::Tensor, at::Tensor> results, const at::Tensor& self) {
+inline GateTensors straight_through_gates(std::tuple<at::Tensor, at::Tensor> results, const at::Tensor& self) {
   return {std::get<0>(results), std::get<1>(results), self.clone()};
 }
 
 inline constexpr Rule arithmetic[] = {
-    {"frac", "Tensor self", [](const Arguments& in) { return Gates{in.tensor(0).detach().trunc()}; }, nullptr,
-     [](const Arguments& in, const Gates& gates) { return Tensors{in.tensor(0) - gates[0]}; }},
+    {"frac", "Tensor self", [](const Arguments& in) { return GateTensors{in.tensor(0).detach().trunc()}; }, nullptr,
+     [](const Arguments& in, const GateTensors& gates) { return Tensors{in.tensor(0) - gates[0]}; }},
     {"fmod.Tensor", "Tensor self, Tensor other", quotient<at::fmod>, nullptr, replay_remainder},
     {"fmod.Scalar", "Tensor self, Scalar other", quotient<at::fmod>, nullptr, replay_remainder},
     {"remainder.Tensor", "Tensor self, Tensor other", quotient<at::remainder>, nullptr, replay_remainder},
     {"remainder.Scalar", "Tensor self, Scalar other", quotient<at::remainder>, nullptr, replay_remainder},
     composed("copysign.Tensor", "Tensor self, Tensor other",
-             [](const Arguments& in, const Gates&) {
+             [](const Arguments& in, const GateTensors&) {
                return Tensors{in.tensor(0).abs() * at::where(in.tensor(1).signbit(), -1, 1)};
              }),
     composed("copysign.Scalar", "Tensor self, Scalar other",
-             [](const Arguments& in, const Gates&) {
+             [](const Arguments& in, const GateTensors&) {
                return Tensors{in.tensor(0).abs() * (std::signbit(in.number(1)) ? -1 : 1)};
              }),
     {"fake_quantize_per_tensor_affine_cachemask",

@@ -35,10 +35,10 @@ inline Tensors replay_clamp(const at::Tensor& self, const at::Tensor& first, con
 
 // Bounds that are tensors may be differentiated.
 
-inline Gates clamp_tensor_gates(const Arguments& in) {
+inline GateTensors clamp_tensor_gates(const Arguments& in) {
   const at::Tensor& self = in.tensor(0);
   if constexpr (clamp_shares_ties) {
-    Gates gates;
+    GateTensors gates;
     for (const std::size_t bound : {1U, 2U}) {
       if (in.given(bound)) {
         gates.push_back(bound == 1 ? self.lt(in.tensor(1)) : self.gt(in.tensor(2)));
@@ -53,7 +53,7 @@ inline Gates clamp_tensor_gates(const Arguments& in) {
     }
     return gates;
   }
-  Gates gates;
+  GateTensors gates;
   if (in.given(1)) {
     gates.push_back(self.lt(in.tensor(1)));
   }
@@ -68,7 +68,7 @@ inline Gates clamp_tensor_gates(const Arguments& in) {
   return gates;
 }
 
-inline Tensors replay_clamp_tensor(const Arguments& in, const Gates& gates) {
+inline Tensors replay_clamp_tensor(const Arguments& in, const GateTensors& gates) {
   at::Tensor result = in.tensor(0);
   if constexpr (clamp_shares_ties) {
     std::size_t next = 0;
@@ -91,39 +91,39 @@ inline Tensors replay_clamp_tensor(const Arguments& in, const Gates& gates) {
   return {result};
 }
 
-inline Gates lower_bound_gates(const Arguments& in) {
+inline GateTensors lower_bound_gates(const Arguments& in) {
   return clamp_shares_ties ? gates_of_pair(in.tensor(0), in.tensor(1))
-                           : Gates{in.tensor(0).lt(in.tensor(1)).logical_not_()};
+                           : GateTensors{in.tensor(0).lt(in.tensor(1)).logical_not_()};
 }
-inline Gates upper_bound_gates(const Arguments& in) {
+inline GateTensors upper_bound_gates(const Arguments& in) {
   return clamp_shares_ties ? gates_of_pair(in.tensor(1), in.tensor(0))
-                           : Gates{in.tensor(0).gt(in.tensor(1)).logical_not_()};
+                           : GateTensors{in.tensor(0).gt(in.tensor(1)).logical_not_()};
 }
 
 inline constexpr Rule clamps[] = {
     {"clamp", "Tensor self, Scalar? min, Scalar? max", values, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        return replay_clamp(in.tensor(0), gates[0], in.maybe_number(1), in.maybe_number(2));
      }},
     {"clamp_min", "Tensor self, Scalar min", values, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        return replay_clamp(in.tensor(0), gates[0], in.number(1), std::nullopt);
      }},
     {"clamp_max", "Tensor self, Scalar max", values, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        return replay_clamp(in.tensor(0), gates[0], std::nullopt, in.number(1));
      }},
     {"clamp.Tensor", "Tensor self, Tensor? min, Tensor? max", clamp_tensor_gates, nullptr, replay_clamp_tensor},
     {"clamp_min.Tensor", "Tensor self, Tensor min", lower_bound_gates, nullptr, replay_pair},
     {"clamp_max.Tensor", "Tensor self, Tensor max", upper_bound_gates, nullptr, replay_pair},
     // The sign of the first input times the second.
-    {"abs", "Tensor self", [](const Arguments& in) { return Gates{in.tensor(0).sign().to(at::kChar)}; }, nullptr,
-     [](const Arguments& in, const Gates& gates) {
+    {"abs", "Tensor self", [](const Arguments& in) { return GateTensors{in.tensor(0).sign().to(at::kChar)}; }, nullptr,
+     [](const Arguments& in, const GateTensors& gates) {
        return Tensors{in.tensor(0) * gates[0].to(in.tensor(0).scalar_type())};
      }},
-    {"logit", "Tensor self, float? eps", [](const Arguments& in) { return Gates{in.tensor(0).detach().clone()}; },
+    {"logit", "Tensor self, float? eps", [](const Arguments& in) { return GateTensors{in.tensor(0).detach().clone()}; },
      nullptr,
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        const double low = in.number(1);
        return Tensors{at::logit(replay_clamp(in.tensor(0), gates[0], low, 1 - low, /*passes=*/true).front())};
      },

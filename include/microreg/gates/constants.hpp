@@ -89,7 +89,7 @@ inline void hold_constants(Call& call) {
   if (!call.session.holds_constants() || !at::GradMode::is_enabled() || !call.in.requires_grad()) {
     return call.stock();
   }
-  Gates constants;
+  GateTensors constants;
   {
     const StockKernels exclude;
     for_each_constant(call, [&](const at::Tensor& tensor) -> std::optional<at::Tensor> {
@@ -105,7 +105,7 @@ inline void hold_constants(Call& call) {
     call.stock();
     return call.record(std::move(constants), /*may_be_left_out=*/false);
   }
-  const Gates held = call.next();
+  const GateTensors held = call.next();
   if (held.size() != constants.size()) {
     call.session.fail(call.in.operation(), call.in.sizes());
   }

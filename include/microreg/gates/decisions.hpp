@@ -90,12 +90,12 @@ inline at::Tensor as_tensor(const c10::IValue& result) {
 
 /// The gates that the first pass recorded for a decision. If no gradient depends on its operands it may not have been
 /// there: samples are drawn once, and losses are printed once.
-inline std::optional<Gates> decided(Call& call, bool differentiates) {
+inline std::optional<GateTensors> decided(Call& call, bool differentiates) {
   return differentiates ? call.next() : call.session.next_if_there(call.in.operation(), call.in.sizes());
 }
 
 inline void record_results(Call& call, bool differentiates) {
-  Gates gates;
+  GateTensors gates;
   {
     const StockKernels exclude;
     call.stock();

@@ -40,7 +40,7 @@ inline constexpr const char* drawn_inside[] = {"_standard_gamma",
                                                "_efficient_attention_forward"};
 
 /// Draws need not be repeated: labels and masks are sometimes drawn once and kept.
-inline std::optional<Gates> drawn(Call& call) {
+inline std::optional<GateTensors> drawn(Call& call) {
   return call.session.next_if_there(call.in.operation(), call.in.sizes());
 }
 

@@ -36,15 +36,17 @@ inline at::Tensor where_extreme(const at::Tensor& self, at::Tensor extreme, cons
   return self.eq(extreme);
 }
 
-inline Gates gates_of_all(const Arguments& in, const std::vector<c10::IValue>& results) {
+inline GateTensors gates_of_all(const Arguments& in, const std::vector<c10::IValue>& results) {
   return {in.tensor(0).eq(results[0].toTensor())};
 }
-inline Tensors replay_all(const Arguments& in, const Gates& gates) { return {mean_where(in.tensor(0), gates[0])}; }
+inline Tensors replay_all(const Arguments& in, const GateTensors& gates) {
+  return {mean_where(in.tensor(0), gates[0])};
+}
 
-inline Gates gates_of_dimensions(const Arguments& in, const std::vector<c10::IValue>& results) {
+inline GateTensors gates_of_dimensions(const Arguments& in, const std::vector<c10::IValue>& results) {
   return {where_extreme(in.tensor(0), results[0].toTensor(), in.integers(1), in.flag(2))};
 }
-inline Tensors replay_dimensions(const Arguments& in, const Gates& gates) {
+inline Tensors replay_dimensions(const Arguments& in, const GateTensors& gates) {
   return {mean_where(in.tensor(0), gates[0], in.integers(1), in.flag(2))};
 }
 
@@ -53,10 +55,12 @@ inline std::vector<std::int64_t> dimension_or_all(const Arguments& in) {
 }
 
 /// Where `one` is the larger, and where both are equal.
-inline Gates gates_of_pair(const at::Tensor& one, const at::Tensor& other) { return {one.gt(other), one.eq(other)}; }
+inline GateTensors gates_of_pair(const at::Tensor& one, const at::Tensor& other) {
+  return {one.gt(other), one.eq(other)};
+}
 
 /// The gates of fmax and fmin, which pass over NaN.
-inline Gates without_nan(const Arguments& in, Gates gates) {
+inline GateTensors without_nan(const Arguments& in, GateTensors gates) {
   gates[0].logical_or_(in.tensor(1).isnan());
   if (!clamp_shares_ties) {
     gates[0].logical_or_(gates[1]);
@@ -66,7 +70,7 @@ inline Gates without_nan(const Arguments& in, Gates gates) {
 }
 
 /// The first where gates[0], the mean of both where gates[1].
-inline Tensors replay_pair(const Arguments& in, const Gates& gates) {
+inline Tensors replay_pair(const Arguments& in, const GateTensors& gates) {
   const at::Tensor& self = in.tensor(0);
   const at::Tensor& other = in.tensor(1);
   return {at::where(gates[0], self, gates.size() == 1 ? other : at::where(gates[1], (self + other) / 2, other))};
@@ -93,7 +97,7 @@ inline Scattered scattered(const Arguments& in) {
   return {index, source};
 }
 
-inline Gates gates_of_reduced_index(const Arguments& in) {
+inline GateTensors gates_of_reduced_index(const Arguments& in) {
   const auto [index, source] = scattered(in);
   const std::int64_t dim = in.integer(1);
   const at::Tensor self = in.tensor(0).detach();
@@ -105,7 +109,7 @@ inline Gates gates_of_reduced_index(const Arguments& in) {
   return {own, source.eq(result.gather(dim, index))};
 }
 
-inline Tensors replay_reduced_index(const Arguments& in, const Gates& gates) {
+inline Tensors replay_reduced_index(const Arguments& in, const GateTensors& gates) {
   const auto [index, source] = scattered(in);
   const std::int64_t dim = in.integer(1);
   const at::Tensor sum =
@@ -124,13 +128,13 @@ inline constexpr Rule extrema[] = {
     {"amin", "Tensor self, int[] dim, bool keepdim", nullptr, gates_of_dimensions, replay_dimensions},
     {"aminmax", "Tensor self, int? dim, bool keepdim", nullptr,
      [](const Arguments& in, const std::vector<c10::IValue>& results) {
-       Gates gates;
+       GateTensors gates;
        for (const c10::IValue& result : results) {
          gates.push_back(where_extreme(in.tensor(0), result.toTensor(), dimension_or_all(in), in.flag(2)));
        }
        return gates;
      },
-     [](const Arguments& in, const Gates& gates) {
+     [](const Arguments& in, const GateTensors& gates) {
        const auto dim = dimension_or_all(in);
        return Tensors{mean_where(in.tensor(0), gates[0], dim, in.flag(2)),
                       mean_where(in.tensor(0), gates[1], dim, in.flag(2))};

@@ -155,11 +155,11 @@ class Call {
   void replace(std::size_t position, c10::IValue value) {
     stack_[stack_.size() - in.values().size() + position] = std::move(value);
   }
-  void record(Gates gates, bool may_be_left_out, bool drawn = false) {
+  void record(GateTensors gates, bool may_be_left_out, bool drawn = false) {
     const auto [node, number] = node_of(results().front());
     session.record({in.operation(), in.sizes(), std::move(gates), {}, may_be_left_out, node, number, drawn});
   }
-  Gates next() { return session.next(in.operation(), in.sizes()); }
+  GateTensors next() { return session.next(in.operation(), in.sizes()); }
 
  private:
   /// The node of a result. What is written to a view lies within a node of its base.

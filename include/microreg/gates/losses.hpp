@@ -36,7 +36,7 @@ inline at::Tensor norm_of_order(const at::Tensor& self, double order, at::IntArr
                      : absolute.amin(dim, keepdim);
 }
 
-inline Tensors composed_norm(const Arguments& in, const Gates& /*gates*/) {
+inline Tensors composed_norm(const Arguments& in, const GateTensors& /*gates*/) {
   const auto dim = in.find("dim");
   const auto keepdim = in.find("keepdim");
   const auto type = in.find("dtype");
@@ -61,7 +61,7 @@ inline Tensors composed_smooth_l1(const Arguments& in, double width, double curv
   return {reduced(at::where(absolute.lt(width), parabola, lines), in.integer(2))};
 }
 
-inline Tensors composed_multi_margin(const Arguments& in, const Gates& /*gates*/) {
+inline Tensors composed_multi_margin(const Arguments& in, const GateTensors& /*gates*/) {
   const at::Tensor& self = in.tensor(0);
   const at::Tensor rows = self.dim() < 2 ? self.unsqueeze(0) : self;
   const at::Tensor target = in.tensor(1).reshape({-1, 1});
@@ -75,7 +75,7 @@ inline Tensors composed_multi_margin(const Arguments& in, const Gates& /*gates*/
   return {reduced(margins.mean(1).reshape(in.tensor(1).sizes()), in.integer(5))};
 }
 
-inline Tensors composed_multilabel_margin(const Arguments& in, const Gates& /*gates*/) {
+inline Tensors composed_multilabel_margin(const Arguments& in, const GateTensors& /*gates*/) {
   const at::Tensor& self = in.tensor(0);
   const at::Tensor counts = in.tensor(1).ge(0).to(at::kLong).cumprod(-1);  // up to the first label of -1
   const at::Tensor target = in.tensor(1).clamp_min(0);
@@ -96,20 +96,20 @@ inline constexpr Rule losses[] = {
              has_kink_of_order),
     composed(
         "dist", "Tensor self, Tensor other, Scalar p",
-        [](const Arguments& in, const Gates&) {
+        [](const Arguments& in, const GateTensors&) {
           return Tensors{norm_of_order(in.tensor(0) - in.tensor(1), order_of(in), {}, false)};
         },
         has_kink_of_order),
     composed(
         "_cdist_forward", "Tensor x1, Tensor x2, float p, int? compute_mode",
-        [](const Arguments& in, const Gates&) {
+        [](const Arguments& in, const GateTensors&) {
           return Tensors{
               norm_of_order(in.tensor(0).unsqueeze(-2) - in.tensor(1).unsqueeze(-3), order_of(in), {-1}, false)};
         },
         has_kink_of_order),
     composed(
         "_pdist_forward", "Tensor self, float p",
-        [](const Arguments& in, const Gates&) {
+        [](const Arguments& in, const GateTensors&) {
           const at::Tensor& self = in.tensor(0);
           const at::Tensor pairs =
               at::triu_indices(self.size(0), self.size(0), 1, at::kLong, at::kStrided, self.device(), false);
@@ -117,10 +117,11 @@ inline constexpr Rule losses[] = {
                                        {-1}, false)};
         },
         has_kink_of_order),
-    composed("smooth_l1_loss", "Tensor self, Tensor target, int reduction, float beta",
-             [](const Arguments& in, const Gates&) { return composed_smooth_l1(in, in.number(3), 1 / in.number(3)); }),
+    composed(
+        "smooth_l1_loss", "Tensor self, Tensor target, int reduction, float beta",
+        [](const Arguments& in, const GateTensors&) { return composed_smooth_l1(in, in.number(3), 1 / in.number(3)); }),
     composed("huber_loss", "Tensor self, Tensor target, int reduction, float delta",
-             [](const Arguments& in, const Gates&) { return composed_smooth_l1(in, in.number(3), 1); }),
+             [](const Arguments& in, const GateTensors&) { return composed_smooth_l1(in, in.number(3), 1); }),
     composed("multi_margin_loss", "Tensor self, Tensor target, Scalar p, Scalar margin, Tensor? weight, int reduction",
              composed_multi_margin),
     composed("multilabel_margin_loss_forward", "Tensor self, Tensor target, int reduction", composed_multilabel_margin),

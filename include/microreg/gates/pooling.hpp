@@ -39,10 +39,10 @@ inline at::Tensor pooling_backward(const at::Tensor& upstream, const Arguments& 
   return stack.front().toTensor();
 }
 
-inline Gates gates_of_pooling(const Arguments& /*in*/, const std::vector<c10::IValue>& results) {
+inline GateTensors gates_of_pooling(const Arguments& /*in*/, const std::vector<c10::IValue>& results) {
   return {results[1].toTensor()};
 }
-inline Tensors replay_pooling(const Arguments& in, const Gates& gates) {
+inline Tensors replay_pooling(const Arguments& in, const GateTensors& gates) {
   const at::Tensor self = in.tensor(0).detach();
   const at::Tensor result =
       gather_flat(self, gates[0], std::string_view(in.operation()).find("3d") == std::string_view::npos ? 2 : 3);

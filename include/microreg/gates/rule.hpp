@@ -20,11 +20,11 @@ struct Rule {
   const char* arguments;  // as native_functions.yaml has them, without defaults
   /// What to record, from the arguments before LibTorch's operation runs or from its results afterwards. Without either
   /// the operations that `replay` calls are recorded by themselves.
-  Gates (*gates)(const Arguments&);
-  Gates (*gates_of_results)(const Arguments&, const std::vector<c10::IValue>&);
+  GateTensors (*gates)(const Arguments&);
+  GateTensors (*gates_of_results)(const Arguments&, const std::vector<c10::IValue>&);
   /// What the operation would have given with the pieces of the first pass, differentiable. The form in place
   /// overwrites the first operand with it: its gradient must not need that operand then.
-  Tensors (*replay)(const Arguments&, const Gates&);
+  Tensors (*replay)(const Arguments&, const GateTensors&);
   /// Whether there is a kink with these arguments; always, if null.
   bool (*has_kink)(const Arguments&) = nullptr;
 
@@ -32,13 +32,14 @@ struct Rule {
 };
 
 /// An operation composed of ones that have gates.
-constexpr Rule composed(const char* operation, const char* arguments, Tensors (*replay)(const Arguments&, const Gates&),
+constexpr Rule composed(const char* operation, const char* arguments,
+                        Tensors (*replay)(const Arguments&, const GateTensors&),
                         bool (*has_kink)(const Arguments&) = nullptr) {
   return {operation, arguments, nullptr, nullptr, replay, has_kink};
 }
 
 inline void record(const Rule& rule, Call& call) {
-  Gates gates;
+  GateTensors gates;
   if (rule.is_composed()) {
     const at::NoGradGuard no_grad;
     const GateSession::Composing composing(call.session);

@@ -76,7 +76,8 @@ enum class Keep {
 
 namespace detail {
 
-using Gates = std::vector<at::Tensor>;
+/// What the gates of one operation hold.
+using GateTensors = std::vector<at::Tensor>;
 
 /// What a session records and replays.
 enum class Frozen {
@@ -150,7 +151,7 @@ class GateSession {
   }
 
   /// The gates of the next operation of the first pass, which has to be this one.
-  Gates next(const char* operation, const std::vector<std::int64_t>& sizes) {
+  GateTensors next(const char* operation, const std::vector<std::int64_t>& sizes) {
     if (!skip_to(operation, sizes)) {
       fail(operation, sizes);
     }
@@ -171,7 +172,7 @@ class GateSession {
   }
 
   /// The same for an operation that the first pass need not have had: nothing then.
-  std::optional<Gates> next_if_there(const char* operation, const std::vector<std::int64_t>& sizes) {
+  std::optional<GateTensors> next_if_there(const char* operation, const std::vector<std::int64_t>& sizes) {
     return skip_to(operation, sizes) ? std::optional(next(operation, sizes)) : std::nullopt;
   }
 

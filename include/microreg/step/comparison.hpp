@@ -30,18 +30,11 @@ struct Comparison {
 };
 
 inline Comparison compare(const std::vector<at::Tensor>& found, const std::vector<at::Tensor>& right) {
-  const at::TensorOptions scalar = at::TensorOptions().dtype(at::kDouble);
-  const auto norm_of = [&](const at::Tensor& tensor) { return squared_norm({tensor}, scalar).sqrt().item<double>(); };
   Comparison result;
-  result.norm = squared_norm(right, scalar).sqrt().item<double>();
-  for (std::size_t i = 0; i < found.size(); ++i) {
-    at::Tensor apart;
-    if (found[i].defined() && right[i].defined()) {
-      apart = found[i] - right[i];
-    } else {
-      apart = found[i].defined() ? found[i] : right[i];
-    }
-    const double distance = apart.defined() ? norm_of(apart) : 0.0;
+  result.norm = norm_of(right);
+  const std::vector<at::Tensor> apart = differences(found, right);
+  for (std::size_t i = 0; i < apart.size(); ++i) {
+    const double distance = norm_of({apart[i]});
     result.distance = std::hypot(result.distance, distance);
     result.worst.emplace_back(distance, i);
   }

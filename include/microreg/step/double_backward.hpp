@@ -191,14 +191,16 @@ class DoubleBackward {
   std::vector<at::Tensor> loss_gradient_;
 };
 
+inline double strongest_of(const std::vector<double>& strengths) {
+  return strengths.empty() ? 0.0 : *std::max_element(strengths.begin(), strengths.end());
+}
+
 /// grad(weights.loss * L_M + weights.penalty * sum of strength * R_M), from the probes of each penalty.
 inline Estimated double_backward(const MiniBatch& batch, const Evaluation& evaluation,
                                  std::vector<std::vector<at::Tensor>> probes, const Weights& weights,
                                  const Parameters& parameters, const HalfRange& range) {
   Estimated result;
-  const double strongest =
-      weights.strengths.empty() ? 0.0 : *std::max_element(weights.strengths.begin(), weights.strengths.end());
-  DoubleBackward step(evaluation, parameters, range, strongest * weights.penalty);
+  DoubleBackward step(evaluation, parameters, range, strongest_of(weights.strengths) * weights.penalty);
   try {
     for (std::size_t i = 0; i < batch.terms(); ++i) {
       result.squared_norms.push_back(step.add(batch.term(i), std::exchange(probes[i], {}), weights.on_penalty(i),

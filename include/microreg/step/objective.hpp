@@ -381,14 +381,13 @@ class ObjectiveOnBatch : public MiniBatch {
         differentiable.push_back(tensor);
       });
     }
-    bool shares_graph = false;
-    detail::for_each_tensor(input, "input", [&](const at::Tensor& tensor, const std::string& /*path*/) {
-      shares_graph = shares_graph || (tensor.defined() && tensor.grad_fn() != nullptr);
-    });
     Target target = slice(target_, part.begin, part.size);
-    detail::for_each_tensor(target, "target", [&](const at::Tensor& tensor, const std::string& /*path*/) {
+    bool shares_graph = false;
+    const auto look = [&](const at::Tensor& tensor, const std::string& /*path*/) {
       shares_graph = shares_graph || (tensor.defined() && tensor.grad_fn() != nullptr);
-    });
+    };
+    detail::for_each_tensor(input, "input", look);
+    detail::for_each_tensor(target, "target", look);
     const OptionalAutocast half(options_.autocast, device_);
     auto result = objective_.evaluate(std::move(input), std::move(target), part.size, options_);
     result->inputs = std::move(differentiable);

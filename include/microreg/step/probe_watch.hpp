@@ -93,9 +93,7 @@ class ProbeWatch {
                                  const std::vector<at::Tensor>& there) const {
     double bend = 0, change = 0, norm = 0;
     const at::NoGradGuard no_grad;
-    const auto add = [](double& sum, const at::Tensor& tensor) {
-      sum = std::hypot(sum, squared_norm({tensor}, at::TensorOptions().dtype(at::kDouble)).sqrt().item<double>());
-    };
+    const auto add = [](double& sum, const at::Tensor& tensor) { sum = std::hypot(sum, norm_of({tensor})); };
     double epsilon = 0;
     for (std::size_t i = 0; i < here.size(); ++i) {
       if (!there[i].defined() && !back[i].defined()) {

@@ -423,11 +423,6 @@ class Recordings : public Replay {
     return defined(sum);
   }
 
-  static double norm_of(const std::vector<at::Tensor>& tensors) {
-    return tensors.empty() ? 0
-                           : squared_norm(tensors, tensors.front().options().dtype(at::kDouble)).sqrt().item<double>();
-  }
-
   static bool all_finite(const at::Tensor& loss, const Estimated& estimated) {
     return is_finite(loss.item<double>()) && is_finite(norm_of(sum_of(estimated))) &&
            is_finite(norm_of(estimated.squared_norms));

@@ -174,6 +174,11 @@ inline at::Tensor squared_norm(const std::vector<at::Tensor>& tensors, const at:
   return all.is_meta() ? all.square().sum() : all.dot(all);  // which the meta device does not have
 }
 
+/// Its root in float64, as a number: reading it waits for a device.
+inline double norm_of(const std::vector<at::Tensor>& tensors) {
+  return squared_norm(tensors, at::TensorOptions().dtype(at::kDouble)).sqrt().item<double>();
+}
+
 /// Why nothing can be added to the `.grad` of a parameter, or scaled in it; null where it can, or there is none.
 inline const char* problem_of_grad(const at::Tensor& parameter) {
   const at::Tensor grad = parameter.grad();
