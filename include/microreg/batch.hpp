@@ -73,6 +73,11 @@ struct PerSample : std::vector<T> {
   }
 };
 
+/// The target of a Regularizer whose loss takes the output alone.
+struct NoTarget {
+  friend std::tuple<> microreg_fields(NoTarget& /*none*/) { return {}; }
+};
+
 namespace detail {
 
 template <class T>

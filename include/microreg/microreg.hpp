@@ -22,10 +22,12 @@
 #include <microreg/options.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/penalised.hpp>
+#include <microreg/penalties/average_jacobian.hpp>
 #include <microreg/penalties/fisher_trace.hpp>
 #include <microreg/penalties/gradient_norm.hpp>
 #include <microreg/penalties/input_jacobian.hpp>
-#include <microreg/penalties/jacobian.hpp>
+#include <microreg/penalties/jacobian_norm.hpp>
+#include <microreg/penalties/unit_jacobian.hpp>
 #include <microreg/penalties/unsquared.hpp>
 #include <microreg/penalty.hpp>
 #include <microreg/regularizer.hpp>

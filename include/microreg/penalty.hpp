@@ -73,6 +73,9 @@ struct ForwardPass {
 
 namespace detail {
 
+template <class Pass>
+concept HasTensorOutput = std::convertible_to<decltype(std::declval<const Pass&>().output), const at::Tensor&>;
+
 /// Calls a user's probe with what it takes: the whole ForwardPass, (output), or (output, target).
 template <class Function, class Pass>
 decltype(auto) call_probe(const Function& function, const Pass& pass) {

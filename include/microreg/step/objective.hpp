@@ -23,11 +23,6 @@
 
 namespace microreg::inline MICROREG_ABI {
 
-/// The target of a Regularizer whose loss takes the output alone.
-struct NoTarget {
-  friend std::tuple<> microreg_fields(NoTarget& /*none*/) { return {}; }
-};
-
 namespace detail {
 
 /// The concept's message, where a constraint on a template parameter would only say that no function matches.

@@ -1,5 +1,5 @@
 /// @file
-/// AverageJacobian (AJ), UnitJacobian (UJ) and JacobianNorm: penalties on the parameter Jacobian of the model's output.
+/// UnitJacobian (UJ): a penalty on random unit combinations of the rows of the parameter Jacobian of the mean output.
 ///
 /// J-bar is the Jacobian of the mean output, [C, number of parameters], row c = grad_w mean over x in M of f_c(x).
 /// Outputs of more dimensions are read as one vector a sample, so C is the number of output values per sample.
@@ -11,50 +11,12 @@
 #include <microreg/squared_gradient_norm.hpp>
 
 #include <cmath>
-#include <concepts>
 #include <cstdint>
 #include <optional>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 namespace microreg::inline MICROREG_ABI {
-
-namespace detail {
-template <class Pass>
-concept HasTensorOutput = std::convertible_to<decltype(std::declval<const Pass&>().output), const at::Tensor&>;
-}
-
-/// The squared norm of the gradient of the summed mean output,
-///
-///     R_M(w) = || grad_w sum over c of mean over x in M of f_c(x) ||^2 = || 1^T J-bar ||^2.
-///
-/// As in the authors' code (arXiv:2211.15853, section 3, "average Jacobian") this is the norm of the sum of the rows of
-/// J-bar, not its Frobenius norm. The output must be floating-point, [M, ...]. Cost in `Regularizer`: 3.0 plain steps
-/// in exact arithmetic. Neither labels nor the loss are used.
-///
-/// ```cpp
-/// auto value = microreg::AverageJacobian{}(model->forward(x), model->parameters());
-/// ```
-struct AverageJacobian {
-  [[nodiscard]] std::string_view name() const noexcept { return "average_jacobian"; }  ///< "average_jacobian" in Report
-
-  /// s_M = sum over c of mean over x in M of f_c(x). Throws ModelError unless the output is floating-point, [M, ...].
-  template <detail::HasTensorOutput Pass>
-  [[nodiscard]] at::Tensor probe(const Pass& pass) const {
-    return probe_of(pass.output);
-  }
-
-  /// The penalty of `output`; see squared_gradient_norm() for what it costs and throws.
-  [[nodiscard]] at::Tensor operator()(const at::Tensor& output, const std::vector<at::Tensor>& parameters) const {
-    return squared_gradient_norm(probe_of(output), parameters, name());
-  }
-
- private:
-  [[nodiscard]] at::Tensor probe_of(const at::Tensor& output) const {
-    return differentiable_output(output, name()).sum() / output.size(0);
-  }
-};
 
 /// The squared norm of the gradient of a random unit combination of the mean outputs,
 ///
@@ -113,37 +75,6 @@ struct UnitJacobian {
     const at::NoGradGuard no_grad;
     const at::Tensor normal = at::empty_like(like).normal_(0, 1, generator);
     return normal / normal.norm();
-  }
-};
-
-/// The squared Frobenius norm of the Jacobian of the mean output, exactly,
-///
-///     R_M(w) = || J-bar ||_F^2 = sum over c of || grad_w mean over x in M of f_c(x) ||^2.
-///
-/// One probe per output value: 1 + 2C plain steps in exact arithmetic, and the graphs of C backward passes at once. For
-/// many outputs take UnitJacobian with several directions instead. The output must be floating-point, [M, ...]. Neither
-/// labels nor the loss are used.
-///
-/// ```cpp
-/// auto value = microreg::JacobianNorm{}(model->forward(x), model->parameters());
-/// ```
-struct JacobianNorm {
-  [[nodiscard]] std::string_view name() const noexcept { return "jacobian_norm"; }  ///< "jacobian_norm" in Report
-
-  /// s_c = mean over x in M of f_c(x), c = 1 ... C. Throws ModelError unless the output is floating-point, [M, ...].
-  template <detail::HasTensorOutput Pass>
-  [[nodiscard]] std::vector<at::Tensor> probes(const Pass& pass) const {
-    return probes_of(pass.output);
-  }
-
-  /// The penalty of `output`; see squared_gradient_norm() for what it costs and throws.
-  [[nodiscard]] at::Tensor operator()(const at::Tensor& output, const std::vector<at::Tensor>& parameters) const {
-    return detail::summed_squared_gradient_norms(probes_of(output), parameters, name());
-  }
-
- private:
-  [[nodiscard]] std::vector<at::Tensor> probes_of(const at::Tensor& output) const {
-    return differentiable_output(output, name()).reshape({output.size(0), -1}).mean(0).unbind();
   }
 };
 
