@@ -28,12 +28,14 @@ threads="${MICROREG_THREADS:-0}"
 results="$microreg_root/benchmarks/results"
 chart="$microreg_root/docs/penalty_overhead.svg"
 options=()
+half_options=(--model resnet18_w16 --model vit --model resnet18_w64 --micro-batch 32 --seconds 3)
 peer_options=()
 worker_options=()
 if [ -n "$quick" ]; then
   results="$microreg_root/build/benchmarks-quick"
   chart="$results/penalty_overhead.svg"
   options=(--quick)
+  half_options=(--model cnn --micro-batch 32 --seconds 0.5)
   peer_options=(--model resnet18_w16 --model cnn --seconds 5)
   worker_options=(--model cnn --seconds 3)
 fi
@@ -42,6 +44,13 @@ mkdir -p "$results"
 microreg_say "Penalised against plain steps"
 "$program" "${options[@]}" --threads "$threads" --json "$results/penalty_overhead.json" \
   --sweep-json "$results/sweeps.json" | tee "$results/penalty_overhead.txt"
+
+for type in float32 bfloat16; do
+  echo
+  microreg_say "Under autocast to $type"
+  "$program" "${half_options[@]}" --autocast "$type" --penalty gradient_norm --estimator exact --fused on --no-sweep \
+    --no-memory --threads "$threads" --json "$results/autocast_$type.json" | tee "$results/autocast_$type.txt"
+done
 
 echo
 microreg_say "Workers, beside busy processes too"
