@@ -79,6 +79,18 @@ struct SpectralNetImpl : torch::nn::Module {
 };
 TORCH_MODULE(SpectralNet);
 
+/// An embedding that brings the rows that it looks up to a norm of one at most, in place.
+struct RenormalisedNetImpl : torch::nn::Module {
+  RenormalisedNetImpl() {
+    register_module("rows", rows);
+    register_module("output", output);
+  }
+  torch::Tensor forward(const torch::Tensor& x) { return output(torch::tanh(rows(x).flatten(1))); }
+  torch::nn::Embedding rows{torch::nn::EmbeddingOptions(9, 4).max_norm(1.0)};
+  torch::nn::Linear output{12, networks::classes};
+};
+TORCH_MODULE(RenormalisedNet);
+
 /// Writes to a buffer that its derivative reads, in a way of the caller's.
 struct WritingNetImpl : torch::nn::Module {
   explicit WritingNetImpl(std::function<void(torch::Tensor&)> how) : write(std::move(how)) {
@@ -822,16 +834,60 @@ TEST_CASE("what a penalty reads is found on each micro-batch that is penalised",
 
 TEST_CASE("networks that run in order give the same bits with workers", "[workers]") {
   torch::manual_seed(1);
-  const torch::Tensor input = torch::randn({22, 6});
-  const torch::Tensor target = torch::randint(networks::classes, {22});
-  const auto step = [&](std::int64_t workers) {
-    return two_steps<SpectralNet>(cross_entropy, microreg::GradientNorm{},
-                                  {.strength = 0.1, .micro_batch_size = 4, .workers = workers}, input, target);
+  const auto check = [](const auto& step) {
+    const auto one = step(1);
+    CHECK(all_same_bits(step(3), one));
+    const ThreadsInside threads(1);
+    CHECK(all_same_bits(step(0), one));
   };
-  const auto one = step(1);
-  CHECK(all_same_bits(step(3), one));
-  const ThreadsInside threads(1);
-  CHECK(all_same_bits(step(0), one));
+  const torch::Tensor target = torch::randint(networks::classes, {22});
+  SECTION("spectral norm") {
+    const torch::Tensor input = torch::randn({22, 6});
+    check([&](std::int64_t workers) {
+      return two_steps<SpectralNet>(cross_entropy, microreg::GradientNorm{},
+                                    {.strength = 0.1, .micro_batch_size = 4, .workers = workers}, input, target);
+    });
+  }
+  SECTION("an embedding that renormalises its rows") {
+    const torch::Tensor input = torch::randint(9, {22, 3});
+    check([&](std::int64_t workers) {
+      return two_steps<RenormalisedNet>(cross_entropy, microreg::GradientNorm{},
+                                        {.strength = 0.1, .micro_batch_size = 4, .workers = workers}, input, target);
+    });
+  }
+}
+
+TEST_CASE("model, loss and penalty are called by one worker at a time, in the order of the micro-batches",
+          "[workers]") {
+  torch::manual_seed(1);
+  torch::nn::Linear layer(6, networks::classes);
+  std::atomic<int> inside = 0, most = 0;
+  std::vector<double> seen;  // what came in, in the order of the calls
+  const auto visit = [&](const torch::Tensor& something) {
+    most = std::max(most.load(), ++inside);
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));  // long enough for another to come in
+    const torch::Tensor result = something * 1;
+    --inside;
+    return result;
+  };
+  const microreg::FunctionModel model{[&](const torch::Tensor& x) {
+                                        seen.push_back(x[0][0].item<double>());
+                                        return visit(layer->forward(x));
+                                      },
+                                      layer->parameters()};
+  const auto loss = [&](const torch::Tensor& output, const torch::Tensor& labels) {
+    return visit(torch::cross_entropy_loss(output, labels));
+  };
+  const microreg::SquaredGradientNorm penalty{
+      [&](const torch::Tensor& output) { return visit(output.square().mean()); }};
+  const torch::Tensor input = torch::arange(24.).unsqueeze(1).repeat({1, 6});
+  microreg::Regularizer regularizer(model, loss, penalty, {.strength = 0.1, .micro_batch_size = 2, .workers = 4});
+  (void)regularizer.backward(input, torch::zeros({24}, torch::kLong));
+  CHECK(most == 1);
+  REQUIRE(seen.size() == 12);
+  for (std::size_t i = 0; i < seen.size(); ++i) {
+    CHECK(seen[i] == 2.0 * static_cast<double>(i));
+  }
 }
 
 TEST_CASE("an error in any micro-batch is that of the first one, and nothing has changed", "[workers]") {

@@ -2,7 +2,9 @@
 /// What a user's compiler flags might break, in one small program without a test framework: numbers against a formula,
 /// checks for NaN, gates, threads and errors. tests/check_flags.sh builds and runs it with each of them.
 #include <torch/nn/modules/activation.h>
+#include <torch/nn/modules/batchnorm.h>
 #include <torch/nn/modules/container/sequential.h>
+#include <torch/nn/modules/dropout.h>
 #include <torch/nn/modules/linear.h>
 #include <microreg/detail/finite.hpp>
 #include <microreg/gates/scope.hpp>
@@ -149,6 +151,46 @@ void check_not_finite() {
         "grafting onto NaN is refused");
 }
 
+/// What is known of a network by the operations that it calls.
+void check_watches() {
+  torch::manual_seed(1);
+  torch::nn::Sequential layers(torch::nn::Linear(3, 4), torch::nn::BatchNorm1d(4), torch::nn::Dropout(0.5),
+                               torch::nn::Linear(4, 2));
+  const torch::Tensor x = at::randn({8, 3}), y = at::randn({8, 2});
+  const std::string said =
+      microreg::verify(layers, squared_error, microreg::GradientNorm{}, x, y, {.micro_batch_size = 4}).text();
+  check(said.find("1 batch normalisation takes") != std::string::npos, "verify sees batch normalisation");
+  check(said.find("1 dropout is on") != std::string::npos, "verify sees dropout");
+
+  // Two workers, of a network whose graph reads what its next forward pass writes to.
+  torch::nn::Linear layer(3, 2);
+  layer->register_buffer("u", at::ones({2}));
+  const auto step = [&](std::int64_t workers) {
+    layer->zero_grad();
+    torch::Tensor u = layer->named_buffers()["u"];
+    u.fill_(1);
+    const microreg::FunctionModel model{[&](const torch::Tensor& input) {
+                                          {
+                                            const at::NoGradGuard no_grad;
+                                            u.mul_(1.25);
+                                          }
+                                          return layer->forward(input) * u.as_strided({2}, {1});
+                                        },
+                                        layer->parameters(),
+                                        {u}};
+    microreg::Regularizer regularizer(model, squared_error, microreg::GradientNorm{},
+                                      {.strength = 0.3, .micro_batch_size = 1, .workers = workers});
+    regularizer.backward(x, y);
+    return at::cat({layer->weight.grad().flatten(), layer->bias.grad()});
+  };
+  const torch::Tensor right = step(1);
+  bool same = true;
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    same = same && at::equal(step(2), right);
+  }
+  check(same, "workers wait where a graph reads what is written to");
+}
+
 std::size_t gates_of(const torch::Tensor& x, const at::Scalar& order) {
   microreg::GateTape tape;
   const microreg::RecordGates record(tape);
@@ -209,6 +251,7 @@ int main() {
   std::setvbuf(stdout, nullptr, _IONBF, 0);  // what was found before a crash
   check_numbers();
   check_not_finite();
+  check_watches();
   check_gates();
   check_threads();
   std::printf("%d of %d checks passed\n", checks - failures, checks);

@@ -2,7 +2,9 @@
 /// Being told of every operation that is called on this thread.
 #pragma once
 
+#include <ATen/core/ivalue.h>
 #include <ATen/record_function.h>
+#include <c10/util/ArrayRef.h>
 #include <microreg/version.hpp>
 
 #include <memory>
@@ -10,6 +12,17 @@
 #include <utility>
 
 namespace microreg::inline MICROREG_ABI::detail {
+
+/// What an operation was called with. RecordFunction::inputs() asserts in a program that is compiled without NDEBUG, by
+/// a flag that the code inside of LibTorch's releases never sets; LibTorch swallows what a callback throws, so nothing
+/// would be seen, and nothing said. Hence the member itself, through the one door that the language leaves open.
+c10::ArrayRef<const c10::IValue> inputs_of(const at::RecordFunction& function);
+
+template <auto member>
+struct RecordedInputs {
+  friend c10::ArrayRef<const c10::IValue> inputs_of(const at::RecordFunction& function) { return function.*member; }
+};
+template struct RecordedInputs<&at::RecordFunction::inputs_>;
 
 /// While it lives and is `wanted`, Watch::note(const at::RecordFunction&) is called for each operation on this thread,
 /// and note_end() after it. Of two of a kind the inner one is told. A thread that has taken over this one's

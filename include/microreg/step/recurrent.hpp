@@ -48,7 +48,7 @@ class RecurrentCalls final : public CallWatch<RecurrentCalls> {
   void note(const at::RecordFunction& function) {
     const std::string_view name = function.name();
     if (name == "aten::lstm" || name == "aten::gru" || name == "aten::rnn_tanh" || name == "aten::rnn_relu") {
-      const auto inputs = function.inputs();
+      const auto inputs = inputs_of(function);
       // (input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
       if (inputs.size() == 9 && inputs[0].isTensor() && inputs[8].isBool() && inputs[0].toTensor().dim() == 3) {
         calls_.push_back({std::string(name), inputs[0].toTensor().sizes().vec(), inputs[8].toBool()});

@@ -64,7 +64,7 @@ class StateCalls final : public CallWatch<StateCalls> {
   }
 
   void note(const at::RecordFunction& function) {
-    const auto inputs = function.inputs();
+    const auto inputs = inputs_of(function);
     bool differentiated = false;
     bool ours = false;
     for (const c10::IValue& input : inputs) {

@@ -29,7 +29,7 @@ class TrainingCalls final : public CallWatch<TrainingCalls> {
     if (!name.starts_with("aten::")) {
       return;
     }
-    const auto inputs = function.inputs();
+    const auto inputs = inputs_of(function);
     const auto is_true = [&](std::size_t position) {
       return inputs.size() > position && inputs[position].isBool() && inputs[position].toBool();
     };
