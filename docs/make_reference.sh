@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 output="$(realpath -m "${1:-build/reference}")"
 if ! command -v doxygen >/dev/null || ! command -v python3 >/dev/null; then
-  echo "doxygen or python3 is missing; on Debian: apt-get install doxygen python3" >&2
+  echo "error: doxygen or python3 is missing; on Debian: apt-get install doxygen python3" >&2
   exit 77
 fi
 version="$(sed -n 's/.*version = "\([0-9.]*\)".*/\1/p' include/microreg/version.hpp)"

@@ -152,6 +152,8 @@ SOURCES = {  # where messages are, and what finds them there
     "examples/cifar/*.py": of_python,
     "cmake/*.cmake*": of_cmake,
     "cmake/*.sh": of_script,
+    "docs/*.sh": of_script,
+    ".ci/*": of_script,
     "examples/*.sh": of_script,
     "examples/cifar/*.sh": of_script,
     "packaging/*.sh": of_script,

@@ -25,7 +25,7 @@ done
 microreg_preset=fuzz
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/bootstrap.sh"
 
-microreg_require clang++-19=clang++-19 clang-19 libclang-rt-19-dev
+microreg_require clang-19=clang++-19 libclang-rt-19-dev
 microreg_bootstrap
 microreg_build microreg_fuzz_readers
 corpus="$microreg_root/examples/cifar/fuzz/corpus"

@@ -718,7 +718,7 @@ TEST_CASE("the micro-batch of a non-finite loss in a loop of one's own", "[promi
 }
 
 TEST_CASE("a step that is undone leaves another thread's numbers alone, also where steps have drawn none",
-          "[promises]") {
+          "[promises][threads]") {
   torch::manual_seed(12);
   torch::nn::Linear model(4, 3);
   model->to(torch::kFloat64);
@@ -791,7 +791,7 @@ TEST_CASE("generators are put back whatever the steps before have drawn", "[prom
   CHECK(same_bits(state(), before));
 }
 
-TEST_CASE("a handler of warnings that throws replaces no error", "[promises]") {
+TEST_CASE("a handler of warnings that throws replaces no error", "[promises][threads]") {
   torch::manual_seed(12);
   torch::nn::Linear model(4, 3);
   model->to(torch::kFloat64);

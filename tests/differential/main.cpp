@@ -28,8 +28,8 @@
 namespace {
 
 /// Networks of which a gradient was wrong before it was mended, or a difference refused what is right.
-constexpr std::int64_t once_wrong[] = {101858, 102235, 120413, 129633, 137905, 138423,
-                                       146420, 155245, 155912, 158629, 202903};
+constexpr std::int64_t once_wrong[] = {1209,   100562, 100964, 101858, 102235, 120413, 129633, 137905,
+                                       138423, 146420, 155245, 155912, 158629, 202903, 302286};
 
 volatile std::sig_atomic_t current = 0;
 
