@@ -34,8 +34,7 @@ int main() {
   torch::nn::CrossEntropyLoss criterion;
   torch::optim::SGD optimizer(model->parameters(), 0.5);
 
-  microreg::Regularizer regularizer(model, criterion, microreg::GradientNorm{},   // microreg
-                                    {.strength = 0.01, .micro_batch_size = 32});  // microreg
+  microreg::Penalised penalised(model->parameters(), microreg::GradientNorm{}, {.strength = 0.01});  // microreg
 
   double first = 0;
   double last = 0;
@@ -44,11 +43,14 @@ int main() {
     int batches = 0;
     for (auto& batch : *loader) {
       optimizer.zero_grad();
-      // auto loss = criterion(model->forward(batch.data), batch.target);
-      // loss.backward();
-      auto loss = regularizer.backward(batch.data, batch.target).loss;  // microreg
+      for (auto [part, x, y] : microreg::micro_batches(32, batch.data, batch.target)) {  // microreg
+        // auto loss = criterion(model->forward(batch.data), batch.target);
+        auto loss = criterion(model->forward(x), y);
+        // loss.backward();
+        penalised.backward(part, loss);  // microreg
+        sum += part.weight * loss.item<double>();
+      }
       optimizer.step();
-      sum += loss.item<double>();
       ++batches;
     }
     last = sum / batches;

@@ -10,8 +10,10 @@
 #include <microreg/detail/libtorch.hpp>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace helpers {
@@ -40,6 +42,22 @@ torch::Tensor grad_after(const torch::nn::Module& model, const Step& step) {
   clear_grad(model.parameters());
   step();
   return flat_grad(model.parameters());
+}
+
+/// All elements of all of them, in one vector.
+inline torch::Tensor flat(const std::vector<torch::Tensor>& tensors) {
+  std::vector<torch::Tensor> parts;
+  for (const torch::Tensor& tensor : tensors) {
+    parts.push_back(tensor.flatten());
+  }
+  return torch::cat(parts);
+}
+
+/// What `call` returns on a thread of its own.
+inline torch::Tensor in_thread(const std::function<torch::Tensor()>& call) {
+  torch::Tensor result;
+  std::thread([&] { result = call(); }).join();
+  return result;
 }
 
 /// Gradients by `parameters` in one float64 vector; zeros where one is undefined.

@@ -64,14 +64,12 @@ std::unique_ptr<torch::Library> make_factories_use(const char* device) {
   return library;
 }
 
-const std::unique_ptr<torch::Library> factories = make_factories_use(std::getenv("MICROREG_TEST_DEVICE"));
+const char* const device_name = std::getenv("MICROREG_TEST_DEVICE");
+const std::unique_ptr<torch::Library> factories = make_factories_use(device_name);
 
 }  // namespace
 
-at::Device test_device() {
-  const char* name = std::getenv("MICROREG_TEST_DEVICE");
-  return name == nullptr ? at::Device(at::kCPU) : at::Device(name);
-}
+at::Device test_device() { return device_name == nullptr ? at::Device(at::kCPU) : at::Device(device_name); }
 
 bool no_device() {
   if (torch::cuda::is_available()) {

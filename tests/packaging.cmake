@@ -58,6 +58,14 @@ add_test(NAME two_versions.other_first COMMAND microreg_two_objects --versions $
                                                $<TARGET_FILE:microreg_object_a>)
 set_tests_properties(two_objects two_versions two_versions.other_first PROPERTIES FAIL_REGULAR_EXPRESSION "Warning;Overriding")
 
+# As a user's own debugging build, header-only: LibTorch's headers assert then what its releases do not keep.
+add_executable(microreg_without_ndebug flags/main.cpp)
+target_link_libraries(microreg_without_ndebug PRIVATE microreg::header_only)
+target_compile_features(microreg_without_ndebug PRIVATE cxx_std_20)
+target_compile_options(microreg_without_ndebug PRIVATE -O0 -UNDEBUG)
+add_test(NAME without_ndebug COMMAND microreg_without_ndebug)
+set_tests_properties(without_ndebug PROPERTIES ENVIRONMENT OMP_NUM_THREADS=2 FAIL_REGULAR_EXPRESSION "RecordFunction")
+
 add_subdirectory(compile_fail)
 add_subdirectory(headers)
 

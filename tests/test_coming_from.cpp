@@ -24,14 +24,6 @@ Tensors plain_gradient(networks::Mlp& model, const torch::Tensor& x, const torch
   return torch::autograd::grad({criterion(model->forward(x), y)}, model->parameters());
 }
 
-torch::Tensor flat(const Tensors& tensors) {
-  Tensors parts;
-  for (const torch::Tensor& tensor : tensors) {
-    parts.push_back(tensor.flatten());
-  }
-  return torch::cat(parts);
-}
-
 /// w += factor * direction.
 void move(const Tensors& parameters, const Tensors& direction, double factor) {
   const torch::NoGradGuard no_grad;

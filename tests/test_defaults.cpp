@@ -152,12 +152,6 @@ void check_kind(const char* name, const Fresh& fresh, Then exact, Then differenc
   }
 }
 
-Tensor in_thread(const std::function<Tensor()>& call) {
-  Tensor result;
-  std::thread([&] { result = call(); }).join();
-  return result;
-}
-
 /// 1 where positive and a tenth elsewhere, by pointers.
 Tensor mask_by_pointer(const Tensor& h) {
   const Tensor from = h.detach().contiguous();

@@ -391,14 +391,6 @@ struct Network {
   }
 };
 
-torch::Tensor flat(const Tensors& tensors) {
-  Tensors parts;
-  for (const torch::Tensor& tensor : tensors) {
-    parts.push_back(tensor.flatten());
-  }
-  return torch::cat(parts);
-}
-
 }  // namespace
 
 TEST_CASE("with frozen gates differences of the gradient converge to double backward", "[gates]") {

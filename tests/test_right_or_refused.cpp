@@ -133,12 +133,6 @@ struct Net {
   [[nodiscard]] Tensor hidden(const Tensor& in) const { return torch::tanh(in.matmul(a)); }
 };
 
-Tensor in_thread(const std::function<Tensor()>& call) {
-  Tensor result;
-  std::thread([&] { result = call(); }).join();
-  return result;
-}
-
 /// Recomputation that is differentiable, as people write it.
 struct Recompute : torch::autograd::Function<Recompute> {
   static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x, const Tensor& w,

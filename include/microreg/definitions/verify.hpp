@@ -381,7 +381,7 @@ class Verifier {
           if constexpr (std::is_same_v<std::decay_t<decltype(each)>, Exact>) {
             return true;
           } else {
-            return each.gates == microreg::Gates::frozen || each.tolerance > 0;
+            return each.gates == Gates::frozen || each.tolerance > 0;
           }
         },
         estimator_);

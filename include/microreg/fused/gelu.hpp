@@ -15,12 +15,20 @@
 
 namespace microreg::inline MICROREG_ABI::detail {
 
-/// out = v * dy * gelu''(x) with gelu''(x) = phi(x) (2 - x^2), phi the standard normal density; float32.
+/// v * dy * gelu''(x) with gelu''(x) = phi(x) (2 - x^2), phi the standard normal density, of x^2 and its exp(-x^2 / 2):
+/// of tensors, lanes or numbers.
+template <class Scalar, class Values>
+MICROREG_ALWAYS_INLINE void gelu_second(const Values& v, const Values& dy, const Values& square, const Values& power,
+                                        Values& out) {
+  constexpr Scalar inverse_root_two_pi = std::numbers::inv_sqrtpi_v<Scalar> / std::numbers::sqrt2_v<Scalar>;
+  out = v * dy * (power * inverse_root_two_pi) * (Scalar{2} - square);
+}
+
+/// The same of float32, in vectors.
 struct GeluSecondDerivative {
   using V = Lanes<float>::type;
   typedef std::int32_t I __attribute__((vector_size(64)));  // NOLINT(modernize-use-using)
   static constexpr std::int64_t width = Lanes<float>::count;
-  static constexpr float inverse_root_two_pi = 0.39894228040143267794F;
 
   /// exp(z) for z <= 0, within two units in the last place; exp(-87) where z is smaller.
   static MICROREG_ALWAYS_INLINE void exp_of_negative(V& z) {
@@ -55,12 +63,12 @@ struct GeluSecondDerivative {
       const V square = xs * xs;
       V phi = square * -0.5F;
       exp_of_negative(phi);
-      const V result = vs * dys * (phi * inverse_root_two_pi) * (2.0F - square);
-      store(out + i, result);
+      gelu_second<float>(vs, dys, square, phi, phi);
+      store(out + i, phi);
     }
     for (; i < end; ++i) {
       const float square = x[i] * x[i];
-      out[i] = v[i] * dy[i] * (std::exp(-0.5F * square) * inverse_root_two_pi) * (2.0F - square);
+      gelu_second<float>(v[i], dy[i], square, std::exp(-0.5F * square), out[i]);
     }
   }
 };
@@ -68,8 +76,9 @@ struct GeluSecondDerivative {
 /// v * dy * gelu''(x) from ATen's operations; differentiable.
 inline at::Tensor gelu_second_derivative_aten(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& v) {
   const at::Tensor square = x * x;
-  const double inverse_root_two_pi = std::numbers::inv_sqrtpi / std::numbers::sqrt2;
-  return v * dy * ((square * -0.5).exp() * inverse_root_two_pi) * (2 - square);
+  at::Tensor out;
+  gelu_second<double>(v, dy, square, (square * -0.5).exp(), out);
+  return out;
 }
 
 inline at::Tensor gelu_second_derivative(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& v) {

@@ -53,7 +53,7 @@ MICROREG_ALWAYS_INLINE void add_part(NormSums<double>& sums, const Moments& part
 
 /// What a part gives to the derivative by its weight.
 MICROREG_ALWAYS_INLINE double weight_gradient(const NormRow<double>& row, const Moments& part) {
-  return row.r * (part[4] - row.v0 * part[2] - row.v1 * part[3]);
+  return norm_weight_gradient(row, part[2], part[3], part[4]);
 }
 
 /// The coefficients of the results, each a number or lanes.
@@ -138,7 +138,8 @@ class ChannelNorm {
   NormRow<double> row_{};
 };
 
-/// Rows along which weight, a and b vary, none of them null: layer normalisation.
+/// Rows along which weight, a and b vary, none of them null: layer normalisation. The coefficients are those of
+/// NormAffine, whose constant each element would have to itself; r p(v), which d_weight needs, is in their place.
 template <class T>
 class ElementNorm {
  public:

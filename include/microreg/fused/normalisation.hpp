@@ -74,6 +74,12 @@ struct NormAffine {
         constant(plus_product(b_in, a, row.v0, -1)) {}
 };
 
+/// What elements of one weight give to the derivative by it, from their sums of dy, dy x_c and v dy.
+template <class Number>
+Number norm_weight_gradient(const NormRow<Number>& row, const Number& dy, const Number& dyx, const Number& vdy) {
+  return row.r * plus_product(plus_product(vdy, row.v0, dy, -1), row.v1, dyx, -1);
+}
+
 /// Whether float32 is too coarse for what each element of `rstd` normalises of x. Of few elements little is left
 /// without their mean and their part along x (of two, a share of eps / (var + eps)): a difference of nearly equal
 /// numbers.
@@ -232,9 +238,8 @@ inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, Output
     out[1] = at::addcmul(k[5], p.dy, k[1]).addcmul_(v, k[3]).addcmul_(x_c, k[4]);
   }
   if (needs[2]) {
-    const at::Tensor sum =
-        plus_product(plus_product(sum_vdy, of_row.v0, fine(sum_dy), -1), of_row.v1, fine(sum_dyx), -1);
-    out[2] = rounded(at::sum_to(of_row.r * sum, weight.sizes()));
+    const at::Tensor each = norm_weight_gradient(of_row, fine(sum_dy), fine(sum_dyx), fine(sum_vdy));
+    out[2] = rounded(at::sum_to(each, weight.sizes()));
   }
   return out;
 }

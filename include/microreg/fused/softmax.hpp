@@ -15,6 +15,15 @@ namespace microreg::inline MICROREG_ABI::detail {
 /// Softmax's backward is d_x = y (dy - s), s = sum(dy y). For incoming v, with t = sum(v y), row by row:
 ///
 ///     d_dy = y (v - t)        d_y = v (dy - s) - dy t.
+///
+/// Tensors or lanes, with sums of rows beside them.
+template <class Values, class Sum>
+MICROREG_ALWAYS_INLINE void softmax_derivatives(const Values& y, const Values& dy, const Values& v, const Sum& s,
+                                                const Sum& t, Values& d_dy, Values& d_y) {
+  d_dy = y * (v - t);
+  d_y = v * (dy - s) - dy * t;
+}
+
 template <class T>
 class Softmax {
  public:
@@ -35,8 +44,7 @@ class Softmax {
 
     MICROREG_ALWAYS_INLINE void results(const V& y, const V& dy, const V& v, std::int64_t /*at*/, std::int64_t /*skip*/,
                                         V& d_dy, V& d_y) const {
-      d_dy = y * (v - t);
-      d_y = v * (dy - s) - dy * t;
+      softmax_derivatives(y, dy, v, s, t, d_dy, d_y);
     }
   };
 
@@ -62,8 +70,9 @@ inline constexpr Rule softmax_backward_rule{
     .derivative = [](const Call& call, const Tensors& upstream, OutputMask /*needs*/) -> Tensors {
       const at::Tensor dy = call.tensor(0), y = call.tensor(1), v = upstream[0];
       if (!runs_kernels(y)) {
-        const at::Tensor t = (v * y).sum(-1, true);
-        return {y * (v - t), v * (dy - (dy * y).sum(-1, true)) - dy * t};
+        Tensors results(2);
+        softmax_derivatives(y, dy, v, (dy * y).sum(-1, true), (v * y).sum(-1, true), results[0], results[1]);
+        return results;
       }
       Tensors out;
       with_type(y.scalar_type(), [&](auto zero) {

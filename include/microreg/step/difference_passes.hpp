@@ -25,14 +25,14 @@ namespace microreg::inline MICROREG_ABI::detail {
 /// ForwardDifference or CentralDifference.
 struct DifferenceSettings {
   double step;
-  microreg::Gates gates;  // not the list of that name beside it
+  Gates gates;
   bool central;
   std::int64_t check_every;
   double tolerance;
   OwnFunctions own_functions;
   Displace displace;
 
-  [[nodiscard]] Frozen frozen() const { return gates == microreg::Gates::frozen ? Frozen::all : Frozen::draws; }
+  [[nodiscard]] Frozen frozen() const { return gates == Gates::frozen ? Frozen::all : Frozen::draws; }
 };
 
 /// The distance between two neighbours of 1 in the type that a value is computed in.

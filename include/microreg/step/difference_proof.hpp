@@ -26,7 +26,7 @@ class ProofTerms {
       : settings_(settings), parameters_(parameters), proof_(proof) {}
 
   [[nodiscard]] bool is_due(const Weights& weights, double moved_norm) const {
-    const bool comparable = settings_.gates == microreg::Gates::frozen || settings_.tolerance > 0;
+    const bool comparable = settings_.gates == Gates::frozen || settings_.tolerance > 0;
     return settings_.check_every > 0 && !parameters_.tensors.front().is_meta() && comparable && differs(weights) &&
            (!proof_.given || proof_.since >= settings_.check_every || has_seen_too_little(weights) ||
             has_another_scale(moved_norm));
@@ -78,7 +78,7 @@ class ProofTerms {
   [[noreturn]] void refuse(const DifferencePasses& passes, const Comparison& first, const Comparison& best,
                            double times, bool exact) const {
     std::string why;
-    if (settings_.gates == microreg::Gates::free) {
+    if (settings_.gates == Gates::free) {
       why = "the gates are free, which makes another regularizer on a network with kinks: use Gates::frozen";
     } else if (!passes.suspects.sentence.empty()) {
       why = passes.suspects.sentence;

@@ -193,7 +193,7 @@ class FiniteDifference final : public Differences {
   /// bent, and no pass shows it.
   [[nodiscard]] bool normalises_few(const DifferencePasses& passes) const {
     constexpr std::int64_t few = 8;
-    return settings_.gates == microreg::Gates::frozen && passes.gates.fewest_normalised() <= few;
+    return settings_.gates == Gates::frozen && passes.gates.fewest_normalised() <= few;
   }
 
   /// Adds the penalties' gradient by double backward then, and the loss gradient if a displaced pass was to bring it.

@@ -98,7 +98,7 @@ class FirstPass {
   /// Throws where a scalar has kinks that the scopes did not see, and a further pass would make anew.
   void require_seen(const at::Tensor& scalar, const std::string& what, const std::vector<const GateTape*>& tapes,
                     bool displaced) const {
-    if (settings_.gates == microreg::Gates::free) {
+    if (settings_.gates == Gates::free) {
       return;
     }
     const std::vector<std::string> unseen = unseen_kinks(scalar, tapes);
