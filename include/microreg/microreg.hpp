@@ -10,6 +10,7 @@
 #include <microreg/any_penalty.hpp>
 #include <microreg/autocast.hpp>
 #include <microreg/batch.hpp>
+#include <microreg/counted_loss.hpp>
 #include <microreg/distributions.hpp>
 #include <microreg/error.hpp>
 #include <microreg/estimator.hpp>

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/counted_loss.hpp>
 #include <microreg/detail/config.hpp>
 #include <microreg/detail/finite.hpp>
 #include <microreg/detail/text.hpp>

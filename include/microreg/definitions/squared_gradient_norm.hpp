@@ -12,6 +12,7 @@
 #include <microreg/error.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/squared_gradient_norm.hpp>
+#include <microreg/step/gradients.hpp>
 #include <microreg/step/tensor_lists.hpp>
 
 #include <memory>

@@ -13,7 +13,6 @@
 #include <microreg/step/differences.hpp>
 #include <microreg/step/exact.hpp>
 #include <microreg/step/grad_update.hpp>
-#include <microreg/step/graph.hpp>
 #include <microreg/step/loop.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/non_finite.hpp>

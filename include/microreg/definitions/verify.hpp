@@ -23,7 +23,9 @@
 #include <microreg/step/difference_passes.hpp>
 #include <microreg/step/differences.hpp>
 #include <microreg/step/double_backward.hpp>
+#include <microreg/step/gradients.hpp>
 #include <microreg/step/graph.hpp>
+#include <microreg/step/guarded_gradients.hpp>
 #include <microreg/step/loop.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>

@@ -72,7 +72,7 @@ class Interceptors {
   [[nodiscard]] const char* add(const std::string& operation, const Fits& fits, std::unique_ptr<Functor> functor) {
     const auto handle = find_operation(operation);
     if (!handle.has_value()) {
-      return "is unknown to it";
+      return unknown;
     }
     if (!fits(handle->schema())) {
       return "has other arguments there";
@@ -83,6 +83,11 @@ class Interceptors {
     return nullptr;
   }
 
+  /// Of an operation that a LibTorch need not have.
+  static void report_if_there(const std::string& operation, const char* why) {
+    report(operation, why == unknown ? nullptr : why);
+  }
+
   static void report(const std::string& operation, const char* why) {
     if (why != nullptr) {
       TORCH_WARN("microreg leaves ", operation, " to this version of LibTorch, since it ", why);
@@ -90,6 +95,8 @@ class Interceptors {
   }
 
  private:
+  static constexpr const char* unknown = "is unknown to it";
+
   torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
 };
 

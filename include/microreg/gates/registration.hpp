@@ -114,7 +114,9 @@ class Registration {
     add_draw("rrelu_with_noise_", rrelu);
   }
   /// What this LibTorch does not have is left out: the devices' own operations come and go.
-  void add_draw(const std::string& operation, const Kernel& kernel) { (void)add(operation, nullptr, kernel, true); }
+  void add_draw(const std::string& operation, const Kernel& kernel) {
+    Interceptors::report_if_there(full_name(operation), add(operation, nullptr, kernel, true));
+  }
 
   template <std::size_t N>
   void add_rules(const Rule (&rules)[N]) {
@@ -133,7 +135,7 @@ class Registration {
   void add_with_in_place(const std::string& operation, const char* arguments, const Kernel& kernel) {
     std::string in_place = operation;
     in_place.insert(std::min(operation.find('.'), operation.size()), 1, '_');
-    (void)add(in_place, arguments, kernel);  // most have none
+    Interceptors::report_if_there(full_name(in_place), add(in_place, arguments, kernel));  // most have none
     Interceptors::report(full_name(operation), add(operation, arguments, kernel));
   }
 

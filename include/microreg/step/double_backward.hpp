@@ -12,7 +12,9 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/parameters.hpp>
+#include <microreg/step/gradients.hpp>
 #include <microreg/step/gram.hpp>
+#include <microreg/step/graph.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/scaling.hpp>

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <microreg/parameters.hpp>
 #include <microreg/step/double_backward.hpp>
+#include <microreg/step/gradients.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/scaling.hpp>

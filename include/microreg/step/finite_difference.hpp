@@ -20,6 +20,7 @@
 #include <microreg/step/displacement_length.hpp>
 #include <microreg/step/double_backward.hpp>
 #include <microreg/step/first_pass.hpp>
+#include <microreg/step/gradients.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probe_watch.hpp>
 #include <microreg/step/probes.hpp>

@@ -11,6 +11,7 @@
 #include <microreg/gates/unseen.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/difference_passes.hpp>
+#include <microreg/step/gradients.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/own_code.hpp>
 #include <microreg/step/probes.hpp>

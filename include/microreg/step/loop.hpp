@@ -13,7 +13,8 @@
 #include <microreg/report.hpp>
 #include <microreg/step/active_steps.hpp>
 #include <microreg/step/collected.hpp>
-#include <microreg/step/graph.hpp>
+#include <microreg/step/gradients.hpp>
+#include <microreg/step/guarded_gradients.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/own_draws.hpp>
 #include <microreg/step/probes.hpp>

@@ -5,6 +5,7 @@
 #include <microreg/any_penalty.hpp>
 #include <microreg/autocast.hpp>
 #include <microreg/batch.hpp>
+#include <microreg/counted_loss.hpp>
 #include <microreg/detail/signature.hpp>
 #include <microreg/detail/version_of.hpp>
 #include <microreg/model.hpp>

@@ -10,6 +10,7 @@
 #include <microreg/error.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/squared_gradient_norm.hpp>
+#include <microreg/step/gradients.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/scaling.hpp>
 #include <microreg/step/tensor_lists.hpp>

@@ -13,6 +13,7 @@
 #include <microreg/error.hpp>
 #include <microreg/step/call_watch.hpp>
 #include <microreg/step/exact.hpp>
+#include <microreg/step/gradients.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/own_draws.hpp>
 #include <microreg/step/probes.hpp>
