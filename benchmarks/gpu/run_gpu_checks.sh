@@ -5,7 +5,7 @@
 #
 # Stages, all by default, in this order: machine programs tests ceilings benchmark training. Each has a time limit of its
 # own, together 480 s, and leaves its results in the folder when it ends; benchmarks/gpu/report.py makes docs/gpu.md of
-# them. Where programs do not load, they are built first (build_there.sh), which may take 200 s more.
+# them. Where programs do not load, they are built first (build_there.sh), which may take 220 s more.
 set -uo pipefail
 case "${1:---help}" in
   -h | --help)

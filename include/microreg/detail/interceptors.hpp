@@ -95,7 +95,7 @@ class Interceptors {
   }
 
  private:
-  static constexpr const char* unknown = "is unknown to it";
+  static constexpr char unknown[] = "is unknown to it";  // NOLINT(modernize-avoid-c-arrays): one address
 
   torch::Library library_{torch::Library::IMPL, "aten", interception_key, __FILE__, __LINE__};
 };

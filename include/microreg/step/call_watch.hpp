@@ -16,7 +16,7 @@ namespace microreg::inline MICROREG_ABI::detail {
 /// What an operation was called with. RecordFunction::inputs() asserts in a program that is compiled without NDEBUG, by
 /// a flag that the code inside of LibTorch's releases never sets; LibTorch swallows what a callback throws, so nothing
 /// would be seen, and nothing said. Hence the member itself, through the one door that the language leaves open.
-c10::ArrayRef<const c10::IValue> inputs_of(const at::RecordFunction& function);
+inline c10::ArrayRef<const c10::IValue> inputs_of(const at::RecordFunction& function);
 
 template <auto member>
 struct RecordedInputs {

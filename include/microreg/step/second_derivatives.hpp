@@ -15,12 +15,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 namespace microreg::inline MICROREG_ABI::detail {
+
 /// Watches a backward pass that makes a graph: throws ModelError before it where the graph has an operation whose
 /// derivative cannot be differentiated rightly, and after it where a function of the user's own has left the graph.
 class SecondDerivatives {
