@@ -16,7 +16,7 @@ namespace microreg::inline MICROREG_ABI::detail {
 ///
 ///     d_dy = y (v - t)        d_y = v (dy - s) - dy t.
 ///
-/// Tensors or lanes, with sums of rows beside them.
+/// Of tensors, or of lanes, with the sums of their row.
 template <class Values, class Sum>
 MICROREG_ALWAYS_INLINE void softmax_derivatives(const Values& y, const Values& dy, const Values& v, const Sum& s,
                                                 const Sum& t, Values& d_dy, Values& d_y) {
@@ -24,6 +24,7 @@ MICROREG_ALWAYS_INLINE void softmax_derivatives(const Values& y, const Values& d
   d_y = v * (dy - s) - dy * t;
 }
 
+/// For RowKernel.
 template <class T>
 class Softmax {
  public:
