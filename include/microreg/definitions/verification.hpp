@@ -6,6 +6,7 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/verification.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdio>
@@ -100,7 +101,7 @@ MICROREG_INLINE std::string Verification::text() const {
   std::string result;
   const auto line = [&](const char* topic, std::initializer_list<detail::Piece> pieces) {
     std::string start(topic);
-    start.resize(12, ' ');
+    start.resize(std::max<std::size_t>(start.size() + 1, 12), ' ');
     result += (result.empty() ? "" : "\n") + start + detail::text(pieces);
   };
   line("verify",
