@@ -13,9 +13,9 @@ program=build/release/tests/microreg_tests
 [ -x "$program" ] || { echo "error: there is no $program; run tests/run_tests.sh first" >&2; exit 1; }
 
 numerical=""
-for name in autocast closed_forms difference_checks estimators exact_surprises finite_differences fused_activations \
-  fused_batch_norm fused_convolution fused_group_norm fused_max_pool fused_normalisation fused_transformer gates_differences \
-  gates_operations half loss_scale oracle properties several_probes; do
+for name in autocast average_jacobian closed_forms difference_checks estimator exact_surprises finite_differences fisher_trace \
+  fused_activations fused_batch_norm fused_convolution fused_group_norm fused_max_pool fused_normalisation fused_transformer \
+  gates_differences gates_operations gradient_norm half jacobian_norm loss_scale oracle properties unit_jacobian unsquared; do
   numerical+="[#test_$name],"
 done
 

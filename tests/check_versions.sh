@@ -89,7 +89,7 @@ fetch() {
 tests=(on_device test_oracle)
 [ "$mode" != all ] || mapfile -t tests < <(cd tests && printf '%s\n' on_device.cpp test_*.cpp | sed 's/\.cpp$//')
 [ "$mode" = quick ] || [ "$mode" = all ] ||
-  tests+=(test_estimators test_finite_differences test_fused_{activations,batch_norm,convolution,group_norm,max_pool,normalisation} \
+  tests+=(test_estimator test_finite_differences test_fused_{activations,batch_norm,convolution,group_norm,max_pool,normalisation} \
     test_fused_{rows,scope,transformer,transforms} test_gates{,_differences,_operations,_pooling,_unseen} test_parallel)
 
 # groups_of FILE...: the group of each file (or its own name), a tab, and the file.

@@ -9,11 +9,13 @@
 #include <torch/torch.h>
 #include <microreg/detail/libtorch.hpp>
 
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace helpers {
@@ -97,6 +99,19 @@ inline torch::Tensor step_by_hand(const std::vector<torch::Tensor>& losses, cons
     sum = sum + weights[i] * losses[i] + penalty_weights[i] * strength * squared_norm_by_hand(losses[i], parameters);
   }
   return flattened(torch::autograd::grad({sum}, parameters), parameters);
+}
+
+/// Mean of `draw()` over many draws, and its standard error.
+template <class Draw>
+std::pair<double, double> monte_carlo(int draws, const Draw& draw) {
+  double sum = 0, squares = 0;
+  for (int i = 0; i < draws; ++i) {
+    const double value = draw();
+    sum += value;
+    squares += value * value;
+  }
+  const double mean = sum / draws;
+  return {mean, std::sqrt((squares / draws - mean * mean) / draws)};
 }
 
 /// || a - b || / || b ||, in float64.

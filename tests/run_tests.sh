@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets everything up, builds the release preset into build/release and runs all tests. Arguments are handed to ctest:
 #     tests/run_tests.sh                    all tests
-#     tests/run_tests.sh -R estimators      those whose name matches: a test is a file of test cases
+#     tests/run_tests.sh -R estimator       those whose name matches: a test is a file of test cases
 set -euo pipefail
 case "${1:-}" in
   -h | --help)

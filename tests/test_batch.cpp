@@ -169,3 +169,44 @@ TEST_CASE("samples that do not lie along the first dimension", "[batch]") {
   CHECK(has(message(microreg::Along<2>(x)), {"[10, 2]", "no dimension 2"}));
   CHECK(has(message(microreg::Whole(x)), {"no tensor"}));
 }
+
+namespace {
+
+struct TaggerImpl : torch::nn::Module {
+  explicit TaggerImpl(bool first) : lstm(torch::nn::LSTMOptions(6, 8).batch_first(first)) {
+    register_module("lstm", lstm);
+    register_module("out", out);
+    to(torch::kFloat64);
+  }
+  torch::Tensor forward(const torch::Tensor& x) { return out(std::get<0>(lstm(x))); }
+  torch::nn::LSTM lstm;
+  torch::nn::Linear out{8, 5};
+};
+TORCH_MODULE(Tagger);
+
+}  // namespace
+
+TEST_CASE("sequences that are cut along time", "[batch]") {
+  torch::manual_seed(4);
+  const auto loss = [](const torch::Tensor& o, const torch::Tensor& y) {
+    return torch::cross_entropy_loss(o.flatten(0, 1), y.flatten());
+  };
+  Tagger model(false);
+  const torch::Tensor x = torch::randn({12, 8, 6}, torch::kFloat64), y = torch::randint(5, {12, 8});  // [T, N, F]
+  microreg::Regularizer r(model, loss, microreg::GradientNorm{}, {.micro_batch_size = 4});
+  CHECK(has(message_of<BatchError>([&] { (void)r.backward(x, y); }), {"lstm", "[4, 8, 6]", "time", "Along<1>"}));
+  CHECK_FALSE(model->out->weight.grad().defined());
+  using Sequences = microreg::Along<1>;
+  microreg::Regularizer<Sequences, Sequences> along(model, loss, microreg::GradientNorm{}, {.micro_batch_size = 4});
+  CHECK_NOTHROW((void)along.backward(Sequences(x), Sequences(y)));
+  Tagger first(true);
+  microreg::Regularizer f(first, loss, microreg::GradientNorm{}, {.micro_batch_size = 4});
+  CHECK_NOTHROW((void)f.backward(x, y));  // [N, T, F]
+  microreg::FunctionModel transposing{
+      [&](const torch::Tensor& in) { return model->forward(in.transpose(0, 1)).transpose(0, 1); }, model->parameters()};
+  microreg::Regularizer t(transposing, loss, microreg::GradientNorm{}, {.micro_batch_size = 4});
+  CHECK_NOTHROW((void)t.backward(x, y));
+  microreg::FunctionModel unnamed{[&](const torch::Tensor& in) { return model->forward(in); }, model->parameters()};
+  CHECK_THROWS_AS(microreg::measure(unnamed, loss, microreg::GradientNorm{}, x, y, {.micro_batch_size = 4}),
+                  BatchError);
+}

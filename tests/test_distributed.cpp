@@ -1,71 +1,18 @@
 // Several ranks, as threads of this process, against what one process makes of the same samples.
+#include "helpers.hpp"
+#include "networks.hpp"
+#include "own_functions.hpp"
+#include "rank_helpers.hpp"
+
 #include <microreg/distributed/report.hpp>
-#include <microreg/distributed/shard.hpp>
 #include <microreg/microreg.hpp>
 #include <microreg/verify.hpp>
 
 #include <mutex>
 
-#include "helpers.hpp"
-#include "networks.hpp"
-#include "own_functions.hpp"
-#include "thread_ranks.hpp"
+using namespace rank_helpers;
 
 namespace {
-
-using helpers::relative_error;
-using thread_ranks::is;
-using thread_ranks::run_ranks;
-using thread_ranks::try_ranks;
-using thread_ranks::words_of;
-using Ranks = std::shared_ptr<microreg::Communicator>;
-
-struct Samples {
-  torch::Tensor x, y;
-  [[nodiscard]] Samples narrow(std::int64_t begin, std::int64_t size) const {
-    return {x.narrow(0, begin, size), y.narrow(0, begin, size)};
-  }
-};
-
-/// Of a seed; a generator of its own, since the threads share the default one.
-torch::Generator seeded(std::uint64_t seed) { return at::detail::createCPUGenerator(seed); }
-
-Samples samples_of(std::int64_t count) {
-  auto generator = seeded(7);
-  return {torch::randn({count, 6}, generator, torch::kFloat64),
-          torch::randint(0, networks::classes, {count}, generator, torch::kInt64)};
-}
-
-std::mutex making;
-
-/// The same weights for the same seed, on whatever thread.
-networks::Mlp mlp(std::uint64_t seed = 1) {
-  const std::lock_guard lock(making);
-  torch::manual_seed(seed);
-  networks::Mlp model;
-  model->to(torch::kFloat64);
-  return model;
-}
-
-torch::Tensor cross_entropy(const torch::Tensor& output, const torch::Tensor& target) {
-  return torch::nn::functional::cross_entropy(output, target);
-}
-
-/// What each rank has of all samples, in order.
-struct Cut {
-  std::vector<std::int64_t> sizes;
-  [[nodiscard]] std::int64_t begin(std::int64_t rank) const {
-    std::int64_t sum = 0;
-    for (std::int64_t r = 0; r < rank; ++r) {
-      sum += sizes[static_cast<std::size_t>(r)];
-    }
-    return sum;
-  }
-  [[nodiscard]] std::int64_t count() const { return static_cast<std::int64_t>(sizes.size()); }
-  [[nodiscard]] Samples of(const Samples& all, const Ranks& ranks) const {
-    return all.narrow(begin(ranks->rank()), sizes[static_cast<std::size_t>(ranks->rank())]);
-  }
-};
 
 /// .grad on every rank after steps 0 to `steps`, which have to agree bitwise; that of the last step.
 torch::Tensor grad_on_ranks(const Cut& cut, const Samples& all, const microreg::AnyPenalty<>& penalty,
@@ -110,32 +57,6 @@ torch::Tensor grad_of_shards(const Cut& cut, const Samples& all, const microreg:
     sum = sum.defined() ? sum + part : part;
   }
   return sum;
-}
-
-/// Textbook double backward of sum weight(M) * (L_M + strength * ||grad L_M||^2).
-torch::Tensor textbook(const Cut& cut, const Samples& all, std::int64_t micro_batch_size, double strength,
-                       bool reference_weights) {
-  auto model = mlp();
-  std::vector<Samples> micro_batches;
-  for (std::int64_t r = 0; r < cut.count(); ++r) {
-    const std::int64_t size = cut.sizes[static_cast<std::size_t>(r)];
-    for (std::int64_t i = 0; i < size; i += micro_batch_size) {
-      micro_batches.push_back(all.narrow(cut.begin(r) + i, std::min(micro_batch_size, size - i)));
-    }
-  }
-  torch::Tensor objective = torch::zeros({}, torch::kFloat64);
-  for (const Samples& m : micro_batches) {
-    const double weight = reference_weights ? 1.0 / static_cast<double>(micro_batches.size())
-                                            : static_cast<double>(m.x.size(0)) / static_cast<double>(all.x.size(0));
-    const torch::Tensor loss = cross_entropy(model->forward(m.x), m.y);
-    torch::Tensor squares = torch::zeros({}, torch::kFloat64);
-    for (const torch::Tensor& g : torch::autograd::grad({loss}, model->parameters(), {}, true, true)) {
-      squares = squares + g.square().sum();
-    }
-    objective = objective + weight * (loss + strength * squares);
-  }
-  objective.backward();
-  return helpers::flat_grad(model->parameters());
 }
 
 /// One process on all samples.
@@ -225,53 +146,6 @@ TEST_CASE("Several ranks make the loss that one process makes: sums, and counts 
       CHECK(relative_error(helpers::flat_grad(model->parameters()), helpers::flat_grad(one->parameters())) < 1e-12);
       CHECK(report.loss.item<double>() == Approx(expected.loss.item<double>()));
       CHECK(report.penalties[0].value.item<double>() == Approx(expected.penalties[0].value.item<double>()));
-    });
-  }
-}
-
-TEST_CASE("The reduced report is that of one process, and grafting by it too") {
-  const Cut cut{{8, 4, 0, 5}};
-  const Samples all = samples_of(17);
-  const auto with_parts = [](const torch::Tensor& o, const torch::Tensor& y) {
-    return std::make_tuple(cross_entropy(o, y), (o.argmax(1) == y).to(torch::kFloat64).mean());
-  };
-  const auto penalty = microreg::GradientNorm{} + 0.5 * microreg::AverageJacobian{};
-  for (const double share : {1.0, 0.5}) {
-    microreg::RegularizerOptions options{
-        .strength = 0.1, .micro_batch_size = 4, .sampling = {.share = share}, .gradient_ratio = true};
-    auto one = mlp();
-    microreg::Regularizer<> alone(one, with_parts, penalty, options);
-    const microreg::Report expected = alone.backward(all.x, all.y);
-    microreg::graft(one->parameters(), expected.penalties[0].micro_batch_norms[0]);
-    run_ranks(4, [&](const Ranks& ranks) {
-      auto model = mlp();
-      auto own = options;
-      own.communicator = ranks;
-      microreg::Regularizer<> regularizer(model, with_parts, penalty, own);
-      const Samples mine = cut.of(all, ranks);
-      const microreg::Report here = regularizer.backward(mine.x, mine.y);
-      const microreg::Report report = microreg::reduced(here, *ranks);
-      microreg::graft(model->parameters(), report.penalties[0].micro_batch_norms[0]);
-      const microreg::Report measured =
-          microreg::reduced(microreg::measure(model, with_parts, penalty, mine.x, mine.y,
-                                              {.strength = 0.1, .micro_batch_size = 4, .communicator = ranks}),
-                            *ranks);
-      const std::lock_guard lock(making);
-      CHECK(here.samples == cut.sizes[static_cast<std::size_t>(ranks->rank())]);
-      CHECK(here.all_micro_batches == 5);
-      CHECK(report.samples == 17);
-      CHECK(report.penalised == expected.penalised);
-      CHECK(relative_error(report.micro_batch_losses, expected.micro_batch_losses) < 1e-12);
-      CHECK(report.loss.item<double>() == Approx(expected.loss.item<double>()));
-      CHECK(report.loss_parts[0].item<double>() == Approx(expected.loss_parts[0].item<double>()));
-      CHECK(report.gradient_norm.item<double>() == Approx(expected.gradient_norm.item<double>()));
-      CHECK(report.gradient_ratio.item<double>() == Approx(expected.gradient_ratio.item<double>()));
-      for (std::size_t p = 0; p < 2; ++p) {
-        CHECK(report.penalties[p].value.item<double>() == Approx(expected.penalties[p].value.item<double>()));
-        CHECK(relative_error(report.penalties[p].micro_batch_norms, expected.penalties[p].micro_batch_norms) < 1e-12);
-      }
-      CHECK(relative_error(helpers::flat_grad(model->parameters()), helpers::flat_grad(one->parameters())) < 1e-12);
-      CHECK(measured.loss.item<double>() == Approx(expected.loss.item<double>()));
     });
   }
 }
@@ -543,33 +417,6 @@ TEST_CASE("Ranks that are not about the same thing say so") {
   });
   CHECK(is<microreg::BatchError>(empty[0]));
   CHECK(is<microreg::BatchError>(empty[1]));
-}
-
-TEST_CASE("shard() gives the ranks the micro-batches of one process; rank_seed() is a function of seed and rank") {
-  for (const std::int64_t samples : {0, 1, 7, 8, 20, 23}) {
-    for (const auto last : {microreg::ShortLast::kept, microreg::ShortLast::merged, microreg::ShortLast::dropped}) {
-      std::vector<microreg::Shard> shards(3);
-      run_ranks(3, [&](const Ranks& ranks) {
-        shards[static_cast<std::size_t>(ranks->rank())] = microreg::shard(samples, 4, *ranks, last);
-      });
-      const microreg::MicroBatches one(samples, 4, microreg::Weighting::samples, last);
-      std::int64_t end = 0, count = 0;
-      for (const microreg::Shard& shard : shards) {
-        CHECK(shard.begin == end);
-        CHECK(shard.begin % 4 == 0);
-        end += shard.size;
-        count += microreg::MicroBatches(shard.size, 4, microreg::Weighting::samples, last).count();
-      }
-      CHECK(end == one.samples());
-      CHECK(count == one.count());
-    }
-  }
-  std::vector<std::uint64_t> seeds(3);
-  run_ranks(
-      3, [&](const Ranks& ranks) { seeds[static_cast<std::size_t>(ranks->rank())] = microreg::rank_seed(17, *ranks); });
-  CHECK(seeds[0] == 17);
-  CHECK(seeds[1] != seeds[2]);
-  CHECK(seeds[1] != 18);
 }
 
 namespace {
@@ -980,46 +827,6 @@ TEST_CASE("Two regularizers share a communicator, one is moved meanwhile, and ve
   });
 }
 
-TEST_CASE("A report that is reduced on one rank alone, or of another step, is refused, and the next step goes on") {
-  const Samples all = samples_of(8);
-  run_ranks(2, [&](const Ranks& ranks) {
-    microreg::Regularizer<> regularizer(mlp(), cross_entropy, microreg::GradientNorm{},
-                                        {.micro_batch_size = 4, .communicator = ranks});
-    const Samples mine = all.narrow(4 * ranks->rank(), 4);
-    const microreg::Report first = regularizer.backward(mine.x, mine.y);
-    const auto thrown = [](const auto& work) {
-      try {
-        work();
-      } catch (const microreg::OptionError& error) {
-        return std::string(error.what());
-      }
-      return std::string();
-    };
-    const std::string alone = thrown([&] {
-      if (ranks->rank() == 0) {
-        static_cast<void>(microreg::reduced(first, *ranks));
-      } else {
-        regularizer.backward(mine.x, mine.y);
-      }
-    });
-    const microreg::Report second = regularizer.backward(mine.x, mine.y);
-    const std::string other =
-        thrown([&] { static_cast<void>(microreg::reduced(ranks->rank() == 0 ? first : second, *ranks)); });
-    const microreg::Report both = microreg::reduced(second, *ranks);
-    const std::string twice = thrown([&] { static_cast<void>(microreg::reduced(both, *ranks)); });
-    const std::string foreign = thrown([&] {
-      microreg::Regularizer<> of_one(mlp(), cross_entropy, microreg::GradientNorm{}, {.micro_batch_size = 4});
-      static_cast<void>(microreg::reduced(of_one.backward(mine.x, mine.y), *ranks));
-    });
-    const std::lock_guard lock(making);
-    CHECK(helpers::has(alone, {"rank 1 calls backward() where rank 0 calls reduced()"}));
-    CHECK(helpers::has(other, {"rank 0 of step 0, another one of step 1"}));
-    CHECK(both.samples == 8);
-    CHECK(helpers::has(twice, {"4 micro-batches together and their step has 2", "reduced already"}));
-    CHECK(helpers::has(foreign, {"2 micro-batches together and their step has 1", "without this communicator"}));
-  });
-}
-
 TEST_CASE("Each option that has to be the same on all ranks is named where it is not") {
   using Options = microreg::RegularizerOptions;
   const std::vector<std::pair<std::string, std::function<void(Options&)>>> changes{
@@ -1073,95 +880,3 @@ TEST_CASE("Each option that has to be the same on all ranks is named where it is
   CHECK(helpers::has(words_of(errors[0]), {"rank 1 calls measure() where rank 0 calls backward()"}));
   CHECK(words_of(errors[0]) == words_of(errors[1]));
 }
-
-#if defined(MICROREG_WITH_GLOO)
-
-TEST_CASE("Gloo over a HashStore: two and four ranks take the step of one process") {
-  for (const Cut& cut : {Cut{{10, 7}}, Cut{{4, 0, 9, 2}}}) {
-    const Samples all = samples_of(cut.begin(cut.count()));
-    const torch::Tensor expected = textbook(cut, all, 4, 0.3, false);
-    const auto errors = thread_ranks::try_gloo_ranks(cut.count(), [&](const Ranks& ranks) {
-      auto model = mlp(static_cast<std::uint64_t>(1 + ranks->rank()));
-      microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{},
-                                          {.strength = 0.3, .micro_batch_size = 4, .communicator = ranks});
-      const Samples mine = cut.of(all, ranks);
-      regularizer.backward(mine.x, mine.y);
-      const std::lock_guard lock(making);
-      CHECK(relative_error(helpers::flat_grad(model->parameters()), expected) < 1e-12);
-    });
-    for (const auto& error : errors) {
-      CHECK(words_of(error).empty());
-    }
-  }
-}
-
-TEST_CASE("Gloo over a HashStore: buffers of types that it does not know become those of rank 0") {
-  const Samples all = samples_of(8);
-  for (const auto type : {torch::kInt16, torch::kBool, torch::kComplexDouble, torch::kBFloat16}) {
-    INFO(type);
-    const auto errors = thread_ranks::try_gloo_ranks(2, [&](const Ranks& ranks) {
-      torch::nn::Sequential model(torch::nn::Linear(6, networks::classes));
-      model->to(torch::kFloat64);
-      const torch::Tensor buffer = model->register_buffer("b", torch::full({3}, 1 - ranks->rank()).to(type));
-      const Samples mine = all.narrow(4 * ranks->rank(), 4);
-      microreg::Regularizer<>(model, cross_entropy, microreg::GradientNorm{}, {.communicator = ranks})
-          .backward(mine.x, mine.y);
-      const std::lock_guard lock(making);
-      CHECK(torch::equal(buffer, torch::ones({3}).to(type)));
-    });
-    CHECK(words_of(errors[0]).empty());
-    CHECK(words_of(errors[1]).empty());
-  }
-}
-
-TEST_CASE("Gloo over a HashStore: the rank that does not come is named, with the step") {
-  const Samples all = samples_of(12);
-  const auto errors = thread_ranks::try_gloo_ranks(
-      3,
-      [&](const Ranks& ranks) {
-        auto model = mlp();
-        microreg::Regularizer<> regularizer(model, cross_entropy, microreg::GradientNorm{},
-                                            {.micro_batch_size = 4, .communicator = ranks});
-        const Samples mine = all.narrow(4 * ranks->rank(), 4);
-        regularizer.backward(mine.x, mine.y);
-        if (ranks->rank() == 1) {
-          std::this_thread::sleep_for(std::chrono::seconds(6));
-          return;
-        }
-        const torch::Tensor before = helpers::flat_grad(model->parameters());
-        bool thrown = false;
-        try {
-          regularizer.backward(mine.x, mine.y);
-        } catch (const microreg::RankError&) {
-          thrown = true;
-        }
-        {
-          const std::lock_guard lock(making);
-          CHECK(thrown);
-          CHECK(torch::equal(helpers::flat_grad(model->parameters()), before));
-        }
-        regularizer.backward(mine.x, mine.y);  // and from now on always
-      },
-      {.timeout = std::chrono::seconds(2), .roll_call = std::chrono::seconds(2)});
-  for (const std::size_t r : {0U, 2U}) {
-    CHECK(is<microreg::RankError>(errors[r]));
-    CHECK(helpers::has(words_of(errors[r]), {"rank 1 does not answer", "step 1"}));
-  }
-}
-
-TEST_CASE("Gloo over a HashStore: a rank that gives up in the midst of a reduction says why to the others") {
-  const auto errors = thread_ranks::try_gloo_ranks(3, [&](const Ranks& ranks) {
-    ranks->all_reduce(torch::zeros({3}))();  // by then all are connected
-    if (ranks->rank() == 2) {
-      ranks->abandon("out of memory");
-      return;
-    }
-    ranks->all_reduce(torch::zeros({3}))();
-  });
-  for (const std::size_t r : {0U, 1U}) {
-    CHECK(is<microreg::RankError>(errors[r]));
-    CHECK(helpers::has(words_of(errors[r]), {"rank 2: out of memory"}));
-  }
-}
-
-#endif

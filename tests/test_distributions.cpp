@@ -151,3 +151,29 @@ TEST_CASE("distributions reject what they cannot read", "[distributions]") {
         {"standard_deviation", c10::str(deviation).c_str(), "positive"}));
   }
 }
+
+TEST_CASE("classes that lie last", "[distributions]") {
+  torch::manual_seed(5);
+  const torch::Tensor w = torch::randn({5, 10}, torch::kFloat64).requires_grad_(true);
+  microreg::FunctionModel last{[&](const torch::Tensor& x) { return x.matmul(w); }, {w}};
+  microreg::FunctionModel second{[&](const torch::Tensor& x) { return x.matmul(w).transpose(1, 2); }, {w}};
+  const torch::Tensor x = torch::randn({4, 6, 5}, torch::kFloat64), y = torch::randint(10, {4, 6});
+  const auto transposed = [](const torch::Tensor& o, const torch::Tensor& t) {
+    return torch::cross_entropy_loss(o.transpose(1, 2), t);
+  };
+  using microreg::Categorical;
+  using microreg::FisherTrace;
+  CHECK(has(message_of<microreg::ModelError>([&] { (void)microreg::measure(last, transposed, FisherTrace{}, x, y); }),
+            {"[4, 6, 10]", "[4, 6]", "class_dimension = -1"}));
+  const auto value = [&](const auto& model, const auto& loss, std::int64_t dimension,
+                         microreg::Expectation expectation) {
+    return microreg::measure(model, loss, FisherTrace{Categorical{.class_dimension = dimension}, 1, expectation}, x, y,
+                             {.generator = generator(3)})
+        .penalties[0]
+        .value.template item<double>();
+  };
+  const auto exact = microreg::Expectation::exact;
+  CHECK(value(last, transposed, -1, exact) == Approx(value(second, cross_entropy, 1, exact)).epsilon(1e-12));
+  CHECK(value(last, transposed, 2, microreg::Expectation::sampled) > 0);
+  CHECK_THROWS_AS(value(last, transposed, 3, exact), microreg::ModelError);
+}

@@ -1,45 +1,17 @@
-// InputJacobian against closed forms and its definition, and Unsquared.
-#include "helpers.hpp"
-#include "networks.hpp"
-
-#include <microreg/microreg.hpp>
+// InputJacobian against closed forms and its definition.
+#include "penalty_helpers.hpp"
 
 #include <cmath>
-#include <functional>
-#include <utility>
+#include <tuple>
 
 using namespace helpers;
 using microreg::Expectation;
 using microreg::InputJacobian;
+using penalty_helpers::input_jacobian_by_definition;
 
 namespace {
 
 const auto no_loss = [](const torch::Tensor& output, const torch::Tensor&) { return (output * 0).sum(); };
-
-/// mean over samples of ||df/dx||_F^2 as a graph, sample by sample and row by row.
-template <class Model>
-torch::Tensor by_definition(Model& model, const torch::Tensor& input) {
-  torch::Tensor sum = torch::zeros({}, torch::kFloat64);
-  for (std::int64_t i = 0; i < input.size(0); ++i) {
-    const torch::Tensor x = input.narrow(0, i, 1).clone().requires_grad_(true);
-    const torch::Tensor output = model->forward(x)[0];
-    for (std::int64_t c = 0; c < output.size(0); ++c) {
-      sum = sum + torch::autograd::grad({output[c]}, {x}, {}, true, true)[0].square().sum();
-    }
-  }
-  return sum / input.size(0);
-}
-
-std::pair<double, double> monte_carlo(int repeats, const std::function<double()>& draw) {
-  double mean = 0;
-  double squares = 0;
-  for (int i = 0; i < repeats; ++i) {
-    const double value = draw();
-    mean += value / repeats;
-    squares += value * value / repeats;
-  }
-  return {mean, std::sqrt((squares - mean * mean) / repeats)};
-}
 
 }  // namespace
 
@@ -63,7 +35,7 @@ TEST_CASE("the exact input Jacobian against its definition", "[input_jacobian]")
   const auto check = [](auto model, const torch::Tensor& input) {
     const auto parameters = model->parameters();
     clear_grad(parameters);
-    const torch::Tensor expected = by_definition(model, input);
+    const torch::Tensor expected = input_jacobian_by_definition(model, input);
     expected.backward();
     const torch::Tensor gradient = flat_grad(parameters);
     const InputJacobian penalty{.expectation = Expectation::exact};
@@ -92,7 +64,7 @@ TEST_CASE("the exact input Jacobian against its definition", "[input_jacobian]")
 TEST_CASE("random projections average to the exact input Jacobian", "[input_jacobian]") {
   auto model = networks::seeded_mlp();
   const torch::Tensor input = networks::vectors(4).input;
-  const double expected = by_definition(model, input).template item<double>();
+  const double expected = input_jacobian_by_definition(model, input).template item<double>();
   const std::int64_t projections = GENERATE(1, 4);
   const torch::Tensor x = input.clone().requires_grad_(true);
   at::Generator draws = generator(5);
@@ -151,70 +123,6 @@ TEST_CASE("every floating-point tensor of the input counts, others pass", "[inpu
             {"InputJacobian.projections", "0", "at least 1"}));
 }
 
-TEST_CASE("the unsquared norm by hand", "[unsquared]") {
-  auto model = networks::seeded_mlp();
-  const auto batch = networks::vectors(4);
-  const auto parameters = model->parameters();
-  const auto check = [&](const auto& penalty, const torch::Tensor& squared, const torch::Tensor& functor) {
-    clear_grad(parameters);
-    const torch::Tensor loss = torch::cross_entropy_loss(model->forward(batch.input), batch.target);
-    (loss + 0.7 * squared.sqrt()).backward();
-    const torch::Tensor expected = flat_grad(parameters);
-    clear_grad(parameters);
-    microreg::Regularizer regularizer(model, cross_entropy, penalty, {.strength = 0.7});
-    const auto report = regularizer.backward(batch.input, batch.target);
-    CHECK(relative_error(flat_grad(parameters), expected) < 1e-12);
-    CHECK(relative_error(report.penalties[0].value, squared.sqrt()) < 1e-12);
-    CHECK(relative_error(report.penalties[0].micro_batch_norms[0], squared.sqrt()) < 1e-12);
-    clear_grad(parameters);
-    (torch::cross_entropy_loss(model->forward(batch.input), batch.target) + 0.7 * functor).backward();
-    CHECK(relative_error(flat_grad(parameters), expected) < 1e-12);
-    CHECK(relative_error(microreg::measure(model, cross_entropy, penalty, batch.input, batch.target).penalties[0].value,
-                         squared.sqrt()) < 1e-12);
-    return report.penalties[0].name;
-  };
-  const auto output = [&] { return model->forward(batch.input); };
-  const auto squared_norm = [&](const torch::Tensor& scalar) {
-    torch::Tensor sum = torch::zeros({}, torch::kFloat64);
-    for (const torch::Tensor& g : torch::autograd::grad({scalar}, parameters, {}, true, true)) {
-      sum = sum + g.square().sum();
-    }
-    return sum;
-  };
-  SECTION("one probe") {
-    const microreg::Unsquared penalty{microreg::GradientNorm{}};
-    CHECK(check(penalty, squared_norm(torch::cross_entropy_loss(output(), batch.target)),
-                penalty(torch::cross_entropy_loss(output(), batch.target), parameters)) == "unsquared_gradient_norm");
-  }
-  SECTION("several probes: the root of their sum") {
-    torch::Tensor sum = torch::zeros({}, torch::kFloat64);
-    const torch::Tensor mean = output().mean(0);
-    for (std::int64_t c = 0; c < networks::classes; ++c) {
-      sum = sum + squared_norm(mean[c]);
-    }
-    const microreg::Unsquared penalty{microreg::JacobianNorm{}};
-    check(penalty, sum, penalty(output(), parameters));
-  }
-  SECTION("by the input") {
-    auto exact = InputJacobian{.expectation = Expectation::exact};
-    const torch::Tensor x = batch.input.clone().requires_grad_(true);
-    const microreg::Unsquared penalty{exact};
-    check(penalty, by_definition(model, batch.input), penalty(model->forward(x), {x}));
-  }
-}
-
-TEST_CASE("the unsquared norm of a zero gradient has a zero gradient", "[unsquared]") {
-  const torch::Tensor w = torch::zeros({3}, torch::dtype(torch::kFloat64).requires_grad(true));
-  // The gradient w of |w|^2 / 2 is zero at w = 0, where sqrt has no derivative.
-  const torch::Tensor value = microreg::Unsquared{microreg::GradientNorm{}}(w.square().sum() / 2, {w});
-  value.backward();
-  CHECK(value.item<double>() == 0);
-  CHECK(w.grad().equal(torch::zeros_like(w)));
-
-  w.mutable_grad() = torch::Tensor();
-  const auto loss = [](const torch::Tensor& output, const torch::Tensor&) { return output.square().sum() / 2; };
-  const microreg::FunctionModel model{[&](const torch::Tensor&) { return w * 1.0; }, {w}};
-  microreg::Regularizer regularizer(model, loss, microreg::Unsquared{microreg::GradientNorm{}});
-  (void)regularizer.backward(torch::ones({2}), torch::ones({2}));
-  CHECK(w.grad().equal(torch::zeros_like(w)));
+TEST_CASE("the input Jacobian names what it cannot use", "[input_jacobian]") {
+  penalty_helpers::check_refusals(InputJacobian{});
 }

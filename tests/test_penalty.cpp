@@ -93,16 +93,3 @@ TEST_CASE("the functor of a probe of one's own", "[penalty]") {
   CHECK(report.penalty("mine").value.defined());
   CHECK(has(message_of<microreg::OptionError>([&] { (void)report.penalty("yours"); }), {"yours", "mine"}));
 }
-
-TEST_CASE("outputs of more dimensions are one vector a sample", "[penalty]") {
-  torch::manual_seed(81);
-  torch::nn::Conv2d conv(2, 3, 3);
-  conv->to(torch::kFloat64);
-  const torch::Tensor output = torch::tanh(conv(torch::randn({4, 2, 5, 5}, torch::kFloat64)));
-  const auto parameters = conv->parameters();
-  CHECK(relative_error(microreg::AverageJacobian{}(output, parameters),
-                       microreg::AverageJacobian{}(output.flatten(1), parameters)) < 1e-13);
-  CHECK(relative_error(microreg::UnitJacobian{}(output, parameters, generator(3)),
-                       microreg::UnitJacobian{}(output.flatten(1), parameters, generator(3))) < 1e-13);
-  CHECK(microreg::UnitJacobian{}(output.select(1, 0).mean({1, 2}), parameters).item<double>() > 0);
-}

@@ -114,14 +114,4 @@ TEST_CASE("the functors name what they cannot use", "[squared_gradient_norm]") {
   const torch::Tensor other = torch::ones({2}, torch::kFloat64).requires_grad_(true);
   CHECK(has(message([&] { return microreg::GradientNorm{}(output.mean(), {other}); }),
             {"gradient_norm", "does not depend", "1 parameters"}));
-  CHECK(has(message([&] { return microreg::AverageJacobian{}(output.argmax(1), parameters); }),
-            {"average_jacobian", "floating-point", "Long"}));
-  CHECK(has(message([&] { return microreg::UnitJacobian{}(output.sum(), parameters); }),
-            {"unit_jacobian", "[M, ...]", "[]"}));
-  CHECK(has(message([&] { return microreg::FisherTrace{}(output.narrow(0, 0, 0), parameters); }),
-            {"fisher_trace", "at least one sample", "[0, 5]"}));
-  CHECK(has(message([&] { return microreg::FisherTrace{}(torch::Tensor(), parameters); }),
-            {"fisher_trace", "undefined"}));
-  CHECK(has(message([&] { return microreg::FisherTrace{}(output.select(1, 0), parameters); }),
-            {"Categorical", "[4]", "Bernoulli"}));
 }

@@ -5,6 +5,8 @@
 #include <microreg/microreg.hpp>
 
 #include <cstdint>
+#include <limits>
+#include <string>
 #include <tuple>
 
 using namespace helpers;
@@ -40,4 +42,15 @@ TEST_CASE("a schedule is asked once a step, and a run can resume", "[strength]")
   regularizer.set_step(20);
   CHECK(strengths() == std::tuple{20, 3.0, 1.5});
   CHECK(regularizer.step() == 21);
+}
+
+TEST_CASE("a strength is a finite number, at least 0", "[strength]") {
+  constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
+  for (const double strength : {not_a_number, std::numeric_limits<double>::infinity(), -0.5}) {
+    const std::string message =
+        message_of<microreg::OptionError>([&] { microreg::RegularizerOptions options{.strength = strength}; });
+    CHECK(has(message, {"strength", c10::str(strength).c_str(), "finite"}));
+    CHECK(has(message_of<microreg::OptionError>([&] { (void)(strength * microreg::GradientNorm{}); }),
+              {"strength", "finite"}));
+  }
 }

@@ -149,7 +149,7 @@ const auto everything = 0.3 * microreg::GradientNorm{} + microreg::FisherTrace<>
 
 }  // namespace
 
-TEST_CASE("differences have the scale of double backward, and converge to it", "[estimators]") {
+TEST_CASE("differences have the scale of double backward, and converge to it", "[estimator]") {
   const auto check_on = [](auto model, const networks::Samples& batch, Gates gates) {
     const auto check = [&](const auto& penalty) { check_convergence(model, batch, penalty, gates); };
     SECTION("gradient norm") { check(microreg::GradientNorm{}); }
@@ -171,7 +171,7 @@ TEST_CASE("differences have the scale of double backward, and converge to it", "
   }
 }
 
-TEST_CASE("frozen gates converge on kinked networks, free ones do not", "[estimators]") {
+TEST_CASE("frozen gates converge on kinked networks, free ones do not", "[estimator]") {
   auto model = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
   const auto batch = networks::images(40);
   check_convergence(model, batch, microreg::GradientNorm{}, Gates::frozen);
@@ -179,7 +179,7 @@ TEST_CASE("frozen gates converge on kinked networks, free ones do not", "[estima
   CHECK(error_of(model, batch, everything, CentralDifference{}) < 1e-6);
 }
 
-TEST_CASE("the default step is accurate on random ReLU networks", "[estimators]") {
+TEST_CASE("the default step is accurate on random ReLU networks", "[estimator]") {
   const bool batch_norm = GENERATE(false, true);
   CHECK(median_error(batch_norm, torch::kFloat32, ForwardDifference{}) < 0.005);
   CHECK(median_error(batch_norm, torch::kFloat64, CentralDifference{}) < 1e-6);
@@ -187,7 +187,7 @@ TEST_CASE("the default step is accurate on random ReLU networks", "[estimators]"
   CHECK(median_error(batch_norm, torch::kFloat64, ForwardDifference{}) < 1e-5);
 }
 
-TEST_CASE("the report of a difference is that of the exact step", "[estimators]") {
+TEST_CASE("the report of a difference is that of the exact step", "[estimator]") {
   auto model = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
   const auto batch = networks::images(10);
   const auto report_of = [&](const microreg::Estimator& estimator) {
@@ -204,7 +204,7 @@ TEST_CASE("the report of a difference is that of the exact step", "[estimators]"
   CHECK(relative_error(difference.gradient_norm, exact.gradient_norm) < 1e-5);
 }
 
-TEST_CASE("a difference leaves parameters, buffers and generators as an exact step does", "[estimators]") {
+TEST_CASE("a difference leaves parameters, buffers and generators as an exact step does", "[estimator]") {
   const auto estimator = GENERATE(microreg::Estimator(ForwardDifference{}), microreg::Estimator(CentralDifference{}));
   auto model = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
   const auto batch = networks::images(10);
@@ -236,7 +236,7 @@ TEST_CASE("a difference leaves parameters, buffers and generators as an exact st
   CHECK(same_bits(difference.own_state, exact.own_state));
 }
 
-TEST_CASE("dropout draws the same masks in every pass", "[estimators]") {
+TEST_CASE("dropout draws the same masks in every pass", "[estimator]") {
   torch::manual_seed(8);
   DropoutNet model;
   model->to(torch::kFloat64);
@@ -245,7 +245,7 @@ TEST_CASE("dropout draws the same masks in every pass", "[estimators]") {
   CHECK(error_of(model, batch, everything, CentralDifference{}) < 1e-6);
 }
 
-TEST_CASE("a probe that draws without pass.draw sees the same numbers in every pass", "[estimators]") {
+TEST_CASE("a probe that draws without pass.draw sees the same numbers in every pass", "[estimator]") {
   auto model = networks::seeded_mlp();
   const microreg::SquaredGradientNorm noisy{[](const auto& pass) {
     return (pass.output * torch::empty_like(pass.output).normal_(0, 1, pass.generator)).mean();
@@ -256,7 +256,7 @@ TEST_CASE("a probe that draws without pass.draw sees the same numbers in every p
   CHECK(error_of(model, networks::vectors(10), penalty, CentralDifference{}) < 1e-6);
 }
 
-TEST_CASE("labels do not flip where the logits move", "[estimators]") {
+TEST_CASE("labels do not flip where the logits move", "[estimator]") {
   auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(4);
   std::vector<torch::Tensor> used;
@@ -274,7 +274,7 @@ TEST_CASE("labels do not flip where the logits move", "[estimators]") {
   CHECK(torch::equal(used[0], used[1]));
 }
 
-TEST_CASE("a selection is displaced alone", "[estimators]") {
+TEST_CASE("a selection is displaced alone", "[estimator]") {
   auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(4);
   const torch::Tensor bias = model->output->bias.detach().clone();
@@ -308,7 +308,7 @@ TEST_CASE("a selection is displaced alone", "[estimators]") {
   CHECK(moved(weights, weight));
 }
 
-TEST_CASE("a zero gradient gives a zero, not NaN", "[estimators]") {
+TEST_CASE("a zero gradient gives a zero, not NaN", "[estimator]") {
   auto model = networks::seeded_mlp();
   const auto batch = networks::vectors(8);
   const auto parameters = clones(model->parameters());
@@ -326,7 +326,7 @@ TEST_CASE("a zero gradient gives a zero, not NaN", "[estimators]") {
   }
 }
 
-TEST_CASE("an error in a further pass leaves everything as it was", "[estimators]") {
+TEST_CASE("an error in a further pass leaves everything as it was", "[estimator]") {
   torch::manual_seed(9);
   Watched model;
   const auto batch = networks::vectors(8);
@@ -366,7 +366,7 @@ TEST_CASE("an error in a further pass leaves everything as it was", "[estimators
   CHECK(model->count.item<double>() == 2);  // one pass per micro-batch, as far as buffers know
 }
 
-TEST_CASE("a difference leaves parameters where they are in memory", "[estimators]") {
+TEST_CASE("a difference leaves parameters where they are in memory", "[estimator]") {
   torch::manual_seed(9);
   Watched model;
   const auto batch = networks::vectors(8);
@@ -393,7 +393,7 @@ TEST_CASE("a difference leaves parameters where they are in memory", "[estimator
   CHECK(same_bits(weight.grad(), 2 * values[0]));
 }
 
-TEST_CASE("parameters that share a storage are displaced and restored", "[estimators]") {
+TEST_CASE("parameters that share a storage are displaced and restored", "[estimator]") {
   torch::manual_seed(9);
   Watched model;
   const auto batch = networks::vectors(8);
@@ -444,7 +444,7 @@ TEST_CASE("parameters that share a storage are displaced and restored", "[estima
   }
 }
 
-TEST_CASE("the automatic step goes by the type of the parameters", "[estimators]") {
+TEST_CASE("the automatic step goes by the type of the parameters", "[estimator]") {
   torch::manual_seed(4);
   torch::nn::Sequential network = random_relu_network(false, torch::kFloat32);
   const networks::Samples batch{torch::randn({16, 2, 8, 8}), torch::randint(networks::classes, {16})};
@@ -462,7 +462,7 @@ TEST_CASE("the automatic step goes by the type of the parameters", "[estimators]
   CHECK(relative_error(gradient(ForwardDifference{}, 1.0) - plain, exact) < 0.005);
 }
 
-TEST_CASE("at strength 0 a difference makes no further pass", "[estimators]") {
+TEST_CASE("at strength 0 a difference makes no further pass", "[estimator]") {
   torch::manual_seed(9);
   Watched model;
   const auto batch = networks::vectors(8);
@@ -471,7 +471,7 @@ TEST_CASE("at strength 0 a difference makes no further pass", "[estimators]") {
   CHECK(relative_error(gradient, step_gradient(model, batch, everything, options_with(Exact{}, 0.0))) < 1e-14);
 }
 
-TEST_CASE("an estimator is assigned as a whole", "[estimators]") {
+TEST_CASE("an estimator is assigned as a whole", "[estimator]") {
   // What a variant has beside that would leave behind what makes a difference.
   const auto emplaces = []<class E>(E& e) {
     return requires { e.template emplace<microreg::ForwardDifference>(); } || requires { e.template emplace<1>(); };
@@ -486,7 +486,7 @@ TEST_CASE("an estimator is assigned as a whole", "[estimators]") {
   CHECK(std::holds_alternative<microreg::ForwardDifference>(b));
 }
 
-TEST_CASE("options of the estimators are checked", "[estimators]") {
+TEST_CASE("options of the estimators are checked", "[estimator]") {
   const auto message = [](const microreg::RegularizerOptions& options) {
     return message_of<microreg::OptionError>([&] {
       microreg::Regularizer regularizer(networks::seeded_mlp(), cross_entropy, microreg::GradientNorm{}, options);
@@ -495,10 +495,8 @@ TEST_CASE("options of the estimators are checked", "[estimators]") {
   CHECK(has(message({.estimator = ForwardDifference{-1e-3}}), {"estimator.step", "-0.001", "positive"}));
   CHECK(has(message({.estimator = CentralDifference{std::numeric_limits<double>::infinity()}}),
             {"estimator.step", "inf", "finite"}));
-  CHECK(has(message({.sampling = {.share = 0.0}}), {"sampling.share", "0", "greater than 0"}));
-  CHECK(has(message({.sampling = {.share = 1.5}}), {"sampling.share", "1.5", "at most 1"}));
-  CHECK(has(message({.sampling = {.share = std::numeric_limits<double>::quiet_NaN()}}), {"sampling.share", "nan"}));
-  CHECK(has(message({.sampling = {.every = 0}}), {"sampling.every", "0", "at least 1"}));
+  CHECK(has(message({.estimator = ForwardDifference{.check_every = -1}}), {"estimator.check_every", "-1", "steps"}));
+  CHECK(has(message({.estimator = CentralDifference{.tolerance = std::nan("")}}), {"estimator.tolerance", "nan"}));
 
   auto coarse = networks::seeded_mlp();
   coarse->to(torch::kBFloat16);
@@ -510,7 +508,7 @@ TEST_CASE("options of the estimators are checked", "[estimators]") {
 }
 
 TEST_CASE("a difference refuses parameters on one memory and inputs with a graph, and has moved nothing",
-          "[estimators]") {
+          "[estimator]") {
   torch::manual_seed(31);
   torch::nn::Linear first(6, 6);
   torch::nn::Linear second(6, 6);
@@ -534,7 +532,7 @@ TEST_CASE("a difference refuses parameters on one memory and inputs with a graph
             {"input", "graph", "detach()"}));
 }
 
-TEST_CASE("an expanded leaf as parameter is refused by a difference", "[estimators]") {
+TEST_CASE("an expanded leaf as parameter is refused by a difference", "[estimator]") {
   torch::manual_seed(32);
   const torch::Tensor w = torch::randn({1, 3}, torch::kFloat64).expand({3, 3}).detach().requires_grad_();
   const torch::Tensor before = w.detach().clone();

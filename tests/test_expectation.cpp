@@ -1,29 +1,14 @@
-// Expectations over what is drawn: labels of FisherTrace, directions of UnitJacobian.
+// Expectation: means over what is drawn, labels of FisherTrace and directions of UnitJacobian, and the exact ones.
 #include "helpers.hpp"
 #include "networks.hpp"
 
 #include <microreg/microreg.hpp>
 
 #include <cmath>
-#include <utility>
 
 using namespace helpers;
 
 namespace {
-
-/// Mean of `draw()` over many draws, and its standard error.
-template <class Draw>
-std::pair<double, double> monte_carlo(int draws, const Draw& draw) {
-  double sum = 0;
-  double squares = 0;
-  for (int i = 0; i < draws; ++i) {
-    const double value = draw();
-    sum += value;
-    squares += value * value;
-  }
-  const double mean = sum / draws;
-  return {mean, std::sqrt((squares / draws - mean * mean) / draws)};
-}
 
 /// The gradient of `scalar` in one vector, by plain autograd.
 torch::Tensor gradient(const torch::Tensor& scalar, const std::vector<torch::Tensor>& parameters) {
@@ -90,6 +75,8 @@ TEST_CASE("the Fisher trace, averaged over its own draws, is tr(F) / |M|", "[exp
       3000, [&] { return microreg::FisherTrace{}(tiny.output, tiny.model->parameters(), draws).item<double>(); });
   CHECK(error < 0.05 * mean);
   CHECK(std::abs(mean - exact_fisher_trace(tiny)) < 4.5 * error);
+  const microreg::FisherTrace<> exact{.expectation = microreg::Expectation::exact};
+  CHECK(exact(tiny.output, tiny.model->parameters()).item<double>() == Approx(exact_fisher_trace(tiny)).epsilon(1e-12));
 }
 
 TEST_CASE("the Fisher trace of a Gaussian, averaged over its draws", "[expectation]") {

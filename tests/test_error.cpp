@@ -15,7 +15,6 @@ using microreg::OptionError;
 namespace {
 
 constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
-constexpr double infinity = std::numeric_limits<double>::infinity();
 
 torch::Tensor loss_of(const torch::Tensor& output, const torch::Tensor& y) {
   return torch::cross_entropy_loss(output, y);
@@ -50,7 +49,7 @@ const auto drawing = microreg::GradientNorm{} + microreg::FisherTrace{} + micror
 
 }  // namespace
 
-TEST_CASE("the watch itself sees a change", "[errors]") {
+TEST_CASE("the watch itself sees a change", "[error]") {
   Scene s;
   const auto sees = [&](const auto& change) {
     const Watch watch(*s.model);
@@ -67,7 +66,7 @@ TEST_CASE("the watch itself sees a change", "[errors]") {
   sees([&] { s.model->norm1->eval(); });
 }
 
-TEST_CASE("a batch that cannot be split", "[errors]") {
+TEST_CASE("a batch that cannot be split", "[error]") {
   Scene s;
   const torch::Tensor x = s.batch.input;
   const torch::Tensor y = s.batch.target;
@@ -95,31 +94,7 @@ TEST_CASE("a batch that cannot be split", "[errors]") {
   }
 }
 
-TEST_CASE("options out of range", "[errors]") {
-  Scene s;
-  const auto build = [&](microreg::RegularizerOptions options) {
-    const Watch watch(*s.model);
-    const std::string message =
-        message_of<OptionError>([&] { microreg::Regularizer r(s.model, loss_of, drawing, std::move(options)); });
-    CHECK(watch.unchanged());
-    return message;
-  };
-  CHECK(has(build({.micro_batch_size = 0}), {"micro_batch_size", "is 0", "at least 1"}));
-  CHECK(has(build({.micro_batch_size = -3}), {"micro_batch_size", "is -3", "at least 1"}));
-  CHECK(has(build({.generator = at::Generator()}), {"generator", "undefined", "make_generator"}));
-  for (const double strength : {not_a_number, infinity, -0.5}) {
-    const std::string message =
-        message_of<OptionError>([&] { microreg::RegularizerOptions options{.strength = strength}; });
-    CHECK(has(message, {"strength", c10::str(strength).c_str(), "finite"}));
-    CHECK(has(message_of<OptionError>([&] { (void)(strength * microreg::GradientNorm{}); }), {"strength", "finite"}));
-  }
-  // A schedule is asked, and judged, at its step.
-  const auto schedule = [](std::int64_t step) { return step < 3 ? 0.1 : not_a_number; };
-  CHECK(has(s.fails<OptionError>(loss_of, drawing, s.batch.input, s.batch.target, {.strength = schedule}),
-            {"strength", "at step 3", "nan", "finite"}));
-}
-
-TEST_CASE("a loss that cannot be differentiated", "[errors]") {
+TEST_CASE("a loss that cannot be differentiated", "[error]") {
   Scene s;
   const auto fails = [&](const auto& loss) {
     return s.fails<ModelError>(loss, drawing, s.batch.input, s.batch.target);
@@ -136,7 +111,7 @@ TEST_CASE("a loss that cannot be differentiated", "[errors]") {
             {"loss", "Long", "graph"}));
 }
 
-TEST_CASE("a model that cannot be penalised", "[errors]") {
+TEST_CASE("a model that cannot be penalised", "[error]") {
   Scene s;
   SECTION("no parameter requires a gradient") {
     for (torch::Tensor& parameter : s.model->parameters()) {
@@ -170,7 +145,7 @@ TEST_CASE("a model that cannot be penalised", "[errors]") {
   }
 }
 
-TEST_CASE("a probe that cannot be differentiated", "[errors]") {
+TEST_CASE("a probe that cannot be differentiated", "[error]") {
   Scene s;
   const auto fails = [&](auto probe) {
     return s.fails<ModelError>(loss_of, drawing + microreg::SquaredGradientNorm{probe, "mine"}, s.batch.input,
@@ -184,7 +159,7 @@ TEST_CASE("a probe that cannot be differentiated", "[errors]") {
   CHECK(has(fails([&](const torch::Tensor&) { return other * 2; }), {"mine", "does not depend", "conv1.weight"}));
 }
 
-TEST_CASE("values that are not finite", "[errors]") {
+TEST_CASE("values that are not finite", "[error]") {
   Scene s;
   SECTION("NaN in the third micro-batch") {
     s.batch.input[9] = not_a_number;
@@ -214,7 +189,7 @@ TEST_CASE("values that are not finite", "[errors]") {
   }
 }
 
-TEST_CASE("whatever throws in the second micro-batch, nothing has changed", "[errors]") {
+TEST_CASE("whatever throws in the second micro-batch, nothing has changed", "[error]") {
   Scene s;
   const auto options = GENERATE(0, 1) == 0
                            ? microreg::RegularizerOptions{.micro_batch_size = 4}
@@ -250,7 +225,7 @@ TEST_CASE("whatever throws in the second micro-batch, nothing has changed", "[er
   }
 }
 
-TEST_CASE("an operation without a double backward is named, with the remedy", "[errors]") {
+TEST_CASE("an operation without a double backward is named, with the remedy", "[error]") {
   torch::manual_seed(51);
   torch::nn::Linear projection(8, 8);
   const auto attention = [&](const torch::Tensor& x) {
@@ -264,4 +239,11 @@ TEST_CASE("an operation without a double backward is named, with the remedy", "[
   CHECK(has(message_of<ModelError>([&] { (void)regularizer.backward(x, torch::zeros({4}, torch::kInt64)); }),
             {"second derivative", "scaled_dot_product", "setSDPUseFlash(false)"}));
   CHECK(watch.unchanged());
+}
+
+TEST_CASE("a schedule is judged at its step", "[error]") {
+  Scene s;
+  const auto schedule = [](std::int64_t step) { return step < 3 ? 0.1 : not_a_number; };
+  CHECK(has(s.fails<OptionError>(loss_of, drawing, s.batch.input, s.batch.target, {.strength = schedule}),
+            {"strength", "at step 3", "nan", "finite"}));
 }

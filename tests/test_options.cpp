@@ -1,5 +1,5 @@
-// What is trained beside the model, losses that count, sequences, classes that lie last: the options of a step, against
-// formulas by hand.
+// The options of a step: what is trained beside the model and what a loss sums, against formulas by hand, and what is
+// out of range.
 #include "helpers.hpp"
 #include "networks.hpp"
 
@@ -12,7 +12,6 @@
 #include <vector>
 
 using namespace helpers;
-using microreg::BatchError;
 using microreg::FunctionModel;
 using microreg::GradientNorm;
 using microreg::ModelError;
@@ -41,21 +40,9 @@ struct ScaledLossImpl : torch::nn::Module {
 };
 TORCH_MODULE(ScaledLoss);
 
-struct TaggerImpl : torch::nn::Module {
-  explicit TaggerImpl(bool first) : lstm(torch::nn::LSTMOptions(6, 8).batch_first(first)) {
-    register_module("lstm", lstm);
-    register_module("out", out);
-    to(torch::kFloat64);
-  }
-  Tensor forward(const Tensor& x) { return out(std::get<0>(lstm(x))); }
-  torch::nn::LSTM lstm;
-  torch::nn::Linear out{8, 5};
-};
-TORCH_MODULE(Tagger);
-
 }  // namespace
 
-TEST_CASE("parameters of a loss that is a module are trained", "[step options]") {
+TEST_CASE("parameters of a loss that is a module are trained", "[options]") {
   torch::manual_seed(1);
   torch::nn::Linear model(6, 2);
   model->to(torch::kFloat64);
@@ -84,7 +71,7 @@ TEST_CASE("parameters of a loss that is a module are trained", "[step options]")
   CHECK(report.penalties[0].value.item<double>() == Approx(value));
 }
 
-TEST_CASE("other leaves are trained, refused or ignored", "[step options]") {
+TEST_CASE("other leaves are trained, refused or ignored", "[options]") {
   torch::manual_seed(2);
   torch::nn::Linear model(6, 5), encoder(4, 6);
   model->to(torch::kFloat64);
@@ -130,7 +117,7 @@ TEST_CASE("other leaves are trained, refused or ignored", "[step options]") {
             {"also_train[0]", "require a gradient"}));
 }
 
-TEST_CASE("leaves that a pass makes for itself are not refused", "[step options]") {
+TEST_CASE("leaves that a pass makes for itself are not refused", "[options]") {
   torch::manual_seed(3);
   networks::Mlp model = networks::seeded_mlp();
   const auto batch = networks::vectors(8);
@@ -148,40 +135,7 @@ TEST_CASE("leaves that a pass makes for itself are not refused", "[step options]
   CHECK_NOTHROW((void)p.backward([&] { return label_loss(forward(batch.input), batch.target); }));
 }
 
-TEST_CASE("a loss that says what it is a mean over", "[step options]") {
-  networks::Mlp model = networks::seeded_mlp();
-  const auto batch = networks::vectors(10);
-  Tensor labels = batch.target.clone();
-  labels.narrow(0, 0, 2).fill_(-100);
-  labels.narrow(0, 4, 4).fill_(-100);  // a whole micro-batch
-  const auto counted = [](const Tensor& o, const Tensor& y) {
-    return microreg::CountedLoss{torch::cross_entropy_loss(o, y, {}, at::Reduction::Sum, -100), (y != -100).sum()};
-  };
-  const auto sum = [&](std::int64_t begin, std::int64_t size) {
-    return torch::cross_entropy_loss(model->forward(batch.input.narrow(0, begin, size)), labels.narrow(0, begin, size),
-                                     {}, at::Reduction::Sum, -100);
-  };
-  for (const microreg::Estimator& estimator :
-       {microreg::Estimator(microreg::Exact{}), microreg::Estimator(microreg::CentralDifference{}),
-        microreg::Estimator(microreg::ForwardDifference{})}) {
-    model->zero_grad();
-    Regularizer r(model, counted, GradientNorm{}, {.strength = 0.5, .micro_batch_size = 4, .estimator = estimator});
-    const auto report = r.backward(batch.input, labels);
-    const Tensor expected =
-        step_by_hand({sum(0, 4) / 2, sum(8, 2) / 2}, {0.5, 0.5}, {0.5, 0.5}, 0.5, model->parameters());
-    CHECK(relative_error(flat_grad(model->parameters()), expected) < 1e-6);
-    CHECK(report.loss.item<double>() == Approx(sum(0, 10).item<double>() / 4).epsilon(1e-12));
-  }
-  Regularizer alike(model, counted, GradientNorm{},
-                    {.micro_batch_size = 4, .weighting = microreg::Weighting::reference});
-  CHECK(has(message_of<OptionError>([&] { (void)alike.backward(batch.input, labels); }),
-            {"Weighting::reference", "CountedLoss"}));
-  labels.fill_(-100);
-  Regularizer r(model, counted, GradientNorm{}, {.micro_batch_size = 4});
-  CHECK(has(message_of<ModelError>([&] { (void)r.backward(batch.input, labels); }), {"counts", "0"}));
-}
-
-TEST_CASE("a sum whose scale is kept", "[step options]") {
+TEST_CASE("a sum whose scale is kept", "[options]") {
   networks::Mlp model = networks::seeded_mlp();
   const auto batch = networks::vectors(10);
   const auto sum = [](const Tensor& o, const Tensor& y) {
@@ -223,48 +177,26 @@ TEST_CASE("a sum whose scale is kept", "[step options]") {
             {"Reduction::total", "Weighting::reference"}));
 }
 
-TEST_CASE("sequences that are cut along time", "[step options]") {
-  torch::manual_seed(4);
-  const auto loss = [](const Tensor& o, const Tensor& y) { return label_loss(o.flatten(0, 1), y.flatten()); };
-  Tagger model(false);
-  const Tensor x = torch::randn({12, 8, 6}, torch::kFloat64), y = torch::randint(5, {12, 8});  // [T, N, F]
-  Regularizer r(model, loss, GradientNorm{}, {.micro_batch_size = 4});
-  CHECK(has(message_of<BatchError>([&] { (void)r.backward(x, y); }), {"lstm", "[4, 8, 6]", "time", "Along<1>"}));
-  CHECK_FALSE(model->out->weight.grad().defined());
-  using Sequences = microreg::Along<1>;
-  Regularizer<Sequences, Sequences> along(model, loss, GradientNorm{}, {.micro_batch_size = 4});
-  CHECK_NOTHROW((void)along.backward(Sequences(x), Sequences(y)));
-  Tagger first(true);
-  Regularizer f(first, loss, GradientNorm{}, {.micro_batch_size = 4});
-  CHECK_NOTHROW((void)f.backward(x, y));  // [N, T, F]
-  FunctionModel transposing{[&](const Tensor& in) { return model->forward(in.transpose(0, 1)).transpose(0, 1); },
-                            model->parameters()};
-  Regularizer t(transposing, loss, GradientNorm{}, {.micro_batch_size = 4});
-  CHECK_NOTHROW((void)t.backward(x, y));
-  FunctionModel unnamed{[&](const Tensor& in) { return model->forward(in); }, model->parameters()};
-  CHECK_THROWS_AS(microreg::measure(unnamed, loss, GradientNorm{}, x, y, {.micro_batch_size = 4}), BatchError);
-}
-
-TEST_CASE("classes that lie last", "[step options]") {
-  torch::manual_seed(5);
-  const Tensor w = torch::randn({5, 10}, torch::kFloat64).requires_grad_(true);
-  FunctionModel last{[&](const Tensor& x) { return x.matmul(w); }, {w}};
-  FunctionModel second{[&](const Tensor& x) { return x.matmul(w).transpose(1, 2); }, {w}};
-  const Tensor x = torch::randn({4, 6, 5}, torch::kFloat64), y = torch::randint(10, {4, 6});
-  const auto transposed = [](const Tensor& o, const Tensor& t) { return label_loss(o.transpose(1, 2), t); };
-  using microreg::Categorical;
-  using microreg::FisherTrace;
-  CHECK(has(message_of<ModelError>([&] { (void)microreg::measure(last, transposed, FisherTrace{}, x, y); }),
-            {"[4, 6, 10]", "[4, 6]", "class_dimension = -1"}));
-  const auto value = [&](const auto& model, const auto& loss, std::int64_t dimension,
-                         microreg::Expectation expectation) {
-    return microreg::measure(model, loss, FisherTrace{Categorical{.class_dimension = dimension}, 1, expectation}, x, y,
-                             {.generator = generator(3)})
-        .penalties[0]
-        .value.template item<double>();
+TEST_CASE("options out of range", "[options]") {
+  constexpr double not_a_number = std::numeric_limits<double>::quiet_NaN();
+  networks::Cnn model = networks::seeded_cnn(networks::Norm::batch, networks::Activation::kinked);
+  const auto build = [&](microreg::RegularizerOptions options) {
+    const Watch watch(*model);
+    const std::string message = message_of<OptionError>([&] {
+      Regularizer r(model, label_loss, GradientNorm{} + microreg::FisherTrace{} + microreg::UnitJacobian{},
+                    std::move(options));
+    });
+    CHECK(watch.unchanged());
+    return message;
   };
-  const auto exact = microreg::Expectation::exact;
-  CHECK(value(last, transposed, -1, exact) == Approx(value(second, label_loss, 1, exact)).epsilon(1e-12));
-  CHECK(value(last, transposed, 2, microreg::Expectation::sampled) > 0);
-  CHECK_THROWS_AS(value(last, transposed, 3, exact), ModelError);
+  CHECK(has(build({.micro_batch_size = 0}), {"micro_batch_size", "is 0", "at least 1"}));
+  CHECK(has(build({.micro_batch_size = -3}), {"micro_batch_size", "is -3", "at least 1"}));
+  CHECK(has(build({.generator = at::Generator()}), {"generator", "undefined", "make_generator"}));
+  CHECK(has(build({.sampling = {.share = 0.0}}), {"sampling.share", "0", "greater than 0"}));
+  CHECK(has(build({.sampling = {.share = 1.5}}), {"sampling.share", "1.5", "at most 1"}));
+  CHECK(has(build({.sampling = {.share = not_a_number}}), {"sampling.share", "nan"}));
+  CHECK(has(build({.sampling = {.every = 0}}), {"sampling.every", "0", "at least 1"}));
+  CHECK(has(build({.workers = -1}), {"workers", "-1", "number of threads"}));
+  CHECK(has(build({.autocast = torch::kFloat64}), {"autocast", "Double", "BFloat16 or Half"}));
+  CHECK(has(build({.also_train = {Tensor()}}), {"also_train[0]", "undefined"}));
 }
