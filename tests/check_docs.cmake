@@ -2,7 +2,8 @@
 # - every ```cpp block in README.md, docs/*.md and in a doc comment stands, word for word, in a test or an example;
 # - every relative link in a Markdown file leads to a file and a heading that are there;
 # - README.md names every option of the CIFAR trainer;
-# - test cases that tests/kinds.md names are there.
+# - test cases that tests/kinds.md names are there;
+# - every public header has a test file of its name, or a row in tests/kinds.md that says what holds it.
 cmake_minimum_required(VERSION 3.25)
 get_filename_component(root "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
 set(failures 0)
@@ -135,6 +136,32 @@ if(named_tests LESS 50)
   message(SEND_ERROR "tests/kinds.md: only ${named_tests} test cases were found in it")
 endif()
 
+# penalties/unsquared.hpp: test_unsquared.cpp, distributed/shard.hpp: test_distributed_shard.cpp.
+string(REGEX MATCHALL "\n\\| `[a-z_/]+\\.hpp` \\|" rows "${kinds}")
+string(REGEX REPLACE "\n\\| `([a-z_/]+\\.hpp)` \\|" "\\1" held_elsewhere "${rows}")
+file(READ "${root}/tests/CMakeLists.txt" test_list)
+set(include "${root}/include/microreg")
+file(GLOB public_headers RELATIVE "${include}" "${include}/*.hpp" "${include}/penalties/*.hpp"
+     "${include}/distributed/*.hpp")
+foreach(header IN LISTS public_headers)
+  string(REGEX REPLACE "^penalties/|\\.hpp$" "" name "${header}")
+  string(REPLACE "/" "_" name "test_${name}.cpp")
+  set(has_file FALSE)
+  if(EXISTS "${root}/tests/${name}" AND test_list MATCHES "\n *${name}[\n)]")
+    set(has_file TRUE)
+  endif()
+  if(NOT has_file AND NOT header IN_LIST held_elsewhere)
+    message(SEND_ERROR "${header} has no test: add tests/${name}, in tests/CMakeLists.txt too, or a row in "
+                       "tests/kinds.md that says what holds it")
+  elseif(has_file AND header IN_LIST held_elsewhere)
+    message(SEND_ERROR "tests/kinds.md: ${header} has tests/${name}, and needs no row")
+  endif()
+endforeach()
+list(REMOVE_ITEM held_elsewhere ${public_headers})
+foreach(header IN LISTS held_elsewhere)
+  message(SEND_ERROR "tests/kinds.md: there is no public header ${header}")
+endforeach()
+
 file(READ "${root}/README.md" readme)
 file(READ "${root}/examples/cifar/command_line.cpp" command_line)
 string(REGEX MATCHALL "\"--[a-z-]+" options "${command_line}")
@@ -149,4 +176,5 @@ endforeach()
 if(blocks LESS 20 OR links LESS 20)
   message(SEND_ERROR "only ${blocks} code blocks and ${links} links were found: is this the right folder? ${root}")
 endif()
-message(STATUS "documentation: ${blocks} code blocks and ${links} links checked")
+list(LENGTH public_headers headers_held)
+message(STATUS "documentation: ${blocks} code blocks, ${links} links and the tests of ${headers_held} public headers checked")
