@@ -271,9 +271,12 @@ TEST_CASE("an operation that this LibTorch does not have, or has otherwise, is l
   };
   CHECK(add("aten::no_such_operation", true) == "is unknown to it");
   CHECK(add("aten::erfinv", false) == "has other arguments there");
-  REQUIRE(warnings.messages.size() == 2);
+  // Nor one that may not be intercepted: this one is in another library than the kernels are.
+  CHECK(add("microreg::version", true) == "lets nobody in front of it");
+  REQUIRE(warnings.messages.size() == 3);
   CHECK(has(warnings.messages[0], {"aten::no_such_operation", "is unknown to it"}));
   CHECK(has(warnings.messages[1], {"aten::erfinv", "has other arguments there"}));
+  CHECK(has(warnings.messages[2], {"microreg::version", "lets nobody in front of it"}));
 
   // Such an operation runs as it is, in a scope as outside of one.
   const torch::Tensor x = torch::full({3}, 0.3, torch::kFloat64).requires_grad_();

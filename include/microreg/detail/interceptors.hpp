@@ -62,12 +62,12 @@ inline std::optional<c10::OperatorHandle> find_schema(std::string_view schema) {
 }
 
 /// Kernels on the interception key, registered one by one and taken away with the object. An operation that another
-/// shared object has intercepted is left to it. One that this LibTorch does not have, or has with other arguments, runs
-/// as it is: report() says that, once, by name.
+/// shared object has intercepted is left to it. One that this LibTorch does not have, has with other arguments or
+/// results, or will not have intercepted, runs as it is: report() says that, once, by name.
 class Interceptors {
  public:
   /// A functor that gets its arguments boxed; while a Registering lives. Null, or what keeps it from this operation:
-  /// `fits(schema)` tells whether the arguments are those that it was written for.
+  /// `fits(schema)` tells whether arguments and results are those that it was written for.
   template <class Functor, class Fits>
   [[nodiscard]] const char* add(const std::string& operation, const Fits& fits, std::unique_ptr<Functor> functor) {
     const auto handle = find_operation(operation);
@@ -78,7 +78,11 @@ class Interceptors {
       return "has other arguments there";
     }
     if (!handle->hasKernelForDispatchKey(interception_key)) {
-      library_.impl(operation.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::move(functor)));
+      try {
+        library_.impl(operation.c_str(), torch::CppFunction::makeFromBoxedFunctor(std::move(functor)));
+      } catch (const c10::Error&) {
+        return "lets nobody in front of it";
+      }
     }
     return nullptr;
   }

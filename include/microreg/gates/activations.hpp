@@ -28,7 +28,7 @@ inline at::Tensor replay_leaky(const at::Tensor& self, const at::Tensor& gate, c
   return at::leaky_relu_backward(self, gate.to(self.scalar_type()), slope, /*self_is_result=*/false);
 }
 
-/// In evaluation mode a leaky_relu whose result is contiguous; in training mode draws.hpp has it.
+/// In evaluation mode a leaky_relu whose result is contiguous; in training mode draws.hpp has it, which registers it.
 inline Tensors replay_rrelu(const Arguments& in, const GateTensors& gates) {
   return {replay_leaky(in.tensor(0), gates[0], (in.number(2) + in.number(3)) / 2).contiguous()};
 }
@@ -67,7 +67,6 @@ inline constexpr Rule activations[] = {
      [](const Arguments& in, const GateTensors& gates) {
        return Tensors{replay_leaky(in.tensor(0), gates[0], in.scalar(1))};
      }},
-    rrelu_rule,
     {"_prelu_kernel", "Tensor self, Tensor weight", sign_if_kept, nullptr,
      [](const Arguments& in, const GateTensors& gates) {
        return Tensors{at::where(gates[0].gt(0), in.tensor(0), in.tensor(0) * in.tensor(1))};

@@ -49,7 +49,7 @@ inline constexpr Rule arithmetic[] = {
                return Tensors{in.tensor(0).abs() * (std::signbit(in.number(1)) ? -1 : 1)};
              }),
     {"fake_quantize_per_tensor_affine_cachemask",
-     "Tensor self, float scale, int zero_point, int quant_min, int quant_max",
+     "Tensor self, float scale, int zero_point, int quant_min, int quant_max -> Tensor, Tensor",
      [](const Arguments& in) {
        const at::Tensor self = in.tensor(0).detach();
        return straight_through_gates(at::fake_quantize_per_tensor_affine_cachemask(self, in.number(1), in.integer(2),
@@ -58,7 +58,7 @@ inline constexpr Rule arithmetic[] = {
      },
      nullptr, replay_straight_through},
     {"fake_quantize_per_channel_affine_cachemask",
-     "Tensor self, Tensor scale, Tensor zero_point, int axis, int quant_min, int quant_max",
+     "Tensor self, Tensor scale, Tensor zero_point, int axis, int quant_min, int quant_max -> Tensor, Tensor",
      [](const Arguments& in) {
        const at::Tensor self = in.tensor(0).detach();
        return straight_through_gates(at::fake_quantize_per_channel_affine_cachemask(

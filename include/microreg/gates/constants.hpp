@@ -7,6 +7,7 @@
 #include <ATen/core/List.h>
 #include <microreg/detail/version_of.hpp>
 #include <microreg/gates/kernel.hpp>
+#include <microreg/gates/schema.hpp>
 #include <microreg/gates/tape.hpp>
 
 #include <cstddef>
@@ -21,40 +22,41 @@ namespace microreg::inline MICROREG_ABI::detail::gating {
 /// Their operands without a graph are kept: factors and summands (a mask, a teacher's output, whatever was computed
 /// under NoGradGuard or through data_ptr), targets, choices and indices. Not those of products of a matrix with a
 /// batch, where a frozen network's weights would be copied.
-inline constexpr const char* with_constants[] = {"mul.Tensor",
-                                                 "div.Tensor",
-                                                 "add.Tensor",
-                                                 "sub.Tensor",
-                                                 "addcmul",
-                                                 "addcdiv",
-                                                 "lerp.Scalar",
-                                                 "lerp.Tensor",
-                                                 "bmm",
-                                                 "baddbmm",
-                                                 "_scaled_dot_product_flash_attention_for_cpu",
-                                                 "mse_loss",
-                                                 "binary_cross_entropy",
-                                                 "binary_cross_entropy_with_logits",
-                                                 "nll_loss_forward",
-                                                 "nll_loss2d_forward",
-                                                 "where.self",
-                                                 "masked_fill.Scalar",
-                                                 "masked_fill.Tensor",
-                                                 "masked_scatter",
-                                                 "masked_select",
-                                                 "index.Tensor",
-                                                 "index_put",
-                                                 "index_select",
-                                                 "index_add",
-                                                 "index_copy",
-                                                 "index_fill.int_Scalar",
-                                                 "index_fill.int_Tensor",
-                                                 "gather",
-                                                 "scatter.src",
-                                                 "scatter.value",
-                                                 "scatter_add",
-                                                 "take",
-                                                 "embedding"};
+inline constexpr Operations with_constants[] = {{"... -> Tensor, ...",
+                                                 {"mul.Tensor",
+                                                  "div.Tensor",
+                                                  "add.Tensor",
+                                                  "sub.Tensor",
+                                                  "addcmul",
+                                                  "addcdiv",
+                                                  "lerp.Scalar",
+                                                  "lerp.Tensor",
+                                                  "bmm",
+                                                  "baddbmm",
+                                                  "_scaled_dot_product_flash_attention_for_cpu",
+                                                  "mse_loss",
+                                                  "binary_cross_entropy",
+                                                  "binary_cross_entropy_with_logits",
+                                                  "nll_loss_forward",
+                                                  "nll_loss2d_forward",
+                                                  "where.self",
+                                                  "masked_fill.Scalar",
+                                                  "masked_fill.Tensor",
+                                                  "masked_scatter",
+                                                  "masked_select",
+                                                  "index.Tensor",
+                                                  "index_put",
+                                                  "index_select",
+                                                  "index_add",
+                                                  "index_copy",
+                                                  "index_fill.int_Scalar",
+                                                  "index_fill.int_Tensor",
+                                                  "gather",
+                                                  "scatter.src",
+                                                  "scatter.value",
+                                                  "scatter_add",
+                                                  "take",
+                                                  "embedding"}}};
 
 /// Calls `visit(tensor)` for each operand without a graph, and puts what that returns in its place, if it returns
 /// something. What an operation in place writes to is none.
@@ -116,6 +118,8 @@ inline void hold_constants(Call& call) {
   });
   call.stock();
 }
+
+inline constexpr Operations projections[] = {{"Tensor self, ...", {"embedding_renorm_"}}};
 
 /// An Embedding's max_norm projects rows of its weight before it looks them up. A further pass would undo a
 /// displacement by that, where double backward takes the projected rows for what they are.

@@ -7,6 +7,7 @@
 #include <ATen/ATen.h>
 #include <microreg/gates/history.hpp>
 #include <microreg/gates/kernel.hpp>
+#include <microreg/gates/schema.hpp>
 
 #include <optional>
 #include <utility>
@@ -15,74 +16,79 @@
 namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// Their results are those of the first pass.
-inline constexpr const char* decisions[] = {"gt.Scalar",
-                                            "gt.Tensor",
-                                            "lt.Scalar",
-                                            "lt.Tensor",
-                                            "ge.Scalar",
-                                            "ge.Tensor",
-                                            "le.Scalar",
-                                            "le.Tensor",
-                                            "eq.Scalar",
-                                            "eq.Tensor",
-                                            "ne.Scalar",
-                                            "ne.Tensor",
-                                            "isnan",
-                                            "isinf",
-                                            "isposinf",
-                                            "isneginf",
-                                            "signbit",
-                                            "isin.Tensor_Tensor",
-                                            "isin.Tensor_Scalar",
-                                            "isin.Scalar_Tensor",
-                                            "logical_not",
-                                            "logical_and",
-                                            "logical_or",
-                                            "logical_xor",
-                                            "any",
-                                            "any.dim",
-                                            "any.dims",
-                                            "all",
-                                            "all.dim",
-                                            "all.dims",
-                                            "argmax",
-                                            "argmin",
-                                            "nonzero",
-                                            "nonzero_static",
-                                            "count_nonzero",
-                                            "count_nonzero.dim_IntList",
-                                            "bucketize.Tensor",
-                                            "bucketize.Scalar",
-                                            "searchsorted.Tensor",
-                                            "searchsorted.Scalar",
-                                            "histc",
-                                            "_unique2",
-                                            "unique_dim",
-                                            "unique_consecutive",
-                                            "unique_dim_consecutive"};
+inline constexpr Operations decisions[] = {
+    {"... -> Tensor",
+     {"gt.Scalar",
+      "gt.Tensor",
+      "lt.Scalar",
+      "lt.Tensor",
+      "ge.Scalar",
+      "ge.Tensor",
+      "le.Scalar",
+      "le.Tensor",
+      "eq.Scalar",
+      "eq.Tensor",
+      "ne.Scalar",
+      "ne.Tensor",
+      "isnan",
+      "isinf",
+      "isposinf",
+      "isneginf",
+      "signbit",
+      "isin.Tensor_Tensor",
+      "isin.Tensor_Scalar",
+      "isin.Scalar_Tensor",
+      "logical_not",
+      "logical_and",
+      "logical_or",
+      "logical_xor",
+      "any",
+      "any.dim",
+      "any.dims",
+      "all",
+      "all.dim",
+      "all.dims",
+      "argmax",
+      "argmin",
+      "nonzero",
+      "nonzero_static",
+      "count_nonzero",
+      "count_nonzero.dim_IntList",
+      "bucketize.Tensor",
+      "bucketize.Scalar",
+      "searchsorted.Tensor",
+      "searchsorted.Scalar",
+      "histc"}},
+    {"... -> Tensor, Tensor, Tensor", {"_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"}},
+};
 
 /// What leaves the tensors for the program. A second pass may do without, or read more.
-inline constexpr const char* readings[] = {"equal", "_local_scalar_dense"};
+inline constexpr Operations readings[] = {
+    {"... -> bool", {"equal"}},
+    {"... -> Scalar", {"_local_scalar_dense"}},
+};
 
 /// The same, but LibTorch runs them in a second pass too, for their gradient of zeros.
-inline constexpr const char* steps[] = {"sign",
-                                        "sgn",
-                                        "floor",
-                                        "ceil",
-                                        "round",
-                                        "round.decimals",
-                                        "trunc",
-                                        "heaviside",
-                                        "angle",
-                                        "floor_divide",
-                                        "floor_divide.Scalar",
-                                        "div.Tensor_mode",
-                                        "div.Scalar_mode"};
+inline constexpr Operations steps[] = {
+    {"... -> Tensor",
+     {"sign", "sgn", "floor", "ceil", "round", "round.decimals", "trunc", "heaviside", "angle", "floor_divide",
+      "floor_divide.Scalar"}},
+    {"..., str? rounding_mode", {"div.Tensor_mode", "div.Scalar_mode"}},
+};
 
 /// Values and indices over a dimension: a second pass gets the indices of the first, and the values there.
-inline constexpr const char* selections[] = {"max.dim", "min.dim",  "median.dim", "nanmedian.dim",
-                                             "mode",    "kthvalue", "sort",       "sort.stable",
-                                             "topk",    "cummax",   "cummin"};
+inline constexpr Operations selections[] = {
+    {"Tensor self, int dim, bool keepdim -> Tensor, Tensor",
+     {"max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode"}},
+    {"Tensor self, int k, int dim, bool keepdim -> Tensor, Tensor", {"kthvalue"}},
+    {"Tensor self, int dim, bool descending -> Tensor, Tensor", {"sort"}},
+    {"Tensor self, bool? stable, int dim, bool descending -> Tensor, Tensor", {"sort.stable"}},
+    {"Tensor self, int k, int dim, bool largest, bool sorted -> Tensor, Tensor", {"topk"}},
+    {"Tensor self, int dim -> Tensor, Tensor", {"cummax", "cummin"}},
+};
+
+inline constexpr Operations conversions[] = {{"Tensor self, int? dtype, ...", {"_to_copy"}}};
+inline constexpr Operations cuts[] = {{"Tensor self", {"detach"}}};
 
 inline at::Tensor as_tensor(const c10::IValue& result) {
   return result.isTensor() ? result.toTensor().detach().clone() : at::scalar_tensor(result.toScalar(), at::kDouble);

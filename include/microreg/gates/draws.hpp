@@ -10,6 +10,7 @@
 #include <microreg/gates/history.hpp>
 #include <microreg/gates/kernel.hpp>
 #include <microreg/gates/rule.hpp>
+#include <microreg/gates/schema.hpp>
 
 #include <mutex>
 #include <optional>
@@ -21,23 +22,27 @@ namespace microreg::inline MICROREG_ABI::detail::gating {
 
 /// Their results are constants to double backward. What rand, randn, randint and dropout draw they draw by the next
 /// list.
-inline constexpr const char* drawn_results[] = {
-    "bernoulli",           "bernoulli.p",         "multinomial",          "poisson",  "binomial",
-    "normal.Tensor_float", "normal.float_Tensor", "normal.Tensor_Tensor", "randperm", "randperm.generator"};
+inline constexpr Operations drawn_results[] = {
+    {"... -> Tensor",
+     {"bernoulli", "bernoulli.p", "multinomial", "poisson", "binomial", "normal.Tensor_float", "normal.float_Tensor",
+      "normal.Tensor_Tensor", "randperm", "randperm.generator"}}};
 
-inline constexpr const char* drawn_in_place[] = {"bernoulli_.Tensor", "bernoulli_.float", "normal_",    "uniform_",
-                                                 "random_",           "random_.from",     "random_.to", "exponential_",
-                                                 "geometric_",        "cauchy_",          "log_normal_"};
+inline constexpr Operations drawn_in_place[] = {
+    {"Tensor self, ...",
+     {"bernoulli_.Tensor", "bernoulli_.float", "normal_", "uniform_", "random_", "random_.from", "random_.to",
+      "exponential_", "geometric_", "cauchy_", "log_normal_"}}};
 
 /// What they draw stays inside, or moves with their operands: they draw again, from the generator's state of then,
 /// which is the one that others see for the length of this one operation.
-inline constexpr const char* drawn_inside[] = {"_standard_gamma",
-                                               "_sample_dirichlet",
-                                               "_scaled_dot_product_flash_attention",
-                                               "_scaled_dot_product_efficient_attention",
-                                               "_scaled_dot_product_cudnn_attention",
-                                               "_flash_attention_forward",
-                                               "_efficient_attention_forward"};
+inline constexpr Operations drawn_inside[] = {
+    {"Tensor self, Generator? generator", {"_standard_gamma", "_sample_dirichlet"}},
+    {"..., float dropout_p, ... -> Tensor, ...",
+     {"_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+      "_scaled_dot_product_cudnn_attention", "_flash_attention_forward", "_efficient_attention_forward"}},
+};
+
+inline constexpr Operations dropouts[] = {{"Tensor input, float p, bool? train -> Tensor, Tensor", {"native_dropout"}}};
+inline constexpr Operations rrelus[] = {{rrelu_rule.schema, {"rrelu_with_noise", "rrelu_with_noise_"}}};
 
 /// Draws need not be repeated: labels and masks are sometimes drawn once and kept.
 inline std::optional<GateTensors> drawn(Call& call) {
@@ -132,7 +137,7 @@ inline void rrelu(Call& call) {
 
 /// The generator that a call draws from.
 inline at::Generator generator_of(const Call& call) {
-  if (const auto position = call.in.find("generator"); position && call.in.given(*position)) {
+  if (const auto position = call.in.find("generator"); position && call.in.values()[*position].isGenerator()) {
     return call.in.values()[*position].toGenerator();
   }
   const auto& values = call.in.values();

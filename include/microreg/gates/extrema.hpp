@@ -126,7 +126,7 @@ inline constexpr Rule extrema[] = {
     {"nanmedian", "Tensor self", nullptr, gates_of_all, replay_all},
     {"amax", "Tensor self, int[] dim, bool keepdim", nullptr, gates_of_dimensions, replay_dimensions},
     {"amin", "Tensor self, int[] dim, bool keepdim", nullptr, gates_of_dimensions, replay_dimensions},
-    {"aminmax", "Tensor self, int? dim, bool keepdim", nullptr,
+    {"aminmax", "Tensor self, int? dim, bool keepdim -> Tensor, Tensor", nullptr,
      [](const Arguments& in, const std::vector<c10::IValue>& results) {
        GateTensors gates;
        for (const c10::IValue& result : results) {

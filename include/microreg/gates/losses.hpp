@@ -124,7 +124,8 @@ inline constexpr Rule losses[] = {
              [](const Arguments& in, const GateTensors&) { return composed_smooth_l1(in, in.number(3), 1); }),
     composed("multi_margin_loss", "Tensor self, Tensor target, Scalar p, Scalar margin, Tensor? weight, int reduction",
              composed_multi_margin),
-    composed("multilabel_margin_loss_forward", "Tensor self, Tensor target, int reduction", composed_multilabel_margin),
+    composed("multilabel_margin_loss_forward", "Tensor self, Tensor target, int reduction -> Tensor, Tensor",
+             composed_multilabel_margin),
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail::gating

@@ -19,24 +19,29 @@ namespace microreg::inline MICROREG_ABI::detail::gating {
 /// taken from elsewhere.
 struct Normalisation {
   const char* operation;
+  const char* schema;  ///< as is_known() has it
   std::int64_t (*elements)(const Arguments& in);
 };
 
 inline constexpr Normalisation normalisations[] = {
     {"batch_norm",
+     "Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool training, ...",
      [](const Arguments& in) -> std::int64_t {
        const at::Tensor& x = in.tensor(0);
        return in.flag(5) && x.dim() > 1 && x.size(1) > 0 ? x.numel() / x.size(1) : 0;
      }},
     {"instance_norm",
+     "Tensor input, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool use_input_stats, ...",
      [](const Arguments& in) -> std::int64_t {
        const at::Tensor& x = in.tensor(0);
        const std::int64_t rows = x.dim() > 1 ? x.size(0) * x.size(1) : 0;
        return in.flag(5) && rows > 0 ? x.numel() / rows : 0;
      }},
-    {"layer_norm", [](const Arguments& in) { return c10::multiply_integers(in.integers(1)); }},
-    {"rms_norm", [](const Arguments& in) { return c10::multiply_integers(in.integers(1)); }},
-    {"group_norm",
+    {"layer_norm", "Tensor input, int[] normalized_shape, ...",
+     [](const Arguments& in) { return c10::multiply_integers(in.integers(1)); }},
+    {"rms_norm", "Tensor input, int[] normalized_shape, ...",
+     [](const Arguments& in) { return c10::multiply_integers(in.integers(1)); }},
+    {"group_norm", "Tensor input, int num_groups, ...",
      [](const Arguments& in) -> std::int64_t {
        const at::Tensor& x = in.tensor(0);
        const std::int64_t rows = x.dim() > 1 ? x.size(0) * in.integer(1) : 0;

@@ -52,20 +52,35 @@ inline Tensors replay_pooling(const Arguments& in, const GateTensors& gates) {
   return {result, gates[0]};
 }
 
+// The schemas of each and of its backward pass, whichever the number of dimensions.
+
+inline constexpr char windows[] =
+    "Tensor self, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode -> Tensor, Tensor";
+inline constexpr char windows_backward[] =
+    "Tensor grad_output, Tensor self, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode, "
+    "Tensor indices";
+inline constexpr char adaptive[] = "Tensor self, int[] output_size -> Tensor, Tensor";
+inline constexpr char adaptive_backward[] = "Tensor grad_output, Tensor self, Tensor indices";
+inline constexpr char fractional[] =
+    "Tensor self, int[] kernel_size, int[] output_size, Tensor random_samples -> Tensor, Tensor";
+inline constexpr char fractional_backward[] =
+    "Tensor grad_output, Tensor self, int[] kernel_size, int[] output_size, Tensor indices";
+
+constexpr Rule pooling(const char* operation, const char* schema, const char* backward) {
+  return {operation, schema, nullptr, gates_of_pooling, replay_pooling, nullptr, backward};
+}
+
 inline constexpr Rule poolings[] = {
-    {"max_pool2d_with_indices",
-     "Tensor self, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode", nullptr,
-     gates_of_pooling, replay_pooling},
-    {"max_pool3d_with_indices",
-     "Tensor self, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode", nullptr,
-     gates_of_pooling, replay_pooling},
-    {"adaptive_max_pool2d", "Tensor self, int[] output_size", nullptr, gates_of_pooling, replay_pooling},
-    {"adaptive_max_pool3d", "Tensor self, int[] output_size", nullptr, gates_of_pooling, replay_pooling},
-    {"fractional_max_pool2d", "Tensor self, int[] kernel_size, int[] output_size, Tensor random_samples", nullptr,
-     gates_of_pooling, replay_pooling},
-    {"fractional_max_pool3d", "Tensor self, int[] kernel_size, int[] output_size, Tensor random_samples", nullptr,
-     gates_of_pooling, replay_pooling},
+    pooling("max_pool2d_with_indices", windows, windows_backward),
+    pooling("max_pool3d_with_indices", windows, windows_backward),
+    pooling("adaptive_max_pool2d", adaptive, adaptive_backward),
+    pooling("adaptive_max_pool3d", adaptive, adaptive_backward),
+    pooling("fractional_max_pool2d", fractional, fractional_backward),
+    pooling("fractional_max_pool3d", fractional, fractional_backward),
 };
+
+inline constexpr char max_pool1d_schema[] =
+    "Tensor self, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode";
 
 /// Without a gradient LibTorch's max_pool1d takes a way without indices: here it takes the other, so that every call
 /// has its gate.

@@ -14,21 +14,23 @@ struct Refused {
   const char* operation;
   /// Whether there is a kink with these arguments; always, if null.
   bool (*has_kink)(const Arguments&) = nullptr;
+  const char* schema = "... -> ...";  ///< as is_known() has it: what has_kink reads
 };
 
-inline bool grid_moves(const Arguments& in) { return in.tensor(1).requires_grad(); }
+inline bool grid_moves(const Arguments& in) { return in.tensor(*in.find("grid")).requires_grad(); }
 inline bool takes_maximum(const Arguments& in) { return in.integer(*in.find("mode")) == 2; }
 inline bool is_relu_network(const Arguments& in) { return in.integer(*in.find("mode")) == 0; }
 
 inline constexpr Refused refused[] = {
-    {"grid_sampler_2d", grid_moves},
-    {"grid_sampler_3d", grid_moves},
-    {"_grid_sampler_2d_cpu_fallback", grid_moves},
-    {"cudnn_grid_sampler", grid_moves},
-    {"_embedding_bag", takes_maximum},
-    {"_cudnn_rnn", is_relu_network},
-    {"miopen_rnn", is_relu_network},
-    {"segment_reduce", [](const Arguments& in) { return in.text(1) == "max" || in.text(1) == "min"; }},
+    {"grid_sampler_2d", grid_moves, "..., Tensor grid, ..."},
+    {"grid_sampler_3d", grid_moves, "..., Tensor grid, ..."},
+    {"_grid_sampler_2d_cpu_fallback", grid_moves, "..., Tensor grid, ..."},
+    {"cudnn_grid_sampler", grid_moves, "..., Tensor grid, ..."},
+    {"_embedding_bag", takes_maximum, "..., int mode, ... -> ..."},
+    {"_cudnn_rnn", is_relu_network, "..., int mode, ... -> ..."},
+    {"miopen_rnn", is_relu_network, "..., int mode, ... -> ..."},
+    {"segment_reduce", [](const Arguments& in) { return in.text(1) == "max" || in.text(1) == "min"; },
+     "Tensor data, str reduce, ..."},
     {"renorm"},
     {"frexp.Tensor"},
     {"mkldnn_max_pool2d"},
@@ -56,7 +58,7 @@ inline constexpr Refused refused[] = {
     {"_foreach_minimum.Scalar"},
     {"_foreach_minimum.List"},
     {"_foreach_minimum.ScalarList"},
-    {"_foreach_norm.Scalar", has_kink_of_order},
+    {"_foreach_norm.Scalar", has_kink_of_order, "..., Scalar ord, ... -> ..."},
 };
 
 inline void refuse(const Refused& rule, Call& call) {

@@ -20,6 +20,7 @@
 #include <microreg/gates/normalisations.hpp>
 #include <microreg/gates/pooling.hpp>
 #include <microreg/gates/refused.hpp>
+#include <microreg/gates/schema.hpp>
 #include <microreg/gates/tape.hpp>
 #include <microreg/gates/watched.hpp>
 
@@ -27,6 +28,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -66,7 +68,6 @@ class Registration {
       slot_ = reinterpret_cast<SessionSlot>(found->toInt());
       return;
     }
-    add_draws();  // before the rule for rrelu, which draws in training mode
     add_rules(activations);
     add_rules(clamps);
     add_rules(extrema);
@@ -74,20 +75,24 @@ class Registration {
     add_rules(arithmetic);
     add_rules(losses);
     for (const Refused& rule : refused) {
-      add_with_in_place(rule.operation, nullptr, [&rule](Call& call) { refuse(rule, call); });
+      add_with_in_place(rule.operation, rule.schema, [&rule](Call& call) { refuse(rule, call); });
     }
     add_all(decisions, [](Call& call) { decide(call); });
     add_all(readings, read);
     add_all(steps, step);
     add_all(selections, select);
-    add_all({"detach"}, hold);
+    add_all(cuts, hold);
     add_all(with_constants, hold_constants);
-    add_with_in_place("_to_copy", nullptr, convert);
-    add_with_in_place("max_pool1d", nullptr, max_pool1d);
+    add_all(conversions, convert);
+    add_with_in_place("max_pool1d", max_pool1d_schema, max_pool1d);
+    add_draws(drawn_results, draw);
+    add_draws(drawn_in_place, draw_in_place);
+    add_draws(drawn_inside, draw_inside);
+    add_draws(dropouts, native_dropout);
+    add_draws(projections, project_once);
+    add_draws(rrelus, rrelu);
     for (const Normalisation& each : normalisations) {
-      const std::string name = full_name(each.operation);
-      const auto fits = [](const c10::FunctionSchema&) { return true; };
-      Interceptors::report(name, kernels_.add(name, fits, std::make_unique<NormalisationKernel>(each)));
+      add(each.operation, each.schema, Presence::expected, std::make_unique<NormalisationKernel>(each));
     }
     pin_notice(session_notice, c10::IntType::get(), reinterpret_cast<std::int64_t>(slot_));
   }
@@ -98,62 +103,55 @@ class Registration {
  private:
   using Kernel = std::function<void(Call&)>;
 
-  void add_draws() {
-    for (const char* operation : drawn_results) {
-      add_draw(operation, draw);
-    }
-    for (const char* operation : drawn_in_place) {
-      add_draw(operation, draw_in_place);
-    }
-    for (const char* operation : drawn_inside) {
-      add_draw(operation, draw_inside);
-    }
-    add_draw("native_dropout", native_dropout);
-    add_draw("embedding_renorm_", project_once);
-    add_draw("rrelu_with_noise", rrelu);
-    add_draw("rrelu_with_noise_", rrelu);
-  }
-  /// What this LibTorch does not have is left out: the devices' own operations come and go.
-  void add_draw(const std::string& operation, const Kernel& kernel) {
-    Interceptors::report_if_there(full_name(operation), add(operation, nullptr, kernel, true));
-  }
+  /// Whether every LibTorch that the library is for has an operation.
+  enum class Presence { expected, optional };
 
   template <std::size_t N>
   void add_rules(const Rule (&rules)[N]) {
     for (const Rule& rule : rules) {
-      add_with_in_place(rule.operation, rule.arguments, [&rule](Call& call) { apply(rule, call); });
+      add_with_in_place(rule.operation, rule.schema, [&rule](Call& call) { apply(rule, call); }, rule.backward);
     }
   }
   template <std::size_t N>
-  void add_all(const char* const (&operations)[N], const Kernel& kernel) {
-    for (const char* operation : operations) {
-      add_with_in_place(operation, nullptr, kernel);
+  void add_all(const Operations (&lists)[N], const Kernel& kernel) {
+    for (const Operations& list : lists) {
+      for (const char* operation : list.names) {
+        add_with_in_place(operation, list.schema, kernel);
+      }
+    }
+  }
+  /// The devices' own operations come and go.
+  template <std::size_t N>
+  void add_draws(const Operations (&lists)[N], const Kernel& kernel) {
+    for (const Operations& list : lists) {
+      for (const char* operation : list.names) {
+        add(operation, list.schema, Presence::optional, std::make_unique<GateKernel>(kernel, /*draws=*/true));
+      }
     }
   }
 
-  /// Registers an operation, and its form in place if there is one with the same arguments.
-  void add_with_in_place(const std::string& operation, const char* arguments, const Kernel& kernel) {
+  /// Registers an operation, and its form in place if there is one: most have none.
+  void add_with_in_place(const std::string& operation, const char* known, const Kernel& kernel,
+                         const char* known_backward = nullptr) {
     std::string in_place = operation;
     in_place.insert(std::min(operation.find('.'), operation.size()), 1, '_');
-    Interceptors::report_if_there(full_name(in_place), add(in_place, arguments, kernel));  // most have none
-    Interceptors::report(full_name(operation), add(operation, arguments, kernel));
+    const auto gated = [&] { return std::make_unique<GateKernel>(kernel, /*draws=*/false); };
+    add(in_place, known, Presence::optional, gated(), known_backward);
+    add(operation, known, Presence::expected, gated(), known_backward);
   }
 
-  const char* add(const std::string& operation, const char* arguments, const Kernel& kernel, bool draws = false) {
+  /// The one way in: no kernel gets a call whose arguments or results are other than it knows.
+  template <class Functor>
+  void add(const std::string& operation, const char* known, Presence presence, std::unique_ptr<Functor> kernel,
+           const char* known_backward = nullptr) {
+    const std::string name = text({"aten::", operation});
     const auto fits = [&](const c10::FunctionSchema& schema) {
-      return arguments == nullptr || arguments_of(schema) == arguments;
+      const auto backward = known_backward == nullptr ? std::nullopt : find_operation(text({name, "_backward"}));
+      return is_known(schema, known) &&
+             (known_backward == nullptr || (backward.has_value() && is_known(backward->schema(), known_backward)));
     };
-    return kernels_.add(full_name(operation), fits, std::make_unique<GateKernel>(kernel, draws));
-  }
-
-  static std::string full_name(const std::string& operation) { return text({"aten::", operation}); }
-
-  static std::string arguments_of(const c10::FunctionSchema& schema) {
-    std::string result;
-    for (const c10::Argument& argument : schema.arguments()) {
-      result += (result.empty() ? "" : ", ") + argument.type()->str() + ' ' + argument.name();
-    }
-    return result;
+    const char* why = kernels_.add(name, fits, std::move(kernel));
+    presence == Presence::optional ? Interceptors::report_if_there(name, why) : Interceptors::report(name, why);
   }
 
   SessionSlot slot_ = [] { return &active_gate_session; };

@@ -17,7 +17,7 @@ using Tensors = std::vector<at::Tensor>;
 /// One operation, and its form in place if it has one.
 struct Rule {
   const char* operation;  // with its overload after a dot
-  const char* arguments;  // as native_functions.yaml has them, without defaults
+  const char* schema;     // as is_known() has it
   /// What to record, from the arguments before LibTorch's operation runs or from its results afterwards. Without either
   /// the operations that `replay` calls are recorded by themselves.
   GateTensors (*gates)(const Arguments&);
@@ -27,15 +27,17 @@ struct Rule {
   Tensors (*replay)(const Arguments&, const GateTensors&);
   /// Whether there is a kink with these arguments; always, if null.
   bool (*has_kink)(const Arguments&) = nullptr;
+  /// The schema of the operation of this name and "_backward", if `replay` calls that one.
+  const char* backward = nullptr;
 
   [[nodiscard]] constexpr bool is_composed() const { return gates == nullptr && gates_of_results == nullptr; }
 };
 
 /// An operation composed of ones that have gates.
-constexpr Rule composed(const char* operation, const char* arguments,
+constexpr Rule composed(const char* operation, const char* schema,
                         Tensors (*replay)(const Arguments&, const GateTensors&),
                         bool (*has_kink)(const Arguments&) = nullptr) {
-  return {operation, arguments, nullptr, nullptr, replay, has_kink};
+  return {operation, schema, nullptr, nullptr, replay, has_kink};
 }
 
 inline void record(const Rule& rule, Call& call) {

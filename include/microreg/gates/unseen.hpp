@@ -17,6 +17,8 @@
 #include <microreg/gates/extrema.hpp>
 #include <microreg/gates/losses.hpp>
 #include <microreg/gates/pooling.hpp>
+#include <microreg/gates/rule.hpp>
+#include <microreg/gates/schema.hpp>
 #include <microreg/gates/tape.hpp>
 
 #include <algorithm>
@@ -65,17 +67,19 @@ inline std::set<std::string> kinked_stems() {
   add(poolings);
   add(arithmetic);
   add(losses);
-  for (const char* operation : selections) {
-    result.insert(node_stem(operation));
-  }
-  for (const char* operation : drawn_results) {
-    result.insert(node_stem(operation));
-  }
-  for (const char* operation : steps) {
-    if (!std::string_view(operation).starts_with("div")) {
-      result.insert(node_stem(operation));
+  result.insert(node_stem(rrelu_rule.operation));
+  const auto add_names = [&](const auto& lists) {
+    for (const Operations& list : lists) {
+      for (const std::string_view operation : list.names) {
+        if (!operation.starts_with("div")) {  // which has a kink with a rounding mode alone
+          result.insert(node_stem(operation));
+        }
+      }
     }
-  }
+  };
+  add_names(selections);
+  add_names(drawn_results);
+  add_names(steps);
   return result;
 }
 
