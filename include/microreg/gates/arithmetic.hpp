@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <microreg/gates/rule.hpp>
 
+#include <tuple>
 #include <utility>
 
 namespace microreg::inline MICROREG_ABI::detail::gating {
@@ -40,14 +41,6 @@ inline constexpr Rule arithmetic[] = {
     {"fmod.Scalar", "Tensor self, Scalar other", quotient<at::fmod>, nullptr, replay_remainder},
     {"remainder.Tensor", "Tensor self, Tensor other", quotient<at::remainder>, nullptr, replay_remainder},
     {"remainder.Scalar", "Tensor self, Scalar other", quotient<at::remainder>, nullptr, replay_remainder},
-    composed("copysign.Tensor", "Tensor self, Tensor other",
-             [](const Arguments& in, const GateTensors&) {
-               return Tensors{in.tensor(0).abs() * at::where(in.tensor(1).signbit(), -1, 1)};
-             }),
-    composed("copysign.Scalar", "Tensor self, Scalar other",
-             [](const Arguments& in, const GateTensors&) {
-               return Tensors{in.tensor(0).abs() * (std::signbit(in.number(1)) ? -1 : 1)};
-             }),
     {"fake_quantize_per_tensor_affine_cachemask",
      "Tensor self, float scale, int zero_point, int quant_min, int quant_max -> Tensor, Tensor",
      [](const Arguments& in) {

@@ -1,5 +1,5 @@
 /// @file
-/// clamp, clamp_min, clamp_max with numbers and tensors as bounds, and abs, with LibTorch's derivatives at the bounds.
+/// clamp, clamp_min, clamp_max with numbers and tensors as bounds, with LibTorch's derivatives at the bounds.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -116,18 +116,6 @@ inline constexpr Rule clamps[] = {
     {"clamp.Tensor", "Tensor self, Tensor? min, Tensor? max", clamp_tensor_gates, nullptr, replay_clamp_tensor},
     {"clamp_min.Tensor", "Tensor self, Tensor min", lower_bound_gates, nullptr, replay_pair},
     {"clamp_max.Tensor", "Tensor self, Tensor max", upper_bound_gates, nullptr, replay_pair},
-    // The sign of the first input times the second.
-    {"abs", "Tensor self", [](const Arguments& in) { return GateTensors{in.tensor(0).sign().to(at::kChar)}; }, nullptr,
-     [](const Arguments& in, const GateTensors& gates) {
-       return Tensors{in.tensor(0) * gates[0].to(in.tensor(0).scalar_type())};
-     }},
-    {"logit", "Tensor self, float? eps", [](const Arguments& in) { return GateTensors{in.tensor(0).detach().clone()}; },
-     nullptr,
-     [](const Arguments& in, const GateTensors& gates) {
-       const double low = in.number(1);
-       return Tensors{at::logit(replay_clamp(in.tensor(0), gates[0], low, 1 - low, /*passes=*/true).front())};
-     },
-     [](const Arguments& in) { return in.given(1); }},
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail::gating

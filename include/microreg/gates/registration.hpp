@@ -9,17 +9,14 @@
 #include <microreg/detail/interceptors.hpp>
 #include <microreg/detail/notice_board.hpp>
 #include <microreg/detail/text.hpp>
-#include <microreg/gates/activations.hpp>
-#include <microreg/gates/arithmetic.hpp>
-#include <microreg/gates/clamp.hpp>
 #include <microreg/gates/constants.hpp>
 #include <microreg/gates/decisions.hpp>
 #include <microreg/gates/draws.hpp>
-#include <microreg/gates/extrema.hpp>
-#include <microreg/gates/losses.hpp>
 #include <microreg/gates/normalisations.hpp>
 #include <microreg/gates/pooling.hpp>
 #include <microreg/gates/refused.hpp>
+#include <microreg/gates/rule.hpp>
+#include <microreg/gates/rules.hpp>
 #include <microreg/gates/schema.hpp>
 #include <microreg/gates/tape.hpp>
 #include <microreg/gates/watched.hpp>
@@ -29,6 +26,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -68,12 +66,11 @@ class Registration {
       slot_ = reinterpret_cast<SessionSlot>(found->toInt());
       return;
     }
-    add_rules(activations);
-    add_rules(clamps);
-    add_rules(extrema);
-    add_rules(poolings);
-    add_rules(arithmetic);
-    add_rules(losses);
+    for (const std::span<const Rule> list : rules) {
+      for (const Rule& rule : list) {
+        add_with_in_place(rule.operation, rule.schema, [&rule](Call& call) { apply(rule, call); }, rule.backward);
+      }
+    }
     for (const Refused& rule : refused) {
       add_with_in_place(rule.operation, rule.schema, [&rule](Call& call) { refuse(rule, call); });
     }
@@ -106,12 +103,6 @@ class Registration {
   /// Whether every LibTorch that the library is for has an operation.
   enum class Presence { expected, optional };
 
-  template <std::size_t N>
-  void add_rules(const Rule (&rules)[N]) {
-    for (const Rule& rule : rules) {
-      add_with_in_place(rule.operation, rule.schema, [&rule](Call& call) { apply(rule, call); }, rule.backward);
-    }
-  }
   template <std::size_t N>
   void add_all(const Operations (&lists)[N], const Kernel& kernel) {
     for (const Operations& list : lists) {

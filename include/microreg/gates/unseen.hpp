@@ -10,20 +10,17 @@
 #include <torch/csrc/autograd/variable.h>
 #include <microreg/detail/graph_walk.hpp>
 #include <microreg/gates/activations.hpp>
-#include <microreg/gates/arithmetic.hpp>
-#include <microreg/gates/clamp.hpp>
 #include <microreg/gates/decisions.hpp>
 #include <microreg/gates/draws.hpp>
-#include <microreg/gates/extrema.hpp>
-#include <microreg/gates/losses.hpp>
-#include <microreg/gates/pooling.hpp>
 #include <microreg/gates/rule.hpp>
+#include <microreg/gates/rules.hpp>
 #include <microreg/gates/schema.hpp>
 #include <microreg/gates/tape.hpp>
 
 #include <algorithm>
 #include <cctype>
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -54,19 +51,13 @@ inline std::string node_stem(std::string_view operation) {
 /// The nodes of operations that always have a kink. Not those which have one with some arguments (a norm).
 inline std::set<std::string> kinked_stems() {
   std::set<std::string> result;
-  const auto add = [&](const auto& rules) {
-    for (const Rule& rule : rules) {
+  for (const std::span<const Rule> list : rules) {
+    for (const Rule& rule : list) {
       if (rule.has_kink == nullptr) {
         result.insert(node_stem(rule.operation));
       }
     }
-  };
-  add(activations);
-  add(clamps);
-  add(extrema);
-  add(poolings);
-  add(arithmetic);
-  add(losses);
+  }
   result.insert(node_stem(rrelu_rule.operation));
   const auto add_names = [&](const auto& lists) {
     for (const Operations& list : lists) {
