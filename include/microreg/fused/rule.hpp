@@ -17,6 +17,7 @@
 #include <microreg/detail/interception.hpp>
 #include <microreg/detail/libtorch.hpp>
 #include <microreg/detail/plain_tensors.hpp>
+#include <microreg/detail/tensors.hpp>
 
 #include <algorithm>
 #include <array>
@@ -29,7 +30,6 @@
 
 namespace microreg::inline MICROREG_ABI::detail {
 
-using Tensors = std::vector<at::Tensor>;
 /// Which of up to three gradients are asked for.
 using OutputMask = std::array<bool, 3>;
 

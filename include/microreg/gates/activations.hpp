@@ -5,8 +5,9 @@
 #include <ATen/ATen.h>
 #include <microreg/detail/finite.hpp>
 #include <microreg/detail/libtorch.hpp>
+#include <microreg/detail/tensors.hpp>
 #include <microreg/gates/history.hpp>
-#include <microreg/gates/rule.hpp>
+#include <microreg/gates/kinked_operation.hpp>
 
 namespace microreg::inline MICROREG_ABI::detail::gating {
 
@@ -53,11 +54,11 @@ inline GateTensors sign_of(const Arguments& in) { return {in.tensor(0).gt(0)}; }
 inline GateTensors sign_if_kept(const Arguments& in) { return {positive_gate(in)}; }
 inline GateTensors values(const Arguments& in) { return {value_gate(in)}; }
 
-inline constexpr Rule rrelu_rule = {
+inline constexpr KinkedOperation kinked_rrelu = {
     "rrelu_with_noise", "Tensor self, Tensor noise, Scalar lower, Scalar upper, bool training, Generator? generator",
     sign_if_kept, nullptr, replay_rrelu};
 
-inline constexpr Rule activations[] = {
+inline constexpr KinkedOperation activations[] = {
     {"relu", "Tensor self", nullptr,
      [](const Arguments&, const std::vector<c10::IValue>& results) {
        return GateTensors{positive_gate(results[0].toTensor())};

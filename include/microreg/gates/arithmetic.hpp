@@ -3,7 +3,8 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <microreg/gates/rule.hpp>
+#include <microreg/detail/tensors.hpp>
+#include <microreg/gates/kinked_operation.hpp>
 
 #include <tuple>
 #include <utility>
@@ -34,7 +35,7 @@ inline GateTensors straight_through_gates(std::tuple<at::Tensor, at::Tensor> res
   return {std::get<0>(results), std::get<1>(results), self.clone()};
 }
 
-inline constexpr Rule arithmetic[] = {
+inline constexpr KinkedOperation arithmetic[] = {
     {"frac", "Tensor self", [](const Arguments& in) { return GateTensors{in.tensor(0).detach().trunc()}; }, nullptr,
      [](const Arguments& in, const GateTensors& gates) { return Tensors{in.tensor(0) - gates[0]}; }},
     {"fmod.Tensor", "Tensor self, Tensor other", quotient<at::fmod>, nullptr, replay_remainder},

@@ -5,9 +5,10 @@
 #include <ATen/ATen.h>
 #include <microreg/detail/finite.hpp>
 #include <microreg/detail/libtorch.hpp>
+#include <microreg/detail/tensors.hpp>
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/extrema.hpp>
-#include <microreg/gates/rule.hpp>
+#include <microreg/gates/kinked_operation.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -100,7 +101,7 @@ inline GateTensors upper_bound_gates(const Arguments& in) {
                            : GateTensors{in.tensor(0).gt(in.tensor(1)).logical_not_()};
 }
 
-inline constexpr Rule clamps[] = {
+inline constexpr KinkedOperation clamps[] = {
     {"clamp", "Tensor self, Scalar? min, Scalar? max", values, nullptr,
      [](const Arguments& in, const GateTensors& gates) {
        return replay_clamp(in.tensor(0), gates[0], in.maybe_number(1), in.maybe_number(2));

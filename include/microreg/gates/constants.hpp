@@ -61,7 +61,7 @@ inline constexpr Operations with_constants[] = {{"... -> Tensor, ...",
 /// Calls `visit(tensor)` for each operand without a graph, and puts what that returns in its place, if it returns
 /// something. What an operation in place writes to is none.
 template <class Visit>
-void for_each_constant(Call& call, const Visit& visit) {
+void for_each_constant(InterceptedCall& call, const Visit& visit) {
   const auto visited = [&](const at::Tensor& tensor) -> std::optional<at::Tensor> {
     const bool constant =
         tensor.defined() && !tensor.requires_grad() && !tensor.unsafeGetTensorImpl()->is_wrapped_number();
@@ -87,7 +87,7 @@ void for_each_constant(Call& call, const Visit& visit) {
 }
 
 /// A gate for each of them: a copy, or nothing where the values are drawn or decided, and given again anyway.
-inline void hold_constants(Call& call) {
+inline void hold_constants(InterceptedCall& call) {
   if (!call.session.holds_constants() || !at::GradMode::is_enabled() || !call.in.requires_grad()) {
     return call.stock();
   }
@@ -123,7 +123,7 @@ inline constexpr Operations projections[] = {{"Tensor self, ...", {"embedding_re
 
 /// An Embedding's max_norm projects rows of its weight before it looks them up. A further pass would undo a
 /// displacement by that, where double backward takes the projected rows for what they are.
-inline void project_once(Call& call) {
+inline void project_once(InterceptedCall& call) {
   if (!call.session.holds_draws()) {
     return call.stock();
   }

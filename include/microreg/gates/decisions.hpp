@@ -96,11 +96,11 @@ inline at::Tensor as_tensor(const c10::IValue& result) {
 
 /// The gates that the first pass recorded for a decision. If no gradient depends on its operands it may not have been
 /// there: samples are drawn once, and losses are printed once.
-inline std::optional<GateTensors> decided(Call& call, bool differentiates) {
+inline std::optional<GateTensors> decided(InterceptedCall& call, bool differentiates) {
   return differentiates ? call.next() : call.session.next_if_there(call.in.operation(), call.in.sizes());
 }
 
-inline void record_results(Call& call, bool differentiates) {
+inline void record_results(InterceptedCall& call, bool differentiates) {
   GateTensors gates;
   {
     const StockKernels exclude;
@@ -113,7 +113,7 @@ inline void record_results(Call& call, bool differentiates) {
 }
 
 /// Without a rounding mode a division has no gates.
-inline void step(Call& call) {
+inline void step(InterceptedCall& call) {
   const auto mode = call.in.find("rounding_mode");
   if (mode && !call.in.given(*mode)) {
     return call.stock();
@@ -133,7 +133,7 @@ inline void step(Call& call) {
   }
 }
 
-inline void decide(Call& call, bool differentiates) {
+inline void decide(InterceptedCall& call, bool differentiates) {
   const auto reproduced = [&] {
     for (const c10::IValue& result : call.results()) {
       if (result.isTensor()) {
@@ -167,11 +167,11 @@ inline void decide(Call& call, bool differentiates) {
   reproduced();
 }
 
-inline void decide(Call& call) { call.in.in_place() ? step(call) : decide(call, call.in.requires_grad()); }
-inline void read(Call& call) { decide(call, /*differentiates=*/false); }
+inline void decide(InterceptedCall& call) { call.in.in_place() ? step(call) : decide(call, call.in.requires_grad()); }
+inline void read(InterceptedCall& call) { decide(call, /*differentiates=*/false); }
 
 /// A conversion to integers is one, another has no gates.
-inline void convert(Call& call) {
+inline void convert(InterceptedCall& call) {
   const c10::IValue& type = call.in.values()[1];
   if (type.isNone() || c10::isFloatingType(type.toScalarType()) || c10::isComplexType(type.toScalarType())) {
     return call.stock();
@@ -179,7 +179,7 @@ inline void convert(Call& call) {
   decide(call);
 }
 
-inline void select(Call& call) {
+inline void select(InterceptedCall& call) {
   if (!call.session.replays()) {
     call.stock();
     return call.record({call.results()[1].toTensor()}, /*may_be_left_out=*/false);
@@ -199,7 +199,7 @@ inline void select(Call& call) {
 }
 
 /// What is cut from the graph is a constant to double backward: it keeps the first pass's values.
-inline void hold(Call& call) {
+inline void hold(InterceptedCall& call) {
   if (!call.in.tensor(0).requires_grad()) {
     return call.stock();
   }

@@ -9,7 +9,7 @@
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/history.hpp>
 #include <microreg/gates/kernel.hpp>
-#include <microreg/gates/rule.hpp>
+#include <microreg/gates/kinked_operation.hpp>
 #include <microreg/gates/schema.hpp>
 
 #include <mutex>
@@ -42,14 +42,14 @@ inline constexpr Operations drawn_inside[] = {
 };
 
 inline constexpr Operations dropouts[] = {{"Tensor input, float p, bool? train -> Tensor, Tensor", {"native_dropout"}}};
-inline constexpr Operations rrelus[] = {{rrelu_rule.schema, {"rrelu_with_noise", "rrelu_with_noise_"}}};
+inline constexpr Operations rrelus[] = {{kinked_rrelu.schema, {"rrelu_with_noise", "rrelu_with_noise_"}}};
 
 /// Draws need not be repeated: labels and masks are sometimes drawn once and kept.
-inline std::optional<GateTensors> drawn(Call& call) {
+inline std::optional<GateTensors> drawn(InterceptedCall& call) {
   return call.session.next_if_there(call.in.operation(), call.in.sizes());
 }
 
-inline void draw(Call& call) {
+inline void draw(InterceptedCall& call) {
   if (!call.session.replays()) {
     call.stock();
     const StockKernels exclude;
@@ -67,7 +67,7 @@ inline void draw(Call& call) {
   call.give({again});
 }
 
-inline void draw_in_place(Call& call) {
+inline void draw_in_place(InterceptedCall& call) {
   if (!call.session.holds_draws()) {
     return call.stock();
   }
@@ -92,7 +92,7 @@ inline void draw_in_place(Call& call) {
 }
 
 /// dropout of the devices that have it as one operation: result and mask.
-inline void native_dropout(Call& call) {
+inline void native_dropout(InterceptedCall& call) {
   if (!call.session.holds_draws()) {
     return call.stock();
   }
@@ -113,9 +113,9 @@ inline void native_dropout(Call& call) {
 }
 
 /// rrelu's slopes, which are 1 where its operand is positive: decisions and draws are one tensor.
-inline void rrelu(Call& call) {
+inline void rrelu(InterceptedCall& call) {
   if (!call.in.flag(4)) {
-    return call.session.holds_decisions() && gates_are_active() && has_gates(call.in) ? apply(rrelu_rule, call)
+    return call.session.holds_decisions() && gates_are_active() && has_gates(call.in) ? freeze(kinked_rrelu, call)
                                                                                       : call.stock();
   }
   if (!call.session.replays()) {
@@ -136,7 +136,7 @@ inline void rrelu(Call& call) {
 }
 
 /// The generator that a call draws from.
-inline at::Generator generator_of(const Call& call) {
+inline at::Generator generator_of(const InterceptedCall& call) {
   if (const auto position = call.in.find("generator"); position && call.in.values()[*position].isGenerator()) {
     return call.in.values()[*position].toGenerator();
   }
@@ -158,7 +158,7 @@ inline at::Tensor exchange_state(at::Generator generator, const std::optional<at
   return before;
 }
 
-inline void draw_inside(Call& call) {
+inline void draw_inside(InterceptedCall& call) {
   if (!call.session.holds_draws()) {
     return call.stock();
   }

@@ -5,7 +5,8 @@
 
 #include <ATen/ATen.h>
 #include <microreg/detail/libtorch.hpp>
-#include <microreg/gates/rule.hpp>
+#include <microreg/detail/tensors.hpp>
+#include <microreg/gates/kinked_operation.hpp>
 
 #include <cstdint>
 #include <string>
@@ -119,7 +120,7 @@ inline Tensors replay_reduced_index(const Arguments& in, const GateTensors& gate
 
 inline bool reduces_to_extremes(const Arguments& in) { return in.text(4) == "amax" || in.text(4) == "amin"; }
 
-inline constexpr Rule extrema[] = {
+inline constexpr KinkedOperation extrema[] = {
     {"max", "Tensor self", nullptr, gates_of_all, replay_all},
     {"min", "Tensor self", nullptr, gates_of_all, replay_all},
     {"median", "Tensor self", nullptr, gates_of_all, replay_all},

@@ -128,9 +128,9 @@ inline bool has_gates(const Arguments& in) {
 }
 
 /// An intercepted call in a session.
-class Call {
+class InterceptedCall {
  public:
-  Call(const c10::OperatorHandle& operation, torch::jit::Stack& stack, GateSession& of)
+  InterceptedCall(const c10::OperatorHandle& operation, torch::jit::Stack& stack, GateSession& of)
       : in(operation.schema(), stack), session(of), operation_(operation), stack_(stack) {}
 
   const Arguments in;

@@ -3,12 +3,13 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/tensors.hpp>
 #include <microreg/gates/clamp.hpp>
-#include <microreg/gates/rule.hpp>
+#include <microreg/gates/kinked_operation.hpp>
 
 namespace microreg::inline MICROREG_ABI::detail::gating {
 
-inline constexpr Rule logits[] = {
+inline constexpr KinkedOperation logits[] = {
     {"logit", "Tensor self, float? eps", [](const Arguments& in) { return GateTensors{in.tensor(0).detach().clone()}; },
      nullptr,
      [](const Arguments& in, const GateTensors& gates) {

@@ -5,7 +5,8 @@
 #include <ATen/ATen.h>
 #include <ATen/core/Reduction.h>
 #include <microreg/detail/finite.hpp>
-#include <microreg/gates/rule.hpp>
+#include <microreg/detail/tensors.hpp>
+#include <microreg/gates/kinked_operation.hpp>
 
 #include <cstdint>
 #include <vector>
@@ -86,7 +87,7 @@ inline Tensors composed_multilabel_margin(const Arguments& in, const GateTensors
   return {reduced(loss, in.integer(2)), is_target.to(self.scalar_type())};
 }
 
-inline constexpr Rule losses[] = {
+inline constexpr KinkedOperation losses[] = {
     composed("norm.Scalar", "Tensor self, Scalar p", composed_norm, has_kink_of_order),
     composed("norm.ScalarOpt_dtype", "Tensor self, Scalar? p, int dtype", composed_norm, has_kink_of_order),
     composed("norm.ScalarOpt_dim", "Tensor self, Scalar? p, int[] dim, bool keepdim", composed_norm, has_kink_of_order),

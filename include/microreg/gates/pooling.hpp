@@ -4,8 +4,9 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/tensors.hpp>
 #include <microreg/gates/history.hpp>
-#include <microreg/gates/rule.hpp>
+#include <microreg/gates/kinked_operation.hpp>
 
 #include <cstdint>
 #include <string_view>
@@ -66,11 +67,11 @@ inline constexpr char fractional[] =
 inline constexpr char fractional_backward[] =
     "Tensor grad_output, Tensor self, int[] kernel_size, int[] output_size, Tensor indices";
 
-constexpr Rule pooling(const char* operation, const char* schema, const char* backward) {
+constexpr KinkedOperation pooling(const char* operation, const char* schema, const char* backward) {
   return {operation, schema, nullptr, gates_of_pooling, replay_pooling, nullptr, backward};
 }
 
-inline constexpr Rule poolings[] = {
+inline constexpr KinkedOperation poolings[] = {
     pooling("max_pool2d_with_indices", windows, windows_backward),
     pooling("max_pool3d_with_indices", windows, windows_backward),
     pooling("adaptive_max_pool2d", adaptive, adaptive_backward),
@@ -84,7 +85,7 @@ inline constexpr char max_pool1d_schema[] =
 
 /// Without a gradient LibTorch's max_pool1d takes a way without indices: here it takes the other, so that every call
 /// has its gate.
-inline void max_pool1d(Call& call) {
+inline void max_pool1d(InterceptedCall& call) {
   const Arguments& in = call.in;
   call.give({std::get<0>(at::max_pool1d_with_indices(in.tensor(0), in.integers(1), in.integers(2), in.integers(3),
                                                      in.integers(4), in.flag(5)))});

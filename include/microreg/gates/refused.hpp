@@ -61,8 +61,9 @@ inline constexpr Refused refused[] = {
     {"_foreach_norm.Scalar", has_kink_of_order, "..., Scalar ord, ... -> ..."},
 };
 
-inline void refuse(const Refused& rule, Call& call) {
-  if (at::GradMode::is_enabled() && call.in.requires_grad() && (rule.has_kink == nullptr || rule.has_kink(call.in))) {
+inline void refuse(const Refused& operation, InterceptedCall& call) {
+  if (at::GradMode::is_enabled() && call.in.requires_grad() &&
+      (operation.has_kink == nullptr || operation.has_kink(call.in))) {
     throw GateError(std::string(call.in.operation()) +
                     " has a kink that cannot be frozen; choose Exact, or .gates = Gates::free");
   }

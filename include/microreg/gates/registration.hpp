@@ -12,11 +12,11 @@
 #include <microreg/gates/constants.hpp>
 #include <microreg/gates/decisions.hpp>
 #include <microreg/gates/draws.hpp>
+#include <microreg/gates/kinked_operation.hpp>
+#include <microreg/gates/kinked_operations.hpp>
 #include <microreg/gates/normalisations.hpp>
 #include <microreg/gates/pooling.hpp>
 #include <microreg/gates/refused.hpp>
-#include <microreg/gates/rule.hpp>
-#include <microreg/gates/rules.hpp>
 #include <microreg/gates/schema.hpp>
 #include <microreg/gates/tape.hpp>
 #include <microreg/gates/watched.hpp>
@@ -37,11 +37,11 @@ namespace microreg::inline MICROREG_ABI::detail::gating {
 /// puts them there, so a kernel brings no template instances.
 class GateKernel final : public c10::OperatorKernel {
  public:
-  GateKernel(std::function<void(Call&)> kernel, bool draws) : kernel_(std::move(kernel)), draws_(draws) {}
+  GateKernel(std::function<void(InterceptedCall&)> kernel, bool draws) : kernel_(std::move(kernel)), draws_(draws) {}
 
   void operator()(const c10::OperatorHandle& operation, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
     if (draws_ ? draws_are_active() : gates_are_active()) {
-      Call call(operation, *stack, *active_gate_session);
+      InterceptedCall call(operation, *stack, *active_gate_session);
       if (draws_ || has_gates(call.in)) {
         return kernel_(call);
       }
@@ -51,7 +51,7 @@ class GateKernel final : public c10::OperatorKernel {
   }
 
  private:
-  std::function<void(Call&)> kernel_;
+  std::function<void(InterceptedCall&)> kernel_;
   bool draws_;
 };
 
@@ -66,15 +66,16 @@ class Registration {
       slot_ = reinterpret_cast<SessionSlot>(found->toInt());
       return;
     }
-    for (const std::span<const Rule> list : rules) {
-      for (const Rule& rule : list) {
-        add_with_in_place(rule.operation, rule.schema, [&rule](Call& call) { apply(rule, call); }, rule.backward);
+    for (const std::span<const KinkedOperation> list : kinked_operations) {
+      for (const KinkedOperation& kinked : list) {
+        add_with_in_place(
+            kinked.name, kinked.schema, [&kinked](InterceptedCall& call) { freeze(kinked, call); }, kinked.backward);
       }
     }
-    for (const Refused& rule : refused) {
-      add_with_in_place(rule.operation, rule.schema, [&rule](Call& call) { refuse(rule, call); });
+    for (const Refused& each : refused) {
+      add_with_in_place(each.operation, each.schema, [&each](InterceptedCall& call) { refuse(each, call); });
     }
-    add_all(decisions, [](Call& call) { decide(call); });
+    add_all(decisions, [](InterceptedCall& call) { decide(call); });
     add_all(readings, read);
     add_all(steps, step);
     add_all(selections, select);
@@ -98,7 +99,7 @@ class Registration {
   [[nodiscard]] GateSession*& session() const { return *slot_(); }
 
  private:
-  using Kernel = std::function<void(Call&)>;
+  using Kernel = std::function<void(InterceptedCall&)>;
 
   /// Whether every LibTorch that the library is for has an operation.
   enum class Presence { expected, optional };

@@ -3,13 +3,14 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <microreg/gates/rule.hpp>
+#include <microreg/detail/tensors.hpp>
+#include <microreg/gates/kinked_operation.hpp>
 
 #include <cmath>
 
 namespace microreg::inline MICROREG_ABI::detail::gating {
 
-inline constexpr Rule signs[] = {
+inline constexpr KinkedOperation signs[] = {
     // The sign of the first input times the second.
     {"abs", "Tensor self", [](const Arguments& in) { return GateTensors{in.tensor(0).sign().to(at::kChar)}; }, nullptr,
      [](const Arguments& in, const GateTensors& gates) {

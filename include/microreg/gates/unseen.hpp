@@ -12,8 +12,8 @@
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/decisions.hpp>
 #include <microreg/gates/draws.hpp>
-#include <microreg/gates/rule.hpp>
-#include <microreg/gates/rules.hpp>
+#include <microreg/gates/kinked_operation.hpp>
+#include <microreg/gates/kinked_operations.hpp>
 #include <microreg/gates/schema.hpp>
 #include <microreg/gates/tape.hpp>
 
@@ -51,14 +51,14 @@ inline std::string node_stem(std::string_view operation) {
 /// The nodes of operations that always have a kink. Not those which have one with some arguments (a norm).
 inline std::set<std::string> kinked_stems() {
   std::set<std::string> result;
-  for (const std::span<const Rule> list : rules) {
-    for (const Rule& rule : list) {
-      if (rule.has_kink == nullptr) {
-        result.insert(node_stem(rule.operation));
+  for (const std::span<const KinkedOperation> list : kinked_operations) {
+    for (const KinkedOperation& kinked : list) {
+      if (kinked.has_kink == nullptr) {
+        result.insert(node_stem(kinked.name));
       }
     }
   }
-  result.insert(node_stem(rrelu_rule.operation));
+  result.insert(node_stem(kinked_rrelu.name));
   const auto add_names = [&](const auto& lists) {
     for (const Operations& list : lists) {
       for (const std::string_view operation : list.names) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <microreg/detail/tensors.hpp>
 #include <microreg/gates/history.hpp>
 #include <microreg/gates/kernel.hpp>
 
@@ -12,12 +13,10 @@
 
 namespace microreg::inline MICROREG_ABI::detail::gating {
 
-using Tensors = std::vector<at::Tensor>;
-
 /// One operation, and its form in place if it has one.
-struct Rule {
-  const char* operation;  // with its overload after a dot
-  const char* schema;     // as is_known() has it
+struct KinkedOperation {
+  const char* name;    // with its overload after a dot
+  const char* schema;  // as is_known() has it
   /// What to record, from the arguments before LibTorch's operation runs or from its results afterwards. Without either
   /// the operations that `replay` calls are recorded by themselves.
   GateTensors (*gates)(const Arguments&);
@@ -34,27 +33,27 @@ struct Rule {
 };
 
 /// An operation composed of ones that have gates.
-constexpr Rule composed(const char* operation, const char* schema,
-                        Tensors (*replay)(const Arguments&, const GateTensors&),
-                        bool (*has_kink)(const Arguments&) = nullptr) {
+constexpr KinkedOperation composed(const char* operation, const char* schema,
+                                   Tensors (*replay)(const Arguments&, const GateTensors&),
+                                   bool (*has_kink)(const Arguments&) = nullptr) {
   return {operation, schema, nullptr, nullptr, replay, has_kink};
 }
 
-inline void record(const Rule& rule, Call& call) {
+inline void record_gates(const KinkedOperation& kinked, InterceptedCall& call) {
   GateTensors gates;
-  if (rule.is_composed()) {
+  if (kinked.is_composed()) {
     const at::NoGradGuard no_grad;
     const GateSession::Composing composing(call.session);
-    rule.replay(call.in, {});
+    kinked.replay(call.in, {});
     gates.push_back(at::empty({0}));  // The operation's own entry, after theirs.
-  } else if (rule.gates != nullptr) {
+  } else if (kinked.gates != nullptr) {
     const StockKernels exclude;
-    gates = rule.gates(call.in);
+    gates = kinked.gates(call.in);
   }
   call.stock();
-  if (rule.gates_of_results != nullptr) {
+  if (kinked.gates_of_results != nullptr) {
     const StockKernels exclude;
-    gates = rule.gates_of_results(call.in, call.results());
+    gates = kinked.gates_of_results(call.in, call.results());
   }
   call.record(std::move(gates), /*may_be_left_out=*/false);
 }
@@ -71,15 +70,15 @@ inline at::Tensor laid_out_as_operand(const Arguments& in, const at::Tensor& res
   return at::empty_like(operand, result.options()).copy_(result);
 }
 
-inline void replay(const Rule& rule, Call& call) {
+inline void replay_gates(const KinkedOperation& kinked, InterceptedCall& call) {
   Tensors results;
-  if (rule.is_composed()) {
+  if (kinked.is_composed()) {
     const GateSession::Composing composing(call.session);
-    results = rule.replay(call.in, {});
+    results = kinked.replay(call.in, {});
     call.next();
   } else {
     const StockKernels exclude;
-    results = rule.replay(call.in, call.next());
+    results = kinked.replay(call.in, call.next());
   }
   if (call.in.in_place()) {
     const StockKernels exclude;
@@ -92,13 +91,13 @@ inline void replay(const Rule& rule, Call& call) {
   call.give({results.begin(), results.end()});
 }
 
-inline void apply(const Rule& rule, Call& call) {
-  if (rule.has_kink != nullptr && !rule.has_kink(call.in)) {
+inline void freeze(const KinkedOperation& kinked, InterceptedCall& call) {
+  if (kinked.has_kink != nullptr && !kinked.has_kink(call.in)) {
     call.stock();
   } else if (call.session.replays()) {
-    replay(rule, call);
+    replay_gates(kinked, call);
   } else {
-    record(rule, call);
+    record_gates(kinked, call);
   }
 }
 
