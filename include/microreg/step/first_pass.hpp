@@ -107,8 +107,9 @@ class FirstPass {
       throw GateError(
           text({what, " has an operation with a kink that cannot be frozen, ", unseen.front(),
                 unseen.size() > 1 ? text({" and ", unseen.size() - 1, " more"}) : std::string(),
-                ": it ran in another thread, a scripted model or a recomputation; use Exact, or Gates::free "
-                "where the difference may be another regularizer"}));
+                ": it ran in another thread, a scripted model or a recomputation, or is left to this "
+                "LibTorch (a warning said so); use Exact, or Gates::free where the difference may be another "
+                "regularizer"}));
     }
     if (!displaced || settings_.own_functions == OwnFunctions::smooth) {
       return;
