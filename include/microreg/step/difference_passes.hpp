@@ -3,7 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <microreg/estimator.hpp>
+#include <microreg/difference.hpp>
 #include <microreg/gates/scope.hpp>
 #include <microreg/gates/tape.hpp>
 #include <microreg/step/mini_batch.hpp>

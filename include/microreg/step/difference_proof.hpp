@@ -3,8 +3,8 @@
 #pragma once
 
 #include <microreg/detail/text.hpp>
+#include <microreg/difference.hpp>
 #include <microreg/error.hpp>
-#include <microreg/estimator.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/comparison.hpp>
 #include <microreg/step/difference_passes.hpp>

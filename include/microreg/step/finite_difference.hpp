@@ -5,11 +5,10 @@
 #include <ATen/ATen.h>
 #include <ATen/SequenceNumber.h>
 #include <c10/util/Exception.h>
-#include <microreg/detail/config.hpp>
 #include <microreg/detail/substitution.hpp>
 #include <microreg/detail/text.hpp>
+#include <microreg/difference.hpp>
 #include <microreg/error.hpp>
-#include <microreg/estimator.hpp>
 #include <microreg/fused/scope.hpp>
 #include <microreg/parameters.hpp>
 #include <microreg/step/comparison.hpp>
@@ -37,12 +36,10 @@
 #include <exception>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <new>
 #include <optional>
 #include <string_view>
 #include <utility>
-#include <variant>
 #include <vector>
 
 namespace microreg::inline MICROREG_ABI::detail {
@@ -434,18 +431,5 @@ class FiniteDifference final : public Differences {
   ProbeWatch watch_;
   std::atomic<bool> differs_ = false;  // some micro-batch was differentiated so
 };
-
-MICROREG_INLINE std::unique_ptr<Differences> make_differences(const DifferenceRequest& request) {
-  const auto make = [&](const auto& chosen, bool central) {
-    return std::make_unique<FiniteDifference>(
-        DifferenceSettings{chosen.step, chosen.gates, central, chosen.check_every, chosen.tolerance,
-                           chosen.own_functions, chosen.displace},
-        request);
-  };
-  if (const auto* forward = std::get_if<ForwardDifference>(&request.estimator)) {
-    return make(*forward, false);
-  }
-  return make(std::get<CentralDifference>(request.estimator), true);
-}
 
 }  // namespace microreg::inline MICROREG_ABI::detail

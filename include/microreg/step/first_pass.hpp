@@ -5,8 +5,8 @@
 
 #include <ATen/core/Tensor.h>
 #include <microreg/detail/text.hpp>
+#include <microreg/difference.hpp>
 #include <microreg/error.hpp>
-#include <microreg/estimator.hpp>
 #include <microreg/gates/tape.hpp>
 #include <microreg/gates/unseen.hpp>
 #include <microreg/parameters.hpp>
