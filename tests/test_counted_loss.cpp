@@ -19,7 +19,7 @@ TEST_CASE("a mean over weights by hand", "[counted_loss]") {
   const double all = weights(network.y).sum().item<double>();
   double value = 0;
   Tensor grad = torch::zeros_like(network.w);
-  for (const auto [begin, size] : {std::pair{0, 4}, {8, 2}}) {
+  for (const auto& [begin, size] : {std::pair{0, 4}, {8, 2}}) {
     const Tensor x = network.x.narrow(0, begin, size), y = network.y.narrow(0, begin, size);
     const double count = weights(y).sum().item<double>();
     const Tensor b = network.of_loss(y) * weights(y).unsqueeze(1) * (size / count);

@@ -22,12 +22,12 @@ struct MissingSecondDerivative {
 
 /// A parameter, and who uses it.
 struct ParameterUse {
-  std::string name;                  ///< as NamedParameter::name
-  std::vector<std::int64_t> shape;   ///< empty for a scalar
-  bool frozen = false;               ///< requires no gradient: nothing else is known of it then
-  bool loss = false;                 ///< the loss is a function of it
-  bool selected = false;             ///< it counts in the norm, as the option select says
-  std::optional<bool> penalty = {};  ///< the penalties have a gradient by it that is not zero; empty: not known
+  std::string name;                      ///< as NamedParameter::name
+  std::vector<std::int64_t> shape = {};  ///< empty for a scalar
+  bool frozen = false;                   ///< requires no gradient: nothing else is known of it then
+  bool loss = false;                     ///< the loss is a function of it
+  bool selected = false;                 ///< it counts in the norm, as the option select says
+  std::optional<bool> penalty = {};      ///< the penalties have a gradient by it that is not zero; empty: not known
 };
 
 /// One penalty on the micro-batch that was tried.

@@ -27,7 +27,10 @@ namespace detail {
 class ReducedRow {
  public:
   void write(const at::Tensor& values) { parts_.push_back(values.detach().to(at::kCPU, at::kDouble).reshape({-1})); }
-  void write(double value) { parts_.push_back(at::full({1}, value, at::kDouble)); }
+  void write(double value) { write(zeros(1).fill_(value)); }
+  [[nodiscard]] static at::Tensor zeros(std::int64_t count) {
+    return at::zeros({count}, at::device(at::kCPU).dtype(at::kDouble));
+  }
 
   void reduce(Communicator& communicator) {
     row_ = at::cat(parts_);
@@ -83,19 +86,19 @@ MICROREG_INLINE Report reduced(const Report& report, Communicator& communicator)
     row.write(part.to(at::kDouble) * report.share);
   }
   if (parts < all_parts) {
-    row.write(at::zeros({all_parts - parts}, at::kDouble));
+    row.write(row.zeros(all_parts - parts));
   }
-  at::Tensor losses = at::zeros({all}, at::kDouble);
+  at::Tensor losses = row.zeros(all);
   losses.narrow(0, report.first_micro_batch, here).copy_(report.micro_batch_losses);
   row.write(losses);
-  at::Tensor penalised = at::zeros({all}, at::kDouble);
+  at::Tensor penalised = row.zeros(all);
   for (const std::int64_t i : report.penalised) {
     penalised[report.first_micro_batch + i] = 1;
   }
   row.write(penalised);
   for (const PenaltyReport& penalty : report.penalties) {
     row.write(penalty.value.to(at::kDouble) * report.share);
-    at::Tensor norms = at::zeros({all}, at::kDouble);
+    at::Tensor norms = row.zeros(all);
     for (std::size_t i = 0; i < report.penalised.size(); ++i) {
       norms[report.first_micro_batch + report.penalised[i]] = penalty.micro_batch_norms[static_cast<std::int64_t>(i)];
     }

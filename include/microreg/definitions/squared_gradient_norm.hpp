@@ -39,7 +39,7 @@ inline at::Tensor sum_of_squares(const std::vector<at::Tensor>& tensors) {
   for (const at::Tensor& tensor : tensors) {
     saved->emplace_back(tensor, /*is_output=*/false);
   }
-  set_derivative(result, tensors, "microreg::SumOfSquares", [saved](const at::Tensor& upstream) {
+  set_derivative(result, edges_of(tensors), "microreg::SumOfSquares", [saved](const at::Tensor& upstream) {
     std::vector<at::Tensor> gradients;
     for (const torch::autograd::SavedVariable& variable : *saved) {
       gradients.push_back(variable.unpack());

@@ -38,17 +38,23 @@ class GraphNode final : public torch::autograd::Node {
   Derivative derivative_;
 };
 
-/// Makes `result` a function of `operands` with this derivative, also where it is one of them. `name` is that of the
-/// node, of static life.
-inline void set_derivative(const at::Tensor& result, at::TensorList operands, const char* name,
+/// Makes `result` a function, with this derivative, of what lies at `operands`, also where it is there itself. `name`
+/// is that of the node, of static life.
+inline void set_derivative(const at::Tensor& result, torch::autograd::edge_list operands, const char* name,
                            GraphNode::Derivative derivative) {
-  torch::autograd::edge_list edges;
-  for (const at::Tensor& operand : operands) {
-    edges.push_back(torch::autograd::impl::gradient_edge(operand));
-  }
-  NodePointer node = make_node<GraphNode>(name, std::move(edges), std::move(derivative));
+  NodePointer node = make_node<GraphNode>(name, std::move(operands), std::move(derivative));
   const std::uint32_t number = node->add_input_metadata(result);
   torch::autograd::impl::set_gradient_edge(result, {std::move(node), number});
+}
+
+/// Where in the graph `tensors` lie.
+inline torch::autograd::edge_list edges_of(at::TensorList tensors) {
+  torch::autograd::edge_list edges;
+  edges.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    edges.push_back(torch::autograd::impl::gradient_edge(tensor));
+  }
+  return edges;
 }
 
 }  // namespace microreg::inline MICROREG_ABI::detail

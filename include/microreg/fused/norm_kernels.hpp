@@ -379,7 +379,7 @@ std::array<at::Tensor, 3> column_norm(NormProblem p) {
   const std::int64_t parts = parts_of(rows, width);
   const at::Tensor mean = RowTensors<T>::padded(p.mean.flatten());
   const NormPointers<T> pointers = pointers_of<T>(p);
-  const at::Tensor sums = at::zeros({parts, 5, width}, at::kDouble);
+  const at::Tensor sums = at::zeros({parts, 5, width}, p.x.options().dtype(at::kDouble));
   for_parts(rows, parts, [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
     run_widest<ColumnSums<T>, const Streams<T>&>(tensors.streams(), values_of<T>(mean), width, begin, end,
                                                  sums.mutable_data_ptr<double>() + part * 5 * width);

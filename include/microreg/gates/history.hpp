@@ -16,7 +16,7 @@ namespace microreg::inline MICROREG_ABI::detail::gating {
 inline void set_gradient(const at::Tensor& result, const at::Tensor& operand,
                          std::function<at::Tensor(const at::Tensor& upstream)> gradient) {
   if (at::GradMode::is_enabled() && operand.requires_grad()) {
-    set_derivative(result, operand, "ReplayBackward",
+    set_derivative(result, edges_of(operand), "ReplayBackward",
                    [gradient = std::move(gradient)](const at::Tensor& upstream) -> std::vector<at::Tensor> {
                      return {gradient(upstream)};
                    });

@@ -68,8 +68,8 @@ class Displacements {
 
   /// The norm of the parameters that are displaced, or 0 where it may not be read.
   double moved_norm() {
-    const bool looks = looks_ != CheckFinite::never && squared_parameter_norm().is_cpu();
-    return looks ? std::sqrt(squared_parameter_norm().item<double>()) : 0.0;
+    return may_look(looks_, squared_parameter_norm().is_cpu()) ? std::sqrt(squared_parameter_norm().item<double>())
+                                                               : 0.0;
   }
 
   /// The selected parameters.

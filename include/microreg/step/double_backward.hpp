@@ -6,7 +6,6 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <microreg/detail/config.hpp>
-#include <microreg/detail/graph_node.hpp>
 #include <microreg/detail/interception.hpp>
 #include <microreg/detail/plain_tensors.hpp>
 #include <microreg/detail/text.hpp>
@@ -18,26 +17,16 @@
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/probes.hpp>
 #include <microreg/step/scaling.hpp>
+#include <microreg/step/seeded_roots.hpp>
 #include <microreg/step/tensor_lists.hpp>
 
 #include <algorithm>
-#include <iterator>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 namespace microreg::inline MICROREG_ABI::detail {
-
-/// A scalar whose backward pass starts at `roots` with `seeds`, its value without meaning. Handed to the engine
-/// themselves, seeds live until its pass ends; those that a node holds are let go with the node, so that each gradient
-/// of a parameter is freed about when the next one of its size is made.
-inline at::Tensor seeded_roots(const std::vector<at::Tensor>& roots, std::vector<at::Tensor> seeds) {
-  at::Tensor result = at::zeros({}, roots.front().options().requires_grad(false));
-  set_derivative(result, roots, "microreg::SeededRoots",
-                 [seeds = std::move(seeds)](const at::Tensor& /*one*/) { return seeds; });
-  return result;
-}
 
 /// What float16 asks for: where backward passes start, and whether numbers may be too small for it at all.
 struct HalfRange {
@@ -113,24 +102,25 @@ class DoubleBackward {
       const Factor share = apart_ ? Factor(factor.number() / (2 * largest_)) : factor;
       const Factor seed = term.squared ? seed_factor(share.times(2))
                                        : seed_factor(share).times(over_norm(whole.defined() ? whole : squared, 1));
-      start(differentiable, term.squared ? taken_and_scaled(differentiable, seed) : scaled(differentiable, seed));
+      starts_.add(differentiable,
+                  [&] { return term.squared ? taken_and_scaled(differentiable, seed) : scaled(differentiable, seed); });
       for (const GramFactors& product : products) {
-        std::vector<at::Tensor> seeds = product.seeds();
-        start(product.roots(), taken_and_scaled(seeds, seed));
+        starts_.add(product.roots(), [&] {
+          std::vector<at::Tensor> seeds = product.seeds();
+          return taken_and_scaled(seeds, seed);
+        });
       }
     }
     return squared;
   }
 
   /// The gradients of the probes, with their graph.
-  [[nodiscard]] const std::vector<at::Tensor>& roots() const noexcept { return roots_; }
+  [[nodiscard]] const std::vector<at::Tensor>& roots() const noexcept { return starts_.roots(); }
 
   /// The gradient of weight * loss and of all penalties; of these alone without a weight. The graph is gone afterwards.
   [[nodiscard]] std::vector<WeightedGradients> finish(const std::optional<Factor>& weight) {
-    const bool penalised = !roots_.empty();
+    const bool penalised = !roots().empty();
     std::vector<WeightedGradients> result;
-    std::vector<at::Tensor> starts;
-    std::vector<at::Tensor> start_seeds;
     if (!weight.has_value()) {
       // nothing of the loss
     } else if (!loss_gradient_.empty() && (apart_ || !penalised)) {
@@ -140,17 +130,12 @@ class DoubleBackward {
                                   penalised || evaluation_.shares_graph, /*create_graph=*/false, "the loss"),
                         scale_.over(*weight)});
     } else {
-      starts.push_back(evaluation_.loss);
-      start_seeds.push_back(weight->like(evaluation_.loss));
+      starts_.add({evaluation_.loss}, [&] { return std::vector<at::Tensor>{weight->like(evaluation_.loss)}; });
     }
     loss_gradient_.clear();
-    if (penalised) {
-      starts.push_back(seeded_roots(roots_, std::exchange(seeds_, {})));
-      start_seeds.push_back(at::ones_like(starts.back()));
-      roots_.clear();
-    }
-    if (!starts.empty()) {
-      result.push_back({gradients(starts, parameters_.tensors, start_seeds, evaluation_.shares_graph,
+    if (!roots().empty()) {
+      const at::Tensor all = starts_.taken();
+      result.push_back({gradients({all}, parameters_.tensors, {all.detach()}, evaluation_.shares_graph,
                                   /*create_graph=*/false, penalised ? "the exact penalty" : "the loss", penalised),
                         apart_ ? scale_.over(2 * largest_) : Factor(1)});
     }
@@ -175,11 +160,6 @@ class DoubleBackward {
     return defined(counted);
   }
 
-  void start(const std::vector<at::Tensor>& roots, std::vector<at::Tensor> seeds) {
-    roots_.insert(roots_.end(), roots.begin(), roots.end());
-    std::move(seeds.begin(), seeds.end(), std::back_inserter(seeds_));
-  }
-
   /// From S g to the seed: apart, it is g itself for the strongest penalty, and 2 * largest / S is left to the end.
   [[nodiscard]] Factor seed_factor(const Factor& share) const { return apart_ ? scale_.over(share) : share; }
 
@@ -188,8 +168,7 @@ class DoubleBackward {
   Scale scale_;
   double largest_;
   bool apart_;  ///< whether loss and penalties are differentiated one after the other
-  std::vector<at::Tensor> roots_;
-  std::vector<at::Tensor> seeds_;
+  SeededRoots starts_;
   std::vector<at::Tensor> loss_gradient_;
 };
 

@@ -10,8 +10,11 @@
 #include <microreg/detail/text.hpp>
 #include <microreg/error.hpp>
 #include <microreg/step/second_derivatives.hpp>
+#include <microreg/step/seeded_roots.hpp>
 
+#include <algorithm>
 #include <exception>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -113,11 +116,28 @@ inline std::vector<at::Tensor> gradients(const std::vector<at::Tensor>& outputs,
   if (create_graph) {
     watched.emplace(outputs, what);
   }
+  std::vector<at::Tensor> starts = outputs;
+  std::vector<at::Tensor> start_seeds = seeds;
+  const bool elsewhere = create_graph && !outputs.front().is_cpu();  // another thread makes the nodes
+  if (elsewhere) {
+    SeededRoots roots;
+    roots.add(outputs, [&] {
+      std::vector<at::Tensor> ones;
+      std::transform(outputs.begin(), outputs.end(), std::back_inserter(ones),
+                     [](const at::Tensor& output) { return at::ones_like(output.detach()); });
+      return seeds.empty() ? ones : seeds;
+    });
+    starts = {roots.taken()};
+    start_seeds = {starts.front().detach()};
+  }
   std::vector<at::Tensor> result;
   try {
-    result = torch::autograd::grad(outputs, inputs, seeds, retain_graph, create_graph, /*allow_unused=*/true);
+    result = torch::autograd::grad(starts, inputs, start_seeds, retain_graph, create_graph, /*allow_unused=*/true);
   } catch (const std::exception& error) {
     rethrow_with_remedy(error, what, second, create_graph);
+  }
+  if (elsewhere) {
+    number_nodes_behind(result);
   }
   if (watched.has_value()) {
     watched->require_graphs();

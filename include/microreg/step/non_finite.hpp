@@ -45,8 +45,7 @@ inline void require_finite(const Report& report, const MiniBatch& batch, const s
 
 /// Whether the options ask to look for NaN and infinity in a step of this report.
 inline bool looks_for_non_finite(const Report& report, const RegularizerOptions& options) {
-  return options.check_finite == CheckFinite::always || options.non_finite != NonFinite::error ||
-         (options.check_finite == CheckFinite::on_cpu && report.loss.is_cpu());
+  return options.non_finite != NonFinite::error || may_look(options.check_finite, report.loss.is_cpu());
 }
 
 /// Looks for NaN and infinity in the report as the options ask. Whether the step is to be skipped; throws

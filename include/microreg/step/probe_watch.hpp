@@ -47,7 +47,7 @@ class ProbeWatch {
   /// at both ends say, to half of that change and rounding: the rest goes with the third power of the displacement.
   [[nodiscard]] bool is_near(const DifferenceProbe& probe, const at::Tensor& value,
                              const std::vector<at::Tensor>& gradient, bool by_input, const at::Tensor& distance) {
-    if (looks_ == CheckFinite::never) {
+    if (!may_look(looks_, value.is_cpu())) {
       return true;
     }
     const at::NoGradGuard no_grad;
@@ -62,16 +62,6 @@ class ProbeWatch {
       return sum;
     };
     const double epsilon = epsilon_of(value.scalar_type());
-    if (!value.is_cpu()) {
-      if (looks_ == CheckFinite::always && !by_input && value.device() == probe.squared_norm.device()) {
-        const at::Tensor ends[] = {distance * probe.squared_norm, distance * slope_there()};
-        const at::Tensor off = (value - probe.value - (ends[0] + ends[1]) / 2).abs();
-        const at::Tensor largest = at::maximum(value.abs(), probe.value.abs()).clamp_min(1);
-        const at::Tensor excess = off / ((ends[0].abs() + ends[1].abs()) / 2 + largest * (1024 * epsilon));
-        excess_ = excess_.defined() ? at::maximum(excess_, excess) : excess;
-      }
-      return true;
-    }
     const double before = probe.value.item<double>();
     const double change = value.item<double>() - before;
     const double rounding = 64 * epsilon * std::max(std::abs(before), std::abs(before + change));
@@ -88,7 +78,7 @@ class ProbeWatch {
 
   /// Whether a central difference, from the gradient `back` to `there` with `here` in the middle, is one of a nearly
   /// straight line. Its halves, there - here and here - back, differ by what is lost in rounding and by the curvature
-  /// that it neglects: by a tenth of their sum at most, or by the rounding of gradients. Looked at on the CPU alone.
+  /// that it neglects: by a tenth of their sum at most, or by the rounding of gradients.
   [[nodiscard]] bool is_straight(const std::vector<at::Tensor>& back, const std::vector<at::Tensor>& here,
                                  const std::vector<at::Tensor>& there) const {
     double bend = 0, change = 0, norm = 0;
@@ -100,7 +90,7 @@ class ProbeWatch {
         continue;
       }
       const at::Tensor middle = here[i].defined() ? here[i] : at::zeros_like(there[i].defined() ? there[i] : back[i]);
-      if (looks_ == CheckFinite::never || !middle.is_cpu()) {
+      if (!may_look(looks_, middle.is_cpu())) {
         return true;
       }
       const at::Tensor after = there[i].defined() ? there[i] - middle : -middle;
@@ -111,13 +101,6 @@ class ProbeWatch {
       epsilon = std::max(epsilon, epsilon_of(middle.scalar_type()));
     }
     return !is_finite(bend + change) || bend <= change / 10 || bend <= 4 * epsilon * norm;
-  }
-
-  /// To be called when all passes are through: on a device nothing was read before.
-  void finish() const {
-    if (excess_.defined() && excess_.item<double>() > 1) {
-      throw_not_shared("one of its displaced passes", text({"off by ", excess_.item<double>(), " times the bound"}));
-    }
   }
 
  private:
@@ -131,7 +114,6 @@ class ProbeWatch {
 
   const Parameters& parameters_;
   CheckFinite looks_;
-  at::Tensor excess_;  // on a device: how far a probe was off, over the bound
 };
 
 }  // namespace microreg::inline MICROREG_ABI::detail

@@ -622,7 +622,8 @@ class Ranks {
   Table gather(const Words& own, const Words& shared) {
     phase_ = Phase::reducing;
     const at::NoGradGuard no_grad;
-    at::Tensor all = at::zeros({static_cast<std::int64_t>(size_ * own.size() + shared.size())}, at::kDouble);
+    at::Tensor all = at::zeros({static_cast<std::int64_t>(size_ * own.size() + shared.size())},
+                               at::device(at::kCPU).dtype(at::kDouble));
     double* const data = all.mutable_data_ptr<double>();
     std::copy(own.begin(), own.end(), data + rank_ * own.size());
     data[rank_ * own.size() + 1] = static_cast<double>(micro_batch_);
@@ -673,7 +674,7 @@ class Ranks {
 
   /// What rank `r` said, on all ranks.
   std::string message_of(std::size_t r) {
-    at::Tensor bytes = at::zeros({1024}, at::kByte);
+    at::Tensor bytes = at::zeros({1024}, at::device(at::kCPU).dtype(at::kByte));
     char* const data = reinterpret_cast<char*>(bytes.mutable_data_ptr<std::uint8_t>());
     if (r == rank_) {
       std::memcpy(data, message_.data(), std::min<std::size_t>(message_.size(), 1023));
