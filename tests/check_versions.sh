@@ -86,8 +86,8 @@ fetch() {
 
 # What is built: the tests of these files, those that tests/CMakeLists.txt groups together compiled as one. The oracle's
 # go with what all of them need.
-tests=(on_device test_oracle)
-[ "$mode" != all ] || mapfile -t tests < <(cd tests && printf '%s\n' on_device.cpp test_*.cpp | sed 's/\.cpp$//')
+tests=(on_device stand_in_gpu test_oracle)
+[ "$mode" != all ] || mapfile -t tests < <(cd tests && printf '%s\n' on_device.cpp stand_in_gpu.cpp test_*.cpp | sed 's/\.cpp$//')
 [ "$mode" = quick ] || [ "$mode" = all ] ||
   tests+=(test_estimator test_finite_differences test_fused_{activations,batch_norm,convolution,group_norm,max_pool,normalisation} \
     test_fused_{rows,scope,transformer,transforms} test_gates{,_differences,_operations,_pooling,_unseen} test_parallel)

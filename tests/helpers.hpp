@@ -5,6 +5,7 @@
 
 #include "catch.hpp"
 #include "on_device.hpp"
+#include "stand_in_gpu.hpp"
 
 #include <torch/torch.h>
 #include <microreg/detail/libtorch.hpp>
@@ -62,13 +63,13 @@ inline torch::Tensor in_thread(const std::function<torch::Tensor()>& call) {
   return result;
 }
 
-/// Gradients by `parameters` in one float64 vector; zeros where one is undefined.
+/// Gradients by `parameters` in one float64 vector on the CPU; zeros where one is undefined.
 inline torch::Tensor flattened(const std::vector<torch::Tensor>& gradients,
                                const std::vector<torch::Tensor>& parameters) {
   std::vector<torch::Tensor> parts;
   for (std::size_t i = 0; i < parameters.size(); ++i) {
     const torch::Tensor part = gradients[i].defined() ? gradients[i] : torch::zeros_like(parameters[i]);
-    parts.push_back(part.detach().flatten().to(torch::kFloat64));
+    parts.push_back(part.detach().to(torch::kCPU, torch::kFloat64).flatten());
   }
   return torch::cat(parts);
 }

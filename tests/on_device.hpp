@@ -15,9 +15,23 @@ namespace helpers {
 /// Whether there is no GPU; if so, says that the test is skipped.
 [[nodiscard]] bool no_device();
 
+/// Whether tensors lie elsewhere than on the CPU, and a test that is about the CPU is skipped; it says so, with `why`.
+[[nodiscard]] bool skipped_off_the_cpu(const char* why);
+
 /// Where a test of what a device computes runs: on the GPU, or where the environment variable MICROREG_REHEARSE says,
 /// which tries the test itself without one; else nowhere.
 [[nodiscard]] std::optional<at::Device> device_to_test();
+
+/// While it lives, whatever makes the host wait for the GPU is an error.
+class NoWaiting {
+ public:
+  /// Whether it can be seen here: with CUDA's headers, or on a stand-in for a GPU.
+  [[nodiscard]] static bool is_seen();
+  NoWaiting();
+  NoWaiting(const NoWaiting&) = delete;
+  NoWaiting& operator=(const NoWaiting&) = delete;
+  ~NoWaiting();
+};
 
 /// torch::tensor() on it. That one writes its values from the host, wherever it made room for them.
 [[nodiscard]] inline at::Tensor tensor(const torch::detail::TensorDataContainer& values,

@@ -31,7 +31,7 @@ struct Samples {
 };
 
 /// Of a seed; a generator of its own, since the threads share the default one.
-inline torch::Generator seeded(std::uint64_t seed) { return at::detail::createCPUGenerator(seed); }
+inline torch::Generator seeded(std::uint64_t seed) { return helpers::generator(seed); }
 
 inline Samples samples_of(std::int64_t count) {
   auto generator = seeded(7);

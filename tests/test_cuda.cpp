@@ -2,10 +2,10 @@
 #include "helpers.hpp"
 #include "networks.hpp"
 
+#include <ATen/SequenceNumber.h>
 #include <microreg/microreg.hpp>
 
 #if defined(MICROREG_WITH_CUDA)
-#include <c10/cuda/CUDAFunctions.h>
 #include <microreg/cuda_graph.hpp>
 #endif
 
@@ -121,8 +121,8 @@ TEST_CASE("a batch or a generator on another device than the model is named", "[
   }
   networks::Mlp model;
   model->to(torch::kCUDA);
-  const torch::Tensor x = torch::randn({8, 6});
-  const torch::Tensor y = torch::zeros({8}, torch::kInt64);
+  const torch::Tensor x = torch::randn({8, 6}, torch::kCPU);
+  const torch::Tensor y = torch::zeros({8}, torch::TensorOptions(torch::kCPU).dtype(torch::kInt64));
   microreg::Regularizer plain(model, cross_entropy, microreg::GradientNorm{});
   CHECK(has(message_of<microreg::BatchError>([&] { (void)plain.backward(x, y); }), {"input", "cpu", "cuda", ".to("}));
   CHECK(has(message_of<microreg::BatchError>([&] { (void)plain.backward(x.cuda(), y); }), {"target", "cpu", "cuda"}));
@@ -131,17 +131,59 @@ TEST_CASE("a batch or a generator on another device than the model is named", "[
             {"generator", "cpu", "cuda"}));
 }
 
-#if defined(MICROREG_WITH_CUDA)
-namespace {
+TEST_CASE("equal steps on a device leave equal bits", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  torch::manual_seed(3);
+  networks::Mlp model;
+  model->to(torch::kCUDA);
+  const torch::Tensor x = torch::randn({10, 6}, torch::kCUDA);
+  const torch::Tensor y = torch::zeros({10}, torch::TensorOptions(torch::kCUDA).dtype(torch::kLong));
+  const bool fused = GENERATE(true, false);
+  microreg::Regularizer regularizer(model, cross_entropy, 0.5 * microreg::GradientNorm{} + microreg::AverageJacobian{},
+                                    {.strength = 0.3, .micro_batch_size = 4, .fused = fused});
+  const auto step = [&] { return grad_after(*model, [&] { (void)regularizer.backward(x, y); }); };
+  const torch::Tensor first = step();
+  for (int i = 0; i < 40; ++i) {  // the threads of the engine do not meet alike each time
+    CHECK(same_bits(step(), first));
+  }
+}
 
-/// While it lives, whatever makes the host wait for the device is an error.
-class NoWaiting {
- public:
-  NoWaiting() { c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_ERROR); }
-  NoWaiting(const NoWaiting&) = delete;
-  NoWaiting& operator=(const NoWaiting&) = delete;
-  ~NoWaiting() { c10::cuda::warning_state().set_sync_debug_mode(c10::cuda::SyncDebugMode::L_DISABLED); }
-};
+TEST_CASE("a step on a device is the same however its threads have numbered their nodes", "[cuda]") {
+  if (no_device()) {
+    return;
+  }
+  torch::manual_seed(3);
+  const auto doubles = torch::TensorOptions(torch::kCUDA).dtype(torch::kFloat64);
+  const torch::Tensor w = torch::randn({6, 8}, doubles).requires_grad_();
+  const torch::Tensor x = torch::randn({5, 6}, doubles), y = torch::zeros({5}, doubles.dtype(torch::kLong));
+  const auto gradient = [&](bool in_place, std::uint64_t ahead) {
+    w.mutable_grad() = torch::Tensor();
+    const microreg::FunctionModel model{[&, in_place, ahead](const torch::Tensor& input) {
+                                          for (std::uint64_t i = 0; i < ahead; ++i) {
+                                            at::sequence_number::get_and_increment();
+                                          }
+                                          torch::Tensor h = input.matmul(w) * 1.5;
+                                          if (!in_place) {
+                                            return torch::cat({h.narrow(1, 0, 3).sigmoid(), h.narrow(1, 3, 5)}, 1);
+                                          }
+                                          h.narrow(1, 0, 3).sigmoid_();  // LibTorch alone finds nothing left of it
+                                          return h;
+                                        },
+                                        {w}};
+    (void)microreg::Regularizer(model, cross_entropy, microreg::GradientNorm{} + microreg::AverageJacobian{})
+        .backward(x, y);
+    return flat_grad({w});
+  };
+  const torch::Tensor first = gradient(true, 0);
+  CHECK(relative_error(first, gradient(false, 0)) < 1e-12);
+  for (const std::uint64_t ahead : {0, 10, 1000}) {
+    CHECK(same_bits(gradient(true, ahead), first));
+  }
+}
+
+namespace {
 
 microreg::AnyPenalty<> penalty_number(int which) {
   switch (which) {
@@ -161,7 +203,7 @@ microreg::AnyPenalty<> penalty_number(int which) {
 }  // namespace
 
 TEST_CASE("a wait for the device is seen", "[cuda]") {
-  if (no_device()) {
+  if (no_device() || !NoWaiting::is_seen()) {
     return;
   }
   const torch::Tensor one = torch::ones({}, torch::kCUDA);
@@ -170,7 +212,7 @@ TEST_CASE("a wait for the device is seen", "[cuda]") {
 }
 
 TEST_CASE("no step makes the host wait for the device", "[cuda]") {
-  if (no_device()) {
+  if (no_device() || !NoWaiting::is_seen()) {
     return;
   }
   torch::manual_seed(3);
@@ -197,8 +239,75 @@ TEST_CASE("no step makes the host wait for the device", "[cuda]") {
   CHECK_NOTHROW(microreg::graft(model->parameters(), 1.0));
 }
 
+TEST_CASE("no option of a step makes the host wait for the device", "[cuda]") {
+  if (no_device() || !NoWaiting::is_seen()) {
+    return;
+  }
+  torch::manual_seed(3);
+  networks::Cnn model(networks::Norm::batch, networks::Activation::kinked);
+  model->to(torch::kCUDA);
+  const torch::Tensor x = torch::randn({10, 2, 6, 6}, torch::kCUDA);
+  const torch::Tensor y =
+      torch::randint(networks::classes, {10}, torch::TensorOptions(torch::kCUDA).dtype(torch::kLong));
+  const auto options = std::vector<std::pair<const char*, microreg::RegularizerOptions>>{
+      {"a dynamic loss scale", {.loss_scale = microreg::DynamicLossScale{}}},
+      {"a loss scale", {.loss_scale = 128.0}},
+      {"bfloat16", {.autocast = torch::kBFloat16}},
+      {"float16", {.autocast = torch::kHalf, .loss_scale = microreg::DynamicLossScale{}}},
+      {"a share of the micro-batches", {.sampling = {.share = 0.5}}},
+      {"every second step", {.sampling = {.every = 2}}},
+      {"a merged tail", {.short_last = microreg::ShortLast::merged}},
+      {"outputs kept", {.keep_outputs = true}},
+      {"the ratio of gradients", {.gradient_ratio = true}},
+      {"some parameters", {.select = [](const std::string&, const torch::Tensor& p) { return p.dim() > 1; }}},
+      {"the equations' weights", {.weighting = microreg::Weighting::reference}},
+      {"a generator", {.generator = at::globalContext().defaultGenerator(torch::kCUDA).clone()}},
+      {"unfused", {.fused = false}},
+      {"workers", {.workers = 2}},
+      {"displaced copies", {.estimator = microreg::ForwardDifference{.displace = microreg::Displace::copies}}},
+  };
+  const auto penalty =
+      microreg::GradientNorm{} + 0.1 * microreg::Unsquared{microreg::UnitJacobian{}} + 0.1 * microreg::FisherTrace{};
+  for (auto [name, option] : options) {
+    INFO(name);
+    option.strength = 0.1;
+    option.micro_batch_size = 4;
+    microreg::Regularizer<> regularizer(model, cross_entropy, penalty, option);
+    for (int step = 0; step < 2; ++step) {  // loads kernels, makes handles and workspaces
+      (void)regularizer.backward(x, y);
+    }
+    const NoWaiting errors;
+    CHECK_NOTHROW(regularizer.backward(x, y));
+  }
+}
+
+TEST_CASE("a loop of one's own does not make the host wait for the device", "[cuda]") {
+  if (no_device() || !NoWaiting::is_seen()) {
+    return;
+  }
+  torch::manual_seed(3);
+  networks::Cnn model(networks::Norm::batch, networks::Activation::kinked);
+  model->to(torch::kCUDA);
+  const torch::Tensor x = torch::randn({8, 2, 6, 6}, torch::kCUDA);
+  const torch::Tensor y = torch::zeros({8}, torch::TensorOptions(torch::kCUDA).dtype(torch::kLong));
+  microreg::Penalised penalised(model, microreg::GradientNorm{}, {.strength = 0.1});
+  const auto step = [&](bool closure) {
+    for (auto [part, images, labels] : microreg::micro_batches(4, x, y)) {
+      const auto loss = [&, images = images, labels = labels] {
+        return torch::cross_entropy_loss(model->forward(images), labels);
+      };
+      (void)(closure ? penalised.backward(part, loss) : penalised.backward(part, loss()));
+    }
+  };
+  for (const bool closure : {false, true}) {
+    step(closure);
+    const NoWaiting errors;
+    CHECK_NOTHROW(step(closure));
+  }
+}
+
 TEST_CASE("measuring does not make the host wait for the device", "[cuda]") {
-  if (no_device()) {
+  if (no_device() || !NoWaiting::is_seen()) {
     return;
   }
   networks::Cnn model(networks::Norm::batch, networks::Activation::kinked);
@@ -210,6 +319,7 @@ TEST_CASE("measuring does not make the host wait for the device", "[cuda]") {
   CHECK_NOTHROW((void)microreg::measure(model, cross_entropy, microreg::GradientNorm{}, x, y, {.micro_batch_size = 4}));
 }
 
+#if defined(MICROREG_WITH_CUDA)
 namespace {
 
 /// A few steps with `penalty`, with or without a graph: the parameters, running statistics and norms behind them.

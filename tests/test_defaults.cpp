@@ -154,12 +154,12 @@ void check_kind(const char* name, const Fresh& fresh, Then exact, Then differenc
 
 /// 1 where positive and a tenth elsewhere, by pointers.
 Tensor mask_by_pointer(const Tensor& h) {
-  const Tensor from = h.detach().contiguous();
+  const Tensor from = h.detach().contiguous().cpu();
   Tensor mask = torch::empty_like(from);
   for (std::int64_t i = 0; i < from.numel(); ++i) {
-    mask.mutable_data_ptr<float>()[i] = h.data_ptr<float>()[i] > 0 ? 1.F : 0.1F;
+    mask.mutable_data_ptr<float>()[i] = from.data_ptr<float>()[i] > 0 ? 1.F : 0.1F;
   }
-  return mask;
+  return mask.to(h.device());
 }
 
 }  // namespace

@@ -635,8 +635,9 @@ TEST_CASE("A number that is not finite is found in one micro-batch by all ranks"
   std::vector<std::int64_t> found(2);
   const auto errors = try_ranks(2, [&](const Ranks& ranks) {
     const Samples mine = cut.of(all, ranks);
-    microreg::Regularizer<> regularizer(mlp(), cross_entropy, microreg::GradientNorm{},
-                                        {.micro_batch_size = 4, .communicator = ranks});
+    microreg::Regularizer<> regularizer(
+        mlp(), cross_entropy, microreg::GradientNorm{},
+        {.micro_batch_size = 4, .check_finite = microreg::CheckFinite::always, .communicator = ranks});
     try {
       regularizer.backward(mine.x, mine.y);
     } catch (const microreg::NonFiniteError& error) {

@@ -194,6 +194,9 @@ TEST_CASE("docs: several modules as one model", "[docs]") {
 }
 
 TEST_CASE("docs: selection and generator", "[docs]") {
+  if (skipped_off_the_cpu("a generator of the CPU's")) {
+    return;
+  }
   auto model = small_network();
   torch::nn::CrossEntropyLoss criterion;
   const auto images = ::images();
@@ -530,6 +533,9 @@ TEST_CASE("options.hpp, docs/concepts.md: a loss that says what it is a mean ove
 }
 
 TEST_CASE("docs: mixed precision", "[docs]") {
+  if (skipped_off_the_cpu("the CPU's Autocast")) {
+    return;
+  }
   auto model = small_network();
   const auto images = ::images();
   const auto labels = ::labels();

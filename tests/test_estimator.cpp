@@ -221,7 +221,7 @@ TEST_CASE("a difference leaves parameters, buffers and generators as an exact st
     }
     const auto options = options_with(which);
     (void)step_gradient(model, batch, everything, options);
-    return After{clones(model->buffers()), at::globalContext().defaultGenerator(at::kCPU).get_state(),
+    return After{clones(model->buffers()), at::globalContext().defaultGenerator(test_device()).get_state(),
                  options.generator->get_state()};
   };
   const After exact = after(Exact{});

@@ -179,7 +179,7 @@ TEST_CASE("operations that save what they computed, against a difference of firs
     const microreg::FusedScope scope;
     CHECK(relative_error(functor_gradient(loss(), {w}).view_as(w), expected) < 1e-5);
   };
-  const Tensor fixed = normal({5, 5}), index = torch::tensor({0, 1, 0, 2, 1});
+  const Tensor fixed = normal({5, 5}), index = helpers::tensor({0, 1, 0, 2, 1});
   check("det", [](const Tensor& m) { return at::linalg_det(m / 2); });
   check("slogdet", [](const Tensor& m) { return std::get<1>(at::linalg_slogdet(m)); });
   check("inverse", [](const Tensor& m) { return at::linalg_inv(m); });
@@ -274,7 +274,7 @@ TEST_CASE("a loss that differentiates itself over a normalisation", "[exact]") {
     moved(1e-6);
     clear_grad(parameters);
     (void)penalised.backward([&] { return loss_of(batch); });  // a closure runs inside the scope
-    CHECK(relative_error(flat_grad(parameters) - plain(), (above - below) / 1e-6) < 1e-6);
+    CHECK(relative_error(flat_grad(parameters) - plain().cpu(), (above - below) / 1e-6) < 1e-6);
     clear_grad(parameters);
   }
 }

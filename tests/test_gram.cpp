@@ -87,6 +87,9 @@ class SquareProducts final : public microreg::detail::CallWatch<SquareProducts> 
   void note(const at::RecordFunction& function) {
     if (std::string_view(function.name()) == "aten::mm") {
       const auto operands = function.inputs();
+      if (operands.size() != 2) {
+        return;  // the same into a tensor that is given
+      }
       count_ += operands[0].toTensor().size(0) == n_ && operands[1].toTensor().size(1) == n_ ? 1 : 0;
     }
   }

@@ -51,6 +51,9 @@ std::int64_t peak_of_exact(torch::nn::Sequential& model, const torch::Tensor& x,
 }  // namespace
 
 TEST_CASE("in an exact step the old gradients make room for the new ones", "[memory]") {
+  if (skipped_off_the_cpu("counts the bytes that the CPU gives")) {
+    return;
+  }
   auto model = layers(12, 128);
   std::int64_t parameters = 0;
   for (const torch::Tensor& parameter : model->parameters()) {
@@ -62,6 +65,9 @@ TEST_CASE("in an exact step the old gradients make room for the new ones", "[mem
 }
 
 TEST_CASE("the memory of an exact step is set by the micro-batch, not by the batch", "[memory]") {
+  if (skipped_off_the_cpu("counts the bytes that the CPU gives")) {
+    return;
+  }
   auto model = layers(12, 16);
   const auto peak = [&](std::int64_t batch) {
     model->zero_grad();

@@ -195,7 +195,7 @@ TEST_CASE("what Penalised cannot do, it refuses with the remedy, and nothing has
   CHECK(watch.unchanged());
   const torch::Tensor own = torch::ones({3}, torch::kFloat64).requires_grad_(true);
   own.mutable_grad() = torch::ones({3}, torch::kFloat64);
-  Penalised penalised({own}, microreg::GradientNorm{});
+  Penalised penalised({own}, microreg::GradientNorm{}, {.check_finite = microreg::CheckFinite::always});
   CHECK_THROWS_AS(penalised.backward((own * std::numeric_limits<double>::quiet_NaN()).sum()), microreg::NonFiniteError);
   CHECK(penalised.step() == 0);
   CHECK(same_bits(own.grad(), torch::ones({3}, torch::kFloat64)));

@@ -261,10 +261,10 @@ TEST_CASE("right or refused: values without a graph", "[right_or_refused]") {
   }),
                          entropy_loss, n.x, n.y, exactly);
   check_right_or_refused("values read by pointer", n.with([&](const Tensor& x) {
-    const Tensor h = n.hidden(x);
+    const Tensor h = n.hidden(x), on_host = h.cpu();
     double sum = 0;
     for (std::int64_t i = 0; i < h.numel(); ++i) {
-      sum += std::abs(h.data_ptr<double>()[i]);
+      sum += std::abs(on_host.data_ptr<double>()[i]);
     }
     return h.matmul(n.b) * (100 / sum);
   }),
@@ -567,16 +567,16 @@ TEST_CASE("right or refused: passes that the scope does not see", "[right_or_ref
   }),
                          entropy_loss, n.x, n.y, exactly, differences, {"MulBackward0", "another thread"});
   check_right_or_refused("a mask of at::parallel_for", n.with([&](const Tensor& x) {
-    const Tensor h = x.matmul(n.a);
-    Tensor mask = torch::zeros_like(h);
-    const double* from = h.data_ptr<double>();
+    const Tensor h = x.matmul(n.a), on_host = h.cpu();
+    Tensor mask = torch::zeros_like(on_host);
+    const double* from = on_host.data_ptr<double>();
     double* to = mask.mutable_data_ptr<double>();
     at::parallel_for(0, h.numel(), 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) {
         to[i] = from[i] > 0 ? 1 : 0.1;
       }
     });
-    return (h * mask).matmul(n.b);
+    return (h * mask.to(h.device())).matmul(n.b);
   }),
                          entropy_loss, n.x, n.y, exactly);
   for (const char* activation : {"relu", "tanh", "hardtanh"}) {

@@ -38,7 +38,7 @@ ByHand by_hand(const Forward& forward, const Loss& loss, const Tensors& weights,
                std::int64_t size) {
   ByHand result;
   const auto add = [](Tensor& sum, const Tensor& gradients, double weight) {
-    sum = (sum.defined() ? sum : torch::zeros({}, torch::kFloat64)) + gradients * weight;
+    sum = (sum.defined() ? sum : torch::zeros({}, at::device(at::kCPU).dtype(at::kDouble))) + gradients * weight;
   };
   for (std::int64_t begin = 0; begin < x.size(0); begin += size) {
     const std::int64_t count = std::min(size, x.size(0) - begin);
@@ -79,7 +79,7 @@ void check_situation(const char* name, const std::function<Situation()>& make) {
     return;
   }
   const ByHand& right = *found;
-  const Tensor generator = at::globalContext().defaultGenerator(torch::kCPU).get_state();
+  const Tensor generator = at::globalContext().defaultGenerator(test_device()).get_state();
   REQUIRE(right.of_penalty.norm().item<double>() > 1e-6);
   for (const auto& way : ways) {
     CAPTURE(way.name);
@@ -90,7 +90,7 @@ void check_situation(const char* name, const std::function<Situation()>& make) {
         {.strength = 0.5, .micro_batch_size = 4, .estimator = way.estimator, .fused = way.fused});
     (void)regularizer.backward(s.x, s.y);
     CHECK(relative_error(flat_grad(s.weights) - right.of_loss, 0.5 * right.of_penalty) < way.bound);
-    CHECK(same_bits(at::globalContext().defaultGenerator(torch::kCPU).get_state(), generator));
+    CHECK(same_bits(at::globalContext().defaultGenerator(test_device()).get_state(), generator));
   }
   clear_grad(s.weights);
 }

@@ -44,7 +44,7 @@ flags+=("-D_GLIBCXX_USE_CXX11_ABI=$abi")
 sources() {
   echo cmake/microreg.cpp
   case "$1" in
-    microreg_tests) printf 'tests/%s.cpp\n' main on_device test_cuda test_cuda_numbers test_half ;;
+    microreg_tests) printf 'tests/%s.cpp\n' main on_device stand_in_gpu test_cuda test_cuda_numbers test_half ;;
     penalty_overhead)
       (cd "$root" && ls benchmarks/*.cpp examples/cifar/model*.cpp) | grep -v '_study\.cpp$'
       ;;
