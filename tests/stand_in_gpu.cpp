@@ -19,6 +19,8 @@
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/sparse_dim_native.h>
 #include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_as_complex_native.h>
+#include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_native.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -578,6 +580,8 @@ void make_stand_in_gpu() {
   operations.impl("view", static_cast<at::Tensor (*)(const at::Tensor&, at::IntArrayRef)>(&at::native::view));
   operations.impl("_reshape_alias", &at::native::_reshape_alias);
   operations.impl("unfold", &at::native::unfold);
+  operations.impl("view_as_real", &at::native::view_as_real);
+  operations.impl("view_as_complex", &at::native::view_as_complex);
   operations.impl("alias", &at::native::alias);
   operations.impl("resize_", &resize_);
   operations.impl("copy_", &copy_);

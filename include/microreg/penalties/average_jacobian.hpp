@@ -40,7 +40,8 @@ struct AverageJacobian {
 
  private:
   [[nodiscard]] at::Tensor probe_of(const at::Tensor& output) const {
-    return differentiable_output(output, name()).sum() / output.size(0);
+    const at::Tensor sum = differentiable_output(output, name()).sum();  // which refuses what has no samples
+    return sum / output.size(0);
   }
 };
 

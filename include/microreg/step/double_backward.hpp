@@ -129,14 +129,18 @@ class DoubleBackward {
       result.push_back({gradients({evaluation_.loss}, parameters_.tensors, scale_.seeds(evaluation_.loss),
                                   penalised || evaluation_.shares_graph, /*create_graph=*/false, "the loss"),
                         scale_.over(*weight)});
-    } else {
+    } else if (penalised) {
       starts_.add({evaluation_.loss}, [&] { return std::vector<at::Tensor>{weight->like(evaluation_.loss)}; });
+    } else {
+      result.push_back({gradients({evaluation_.loss}, parameters_.tensors, {weight->like(evaluation_.loss)},
+                                  evaluation_.shares_graph, /*create_graph=*/false, "the loss"),
+                        Factor(1)});
     }
     loss_gradient_.clear();
-    if (!roots().empty()) {
+    if (penalised) {
       const at::Tensor all = starts_.taken();
       result.push_back({gradients({all}, parameters_.tensors, {all.detach()}, evaluation_.shares_graph,
-                                  /*create_graph=*/false, penalised ? "the exact penalty" : "the loss", penalised),
+                                  /*create_graph=*/false, "the exact penalty", /*second=*/true),
                         apart_ ? scale_.over(2 * largest_) : Factor(1)});
     }
     return result;
