@@ -188,7 +188,10 @@ at::Tensor seen_by_kernels(const at::Tensor& tensor) {
   if (data == nullptr || tensor.numel() == 0) {
     return at::empty_strided(tensor.sizes(), tensor.strides(), options);
   }
-  return at::from_blob(data, tensor.sizes(), tensor.strides(), options);
+  at::Tensor seen = at::from_blob(data, tensor.sizes(), tensor.strides(), options);
+  seen._set_conj(tensor.is_conj());
+  seen._set_neg(tensor.is_neg());
+  return seen;
 }
 
 at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<at::ScalarType> type,
