@@ -229,6 +229,9 @@ MICROREG_INLINE void Progress::set_scale(double number, const LossScale& options
   scale.good_steps.reset();
 }
 
+MICROREG_INLINE OwnMemory::OwnMemory(const OwnMemory& other)
+    : memory_(other.memory_ == nullptr ? nullptr : std::make_shared<SnapshotMemory>(*other.memory_)) {}
+
 MICROREG_INLINE std::shared_ptr<SnapshotMemory> OwnMemory::shared() {
   if (memory_ == nullptr) {
     memory_ = std::make_shared<SnapshotMemory>();

@@ -11,7 +11,6 @@
 #include <microreg/parameters.hpp>
 #include <microreg/penalty.hpp>
 #include <microreg/report.hpp>
-#include <microreg/step/snapshot.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -27,6 +26,8 @@ struct RegularizerOptions;  // not its header, which has the estimators, which k
 enum class Reduction;
 
 namespace detail {
+
+struct SnapshotMemory;  // not its header either: the user's own files need no snapshots
 
 /// One forward pass and loss of a micro-batch, with its graph.
 class Evaluation {
@@ -127,8 +128,7 @@ struct Progress {
 class OwnMemory {
  public:
   OwnMemory() = default;
-  OwnMemory(const OwnMemory& other)
-      : memory_(other.memory_ == nullptr ? nullptr : std::make_shared<SnapshotMemory>(*other.memory_)) {}
+  OwnMemory(const OwnMemory& other);
   OwnMemory(OwnMemory&&) noexcept = default;
   OwnMemory& operator=(OwnMemory other) noexcept {
     memory_.swap(other.memory_);
