@@ -17,6 +17,7 @@
 #include <microreg/definitions/parameters.hpp>
 #include <microreg/definitions/penalised.hpp>
 #include <microreg/definitions/penalty.hpp>
+#include <microreg/definitions/regularizer.hpp>
 #include <microreg/definitions/report.hpp>
 #include <microreg/definitions/squared_gradient_norm.hpp>
 #include <microreg/definitions/step.hpp>

@@ -116,19 +116,7 @@ class Regularizer {
   [[nodiscard]] const RegularizerOptions& options() const noexcept { return options_; }  ///< those it was made with
 
  private:
-  Report step_on(const Input& input, const Target& target) {
-    if (objective_ == nullptr) {
-      throw OptionError("this Regularizer is empty; assign one that is made of a model, a loss and a penalty");
-    }
-    // Held, in case a callable of the user's assigns to this Regularizer meanwhile.
-    const auto objective = objective_;
-    const RegularizerOptions options = options_;
-    const auto memory = memory_.shared();
-    detail::ObjectiveOnBatch<Input, Target> batch(*objective, options, input, target, memory.get());
-    Report report = detail::take_step(batch, options, progress_);
-    progress_.step += options.advance ? 1 : 0;
-    return report;
-  }
+  Report step_on(const Input& input, const Target& target);
 
   std::shared_ptr<detail::Objective<Input, Target>> objective_;
   RegularizerOptions options_;
@@ -140,8 +128,27 @@ template <class M, class Loss, class PenaltyOrSum>
 Regularizer(M&&, Loss, PenaltyOrSum, RegularizerOptions = {})
     -> Regularizer<detail::InputOf<M>, detail::TargetOf<Loss>>;  ///< of the batch that forward() and the loss take
 
+template <class Input, class Target>
+Report Regularizer<Input, Target>::step_on(const Input& input, const Target& target) {
+  if (objective_ == nullptr) {
+    throw OptionError("this Regularizer is empty; assign one that is made of a model, a loss and a penalty");
+  }
+  // Held, in case a callable of the user's assigns to this Regularizer meanwhile.
+  const auto objective = objective_;
+  const RegularizerOptions options = options_;
+  const auto memory = memory_.shared();
+  detail::ObjectiveOnBatch<Input, Target> batch(*objective, options, input, target, memory.get());
+  Report report = detail::take_step(batch, options, progress_);
+  progress_.step += options.advance ? 1 : 0;
+  return report;
+}
+
+#if defined(MICROREG_COMPILED)
+extern template class Regularizer<at::Tensor, at::Tensor>;
+#endif
+
 }  // namespace microreg::inline MICROREG_ABI
 
 #if !defined(MICROREG_COMPILED)
-#include <microreg/definitions/step.hpp>
+#include <microreg/definitions/regularizer.hpp>
 #endif

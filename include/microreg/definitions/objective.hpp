@@ -110,4 +110,11 @@ MICROREG_INLINE std::vector<Part> cut(std::int64_t inputs, std::int64_t targets,
   return parts;
 }
 
+#if defined(MICROREG_COMPILED)
+template class Objective<at::Tensor, at::Tensor>;
+template class PassEvaluation<at::Tensor, at::Tensor, at::Tensor>;
+template class ObjectiveOnBatch<at::Tensor, at::Tensor>;
+template class StandingBatch<at::Tensor, at::Tensor>;
+#endif
+
 }  // namespace microreg::inline MICROREG_ABI::detail

@@ -452,6 +452,14 @@ Found on_one_batch(M&& model, Loss loss, PenaltyOrSum penalty, const Input& inpu
   return look(batch, options);
 }
 
+#if defined(MICROREG_COMPILED)
+// Of tensors, as most are.
+extern template class Objective<at::Tensor, at::Tensor>;
+extern template class PassEvaluation<at::Tensor, at::Tensor, at::Tensor>;
+extern template class ObjectiveOnBatch<at::Tensor, at::Tensor>;
+extern template class StandingBatch<at::Tensor, at::Tensor>;
+#endif
+
 }  // namespace detail
 
 }  // namespace microreg::inline MICROREG_ABI
