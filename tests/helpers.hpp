@@ -7,6 +7,7 @@
 #include "on_device.hpp"
 #include "stand_in_gpu.hpp"
 
+#include <ATen/SequenceNumber.h>
 #include <torch/torch.h>
 #include <microreg/detail/libtorch.hpp>
 
@@ -74,8 +75,21 @@ inline torch::Tensor flattened(const std::vector<torch::Tensor>& gradients,
   return torch::cat(parts);
 }
 
+/// What backward passes on `device` make with a graph comes behind this thread's nodes. LibTorch's engine numbers nodes by
+/// thread, and goes by the numbers: of a GPU's, double backward by LibTorch alone fails on views that were written to.
+inline void number_nodes_behind_these(const at::Device& device) {
+  const torch::Tensor one = torch::zeros({}, torch::TensorOptions(device)).requires_grad_() * 1;
+  one.register_hook([number = at::sequence_number::peek()](const torch::Tensor& /*gradient*/) {
+    while (at::sequence_number::peek() < number) {
+      at::sequence_number::get_and_increment();
+    }
+  });
+  one.backward();
+}
+
 /// || grad loss ||^2 in float64, with its graph, composed of LibTorch's operations: what penalties are compared with.
 inline torch::Tensor squared_norm_by_hand(const torch::Tensor& loss, const std::vector<torch::Tensor>& parameters) {
+  number_nodes_behind_these(loss.device());
   torch::Tensor sum = torch::zeros({}, torch::kFloat64);
   for (const torch::Tensor& g : torch::autograd::grad({loss}, parameters, {}, true, true, true)) {
     sum = g.defined() ? sum + (g * g.conj()).sum().to(torch::kFloat64) : sum;

@@ -696,7 +696,7 @@ TEST_CASE("right or refused: strengths of every size", "[right_or_refused]") {
                               {.strength = strength, .estimator = estimator});
       (void)r.backward(n.x, n.y);
       const auto loss = torch::autograd::grad({entropy_loss(plain().function(n.x), n.y)}, n.weights());
-      const Tensor whole = torch::cat({loss[0].flatten(), loss[1].flatten()}) + strength * right;
+      const Tensor whole = flattened(loss, n.weights()) + strength * right;
       const double norm = whole.abs().max().item<double>();
       CHECK(relative_error(flat_grad(n.weights()) / norm, whole / norm) < 1e-6);
     }

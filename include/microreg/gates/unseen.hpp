@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/variable.h>
+#include <microreg/detail/engine_thread.hpp>
 #include <microreg/detail/graph_walk.hpp>
 #include <microreg/gates/activations.hpp>
 #include <microreg/gates/decisions.hpp>
@@ -19,6 +20,8 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstdint>
+#include <map>
 #include <set>
 #include <span>
 #include <string>
@@ -74,19 +77,43 @@ inline std::set<std::string> kinked_stems() {
   return result;
 }
 
-/// Whether `node` was made by another thread of the CPU and may hold what was decided there: which elements it takes,
-/// or a factor without a graph.
-inline bool decided_elsewhere(const torch::autograd::Node& node, std::string_view stem) {
+/// Whether `node` may hold what was decided where no scope sees it: which elements it takes, or a factor without a
+/// graph.
+inline bool may_hold_decisions(const torch::autograd::Node& node, std::string_view stem) {
   static const std::set<std::string_view> choices = {"Where",  "MaskedFill", "MaskedScatter", "MaskedSelect",
                                                      "Index",  "IndexPut",   "IndexSelect",   "IndexAdd",
                                                      "Gather", "Scatter",    "ScatterAdd",    "Take"};
-  const auto constant = [&] {
-    return std::any_of(node.next_edges().begin(), node.next_edges().end(),
-                       [](const torch::autograd::Edge& edge) { return !edge.is_valid(); });
-  };
-  return node.thread_id() != at::RecordFunction::currentThreadId() && node.num_inputs() > 0 &&
-         node.input_metadata(0).device().is_cpu() && (choices.contains(stem) || (stem == "Mul" && constant()));
+  return choices.contains(stem) ||
+         (stem == "Mul" && std::any_of(node.next_edges().begin(), node.next_edges().end(),
+                                       [](const torch::autograd::Edge& edge) { return !edge.is_valid(); }));
 }
+
+/// Tells nodes that a thread of the user's made from those of this thread, and from those that a backward pass of its
+/// made with a graph, which on a GPU are another thread's too, one of LibTorch's own.
+class OwnThreads {
+ public:
+  explicit OwnThreads(c10::Device device) : device_(device) {}
+
+  [[nodiscard]] bool made(const torch::autograd::Node& node) {
+    if (node.thread_id() == at::RecordFunction::currentThreadId() || node.num_inputs() == 0) {
+      return true;
+    }
+    return node.thread_id() == engine_thread_of(device_) ||
+           node.thread_id() == engine_thread_of(node.input_metadata(0).device());
+  }
+
+ private:
+  std::uint64_t engine_thread_of(c10::Device device) {
+    const auto [found, is_new] = engine_threads_.try_emplace({device.type(), device.index()});
+    if (is_new) {
+      found->second = engine_thread(device);
+    }
+    return found->second;
+  }
+
+  c10::Device device_;
+  std::map<std::pair<c10::DeviceType, c10::DeviceIndex>, std::uint64_t> engine_threads_;
+};
 
 }  // namespace gating
 
@@ -103,6 +130,7 @@ inline std::vector<std::string> unseen_kinks(const at::Tensor& loss, const std::
       seen.emplace(entry.node, entry.sequence_number);
     }
   }
+  gating::OwnThreads own_threads(loss.device());
   std::set<std::string> result;
   for_each_node(nodes_of({loss}), [&](Node& node, NodeKind kind) {
     if (kind == NodeKind::copy_slices || seen.contains({&node, node.sequence_nr()})) {
@@ -119,7 +147,7 @@ inline std::vector<std::string> unseen_kinks(const at::Tensor& loss, const std::
     const bool opaque =
         name.find("DifferentiableGraph") != std::string::npos || (functions && kind == NodeKind::function);
     const std::string stem = name.substr(0, name.rfind("Backward"));
-    if (opaque || kinked.contains(stem) || gating::decided_elsewhere(node, stem)) {
+    if (opaque || kinked.contains(stem) || (gating::may_hold_decisions(node, stem) && !own_threads.made(node))) {
       result.insert(name);
     }
   });
