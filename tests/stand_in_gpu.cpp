@@ -73,7 +73,20 @@ class InKernel {
       c10::default_included_set, c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset};
 };
 
-void wait_for(const char* what) { TORCH_CHECK(!waits_are_errors, "the host waits for the device, by ", what); }
+/// This thread's stream, and the one whose work is being recorded as a graph, if any: never the default one, 0.
+thread_local c10::StreamId current_stream = 0;
+std::atomic<c10::StreamId> recorded_stream = 0;
+
+void wait_for(const char* what) {
+  TORCH_CHECK(recorded_stream == 0, "CUDA error: operation not permitted when stream is capturing (", what, ")");
+  TORCH_CHECK(!waits_are_errors, "the host waits for the device, by ", what);
+}
+
+/// A kernel on another stream than the recorded one is not in the recording.
+void launch(const std::string& name) {
+  TORCH_CHECK(recorded_stream == 0 || recorded_stream == current_stream, name, " runs on stream ", current_stream,
+              " while another is recorded");
+}
 
 // ---- Memory. Every byte has two addresses: that of the device, which the host can neither read nor write, and one
 // `shift` further, which the kernels use.
@@ -235,6 +248,7 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
   } else if (source.is_cpu() && source.dim() > 0 && !non_blocking) {
     wait_for("a copy from the host");
   }
+  launch("copy_");
   const InKernel scope;
   seen_by_kernels(self).copy_(seen_by_kernels(source));
   return self;
@@ -245,7 +259,8 @@ at::Tensor& set_(at::Tensor& self) {
   return self;
 }
 
-// ---- Random numbers: a generator of the device, apart from the CPU's, whose state lies on the CPU.
+// ---- Random numbers: a generator of the device, apart from the CPU's, whose state lies on the CPU. Of one seed the
+// two make other numbers.
 
 class Generator final : public c10::GeneratorImpl {
  public:
@@ -253,11 +268,11 @@ class Generator final : public c10::GeneratorImpl {
       : c10::GeneratorImpl(gpu, c10::DispatchKeySet(c10::DispatchKey::CUDA)), numbers_(std::move(numbers)) {}
 
   [[nodiscard]] const at::Generator& numbers() const { return numbers_; }
-  void set_current_seed(std::uint64_t seed) override { numbers_.set_current_seed(seed); }
+  void set_current_seed(std::uint64_t seed) override { numbers_.set_current_seed(seed ^ other_numbers); }
   void set_offset(std::uint64_t offset) override { numbers_.set_offset(offset); }
   std::uint64_t get_offset() const override { return numbers_.get_offset(); }
-  std::uint64_t current_seed() const override { return numbers_.current_seed(); }
-  std::uint64_t seed() override { return numbers_.seed(); }
+  std::uint64_t current_seed() const override { return numbers_.current_seed() ^ other_numbers; }
+  std::uint64_t seed() override { return numbers_.seed() ^ other_numbers; }
   void set_state(const c10::TensorImpl& state) override { numbers_.unsafeGetGeneratorImpl()->set_state(state); }
   c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
     return numbers_.unsafeGetGeneratorImpl()->get_state();
@@ -266,6 +281,7 @@ class Generator final : public c10::GeneratorImpl {
  private:
   Generator* clone_impl() const override { return new Generator(numbers_.clone()); }
 
+  static constexpr std::uint64_t other_numbers = 0x9e3779b9;
   mutable at::Generator numbers_;
 };
 
@@ -332,6 +348,7 @@ void write_back(const at::Tensor& given, const at::Tensor& seen) {
 void run_on_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
   const c10::FunctionSchema& schema = operation.schema();
   const std::string& name = schema.name();
+  launch(name);
   if (waits(name)) {
     wait_for(name.c_str());
   }
@@ -505,10 +522,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell_backward(const std::opt
 }
 
 /// In float32's sixth, whatever the type, as CUDA's.
-at::Tensor& hardsigmoid_out(const at::Tensor& x, at::Tensor& out) {
+at::Tensor& hardsigmoid_to(const at::Tensor& x, at::Tensor& out) {
   const InKernel scope;
   return out.copy_((x + 3).clamp(0, 6) * double{1.0F / 6.0F});
 }
+at::Tensor& hardswish_to(const at::Tensor& x, at::Tensor& out) {
+  const InKernel scope;
+  return out.copy_(x * (x + 3).clamp(0, 6) * double{1.0F / 6.0F});
+}
+at::Tensor hardswish(const at::Tensor& x) {
+  at::Tensor out = at::empty_like(x);
+  return hardswish_to(x, out);
+}
+at::Tensor& hardswish_(at::Tensor& x) { return hardswish_to(x, x); }
 
 std::int64_t composed_attention(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                 const std::optional<at::Tensor>&, double, bool, std::optional<double>, bool) {
@@ -517,7 +543,8 @@ std::int64_t composed_attention(const at::Tensor&, const at::Tensor&, const at::
 
 // ---- What LibTorch asks of a device.
 
-/// Streams and events that have nothing to wait for.
+/// Streams whose work is done when it is asked for, so that events have nothing to wait for. An event is the number of
+/// the stream it was recorded in, and one.
 class Guard final : public c10::impl::DeviceGuardImplInterface {
  public:
   c10::DeviceType type() const override { return at::kCUDA; }
@@ -526,18 +553,24 @@ class Guard final : public c10::impl::DeviceGuardImplInterface {
   void setDevice(c10::Device /*device*/) const override {}
   void uncheckedSetDevice(c10::Device /*device*/) const noexcept override {}
   c10::Stream getStream(c10::Device device) const noexcept override {
-    return c10::Stream(c10::Stream::DEFAULT, device);
+    return c10::Stream(c10::Stream::UNSAFE, device, current_stream);
   }
   c10::Stream getDefaultStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
-  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override {
+    return c10::Stream(c10::Stream::UNSAFE, stream.device(), std::exchange(current_stream, stream.id()));
+  }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   bool queryStream(const c10::Stream& /*stream*/) const override { return true; }
   void synchronizeStream(const c10::Stream& /*stream*/) const override { wait_for("a stream"); }
-  void record(void** event, const c10::Stream& /*stream*/, const c10::DeviceIndex /*device*/,
+  void record(void** event, const c10::Stream& stream, const c10::DeviceIndex /*device*/,
               const c10::EventFlag /*flag*/) const override {
-    *event = const_cast<Guard*>(this);
+    *event = reinterpret_cast<void*>(stream.id() + 1);
   }
-  void block(void* /*event*/, const c10::Stream& /*stream*/) const override {}
+  void block(void* event, const c10::Stream& stream) const override {
+    TORCH_CHECK(recorded_stream == 0 || reinterpret_cast<c10::StreamId>(event) != recorded_stream + 1 ||
+                    stream.id() == recorded_stream,
+                "CUDA error: operation would make stream ", stream.id(), " depend on a capturing stream");
+  }
   bool queryEvent(void* /*event*/) const override { return true; }
   void destroyEvent(void* /*event*/, const c10::DeviceIndex /*device*/) const noexcept override {}
   void recordDataPtrOnStream(const c10::DataPtr& /*data*/, const c10::Stream& /*stream*/) const override {}
@@ -594,7 +627,10 @@ void make_stand_in_gpu() {
       static_cast<at::Tensor& (*)(at::Tensor&, at::Storage, std::int64_t, at::IntArrayRef, at::IntArrayRef)>(
           &at::native::set_storage_cpu_));
   operations.impl("set_.source_Tensor", &at::native::set_tensor_);
-  operations.impl("hardsigmoid.out", &hardsigmoid_out);
+  operations.impl("hardsigmoid.out", &hardsigmoid_to);
+  operations.impl("hardswish.out", &hardswish_to);
+  operations.impl("hardswish", &hardswish);
+  operations.impl("hardswish_", &hardswish_);
   operations.impl("native_dropout", &native_dropout);
   operations.impl("batch_norm_backward_reduce", &batch_norm_backward_reduce);
   operations.impl("native_batch_norm_backward", &native_batch_norm_backward);
@@ -625,5 +661,20 @@ bool has_stand_in_gpu() { return exists; }
 bool in_stand_in_kernel() { return in_kernel; }
 
 void make_stand_in_waits_an_error(bool errors) { waits_are_errors = errors; }
+
+RecordedOnStandIn::RecordedOnStandIn() {
+  if (exists) {
+    static std::atomic<c10::StreamId> last = 0;
+    before_ = std::exchange(current_stream, ++last);
+    recorded_stream = current_stream;
+  }
+}
+
+RecordedOnStandIn::~RecordedOnStandIn() {
+  if (exists) {
+    current_stream = before_;
+    recorded_stream = 0;
+  }
+}
 
 }  // namespace helpers

@@ -410,7 +410,14 @@ TEST_CASE("what a CUDA graph cannot record is named", "[cuda]") {
   (void)regularizer.backward(x, y);
   CHECK(has(message_of<microreg::ModelError>([&] { (void)regularizer.backward(x, y); }),
             {"cannot be recorded as a CUDA graph", "leave cuda_graph empty"}));
-  CHECK(torch::ones({3}, torch::kCUDA).sum().item<float>() == 3);  // the device goes on
+  // The device goes on, and so do its random numbers and recordings.
+  CHECK(torch::ones({3}, torch::kCUDA).sum().item<float>() == 3);
+  CHECK(torch::randn({1000}, torch::kCUDA).abs().max().item<float>() > 1);
+  microreg::Regularizer next(model, cross_entropy, microreg::FisherTrace{},
+                             {.micro_batch_size = 4, .cuda_graph = std::make_shared<microreg::CudaGraph>()});
+  (void)next.backward(x, y);
+  (void)next.backward(x, y);
+  CHECK(next.backward(x, y).replayed == 2);
   networks::Mlp on_cpu;
   microreg::Regularizer misplaced(on_cpu, cross_entropy, microreg::GradientNorm{},
                                   {.cuda_graph = std::make_shared<microreg::CudaGraph>()});

@@ -31,6 +31,7 @@ class Again : public microreg::detail::Recordings {
   void require_device(c10::Device /*device*/) const override {}
   std::unique_ptr<microreg::detail::Recording> record(const Work& work,
                                                       const std::vector<at::Generator>& /*generators*/) override {
+    const RecordedOnStandIn scope;
     for (int i = 0; i < 3; ++i) {  // as the warm-ups of a device
       work();
     }
@@ -486,4 +487,24 @@ TEST_CASE("No recording is made of a micro-batch that is not finite") {
   CHECK(regularizer.backward(four, labels).replayed == 0);
   CHECK(graph->recordings() == 1);
   CHECK(regularizer.backward(four, labels).replayed == 1);
+}
+
+TEST_CASE("Recordings are apart from graphs that are held elsewhere") {
+  Net model = net();
+  const torch::Tensor held = model->forward(samples().input);  // as a loss of the step before is
+  const auto ends_of = [&] {
+    std::vector<const void*> result;
+    for (const torch::Tensor& parameter : model->parameters()) {
+      result.push_back(torch::autograd::impl::try_get_grad_accumulator(parameter).get());
+    }
+    return result;
+  };
+  const std::vector<const void*> before = ends_of();
+  CHECK(before.front() != nullptr);
+  microreg::Regularizer regularizer(model, cross_entropy, microreg::GradientNorm{},
+                                    {.micro_batch_size = 7, .cuda_graph = std::make_shared<Again>()});
+  (void)regularizer.backward(samples().input, samples().target);
+  CHECK(regularizer.backward(samples().input, samples().target).replayed == 1);
+  CHECK(ends_of() == before);
+  CHECK_NOTHROW(held.sum().backward());
 }

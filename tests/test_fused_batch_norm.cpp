@@ -176,8 +176,11 @@ TEST_CASE("batch normalisation far from zero is as accurate as LibTorch's, in th
       c.check(function, c.double_backward(function, torch::kFloat32, true), 3e-7);
       const torch::NoGradGuard no_graph;
       const auto [y, mean, rstd] = at::native_batch_norm(c.x, c.weight, c.bias, {}, {}, true, 0.1, 1e-5);
+      // The mean that LibTorch saved is rounded, as its own formula is wrong by: not this form.
+      const double share = offset > 0 && test_device().is_cpu() ? 0.1 : 1.5;
       c.check(function,
-              aten_form(microreg::detail::batch_norm_problem(c.dy, c.x, c.weight, mean, rstd, {c.v, c.a, c.b})), 3e-7);
+              aten_form(microreg::detail::batch_norm_problem(c.dy, c.x, c.weight, mean, rstd, {c.v, c.a, c.b})), 3e-7,
+              share);
     }
   }
 }

@@ -11,6 +11,7 @@
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/core/Device.h>
 #include <c10/core/StreamGuard.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 #include <microreg/detail/finite.hpp>
@@ -106,27 +107,56 @@ class CudaGraph final : public detail::Recordings {
     }
     c10::cuda::device_synchronize();
     auto captured = std::make_unique<Captured>();
-    for (const at::Generator& generator : generators) {
-      detail::draws_from(generator, captured->graph);
-    }
-    captured->graph.capture_begin();
-    try {
-      work();
-    } catch (...) {
-      end_quietly(captured->graph);
-      throw;
-    }
-    captured->graph.capture_end();
+    capture(captured->graph, work, generators);
     c10::cuda::device_synchronize();
     return captured;
   }
 
-  /// A stream stays in capture until that is ended, also where it has failed.
-  static void end_quietly(at::cuda::CUDAGraph& graph) noexcept {
+  static void capture(at::cuda::CUDAGraph& graph, const std::function<void()>& work,
+                      const std::vector<at::Generator>& generators) {
+    const auto pool = at::cuda::graph_pool_handle();
+    for (const at::Generator& generator : generators) {
+      detail::draws_from(generator, graph);
+    }
+    graph.capture_begin(pool);
     try {
+      work();
       graph.capture_end();
+    } catch (...) {
+      quietly([&] { graph.capture_end(); });  // a stream stays in capture until that is ended
+      if constexpr (detail::failed_captures_stay) {
+        quietly([&] {
+          const c10::DeviceIndex device = c10::cuda::current_device();
+          c10::cuda::CUDACachingAllocator::endAllocateToPool(device,
+                                                             pool);  // throws where the capture's end has done it
+          c10::cuda::CUDACachingAllocator::releasePool(device, pool);
+        });
+        quietly([&] { capture_nothing(generators); });
+      }
+      throw;
+    }
+  }
+
+  template <class Call>
+  static void quietly(const Call& call) noexcept {
+    try {
+      call();
     } catch (const std::exception&) {
     }
+  }
+
+  /// A capture that succeeds takes generators out of one that did not.
+  static void capture_nothing(const std::vector<at::Generator>& generators) {
+    const c10::StreamGuard on_side(c10::cuda::getStreamFromPool().unwrap());
+    const at::Tensor scalar = at::zeros({}, at::TensorOptions(at::kCUDA));
+    c10::cuda::device_synchronize();
+    at::cuda::CUDAGraph graph;
+    for (const at::Generator& generator : generators) {
+      detail::draws_from(generator, graph);
+    }
+    graph.capture_begin();
+    scalar.zero_();
+    graph.capture_end();
   }
 
   static constexpr int warm_ups = 3;  // libraries choose kernels and make their workspaces

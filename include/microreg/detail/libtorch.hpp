@@ -39,8 +39,17 @@ inline constexpr bool clamp_shares_ties = MICROREG_LIBTORCH >= 214;
 /// Whether cdist has a second derivative for every order, from 2.14 on; before, for order 2 by products alone.
 inline constexpr bool cdist_differentiates_twice = MICROREG_LIBTORCH >= 214;
 
+/// Whether a CUDA graph whose capture has failed leaves the allocator's pool and the generators as they are in one, so
+/// that no random number can be drawn any more; before 2.14.
+inline constexpr bool failed_captures_stay = MICROREG_LIBTORCH < 214;
+
 /// A pointer that owns a node of autograd's graph: counted by the node itself from 2.13 on, before by std::shared_ptr.
 using NodePointer = decltype(torch::autograd::Edge::function);
+
+/// One that does not own it.
+using WeakNodePointer =
+    std::conditional_t<std::is_same_v<NodePointer, std::shared_ptr<torch::autograd::Node>>,
+                       std::weak_ptr<torch::autograd::Node>, c10::weak_intrusive_ptr<torch::autograd::Node>>;
 
 template <class Node, class... Args>
 NodePointer make_node(Args&&... args) {

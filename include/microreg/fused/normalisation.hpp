@@ -133,8 +133,7 @@ struct NormProblem {
     mean = x.mean(dims(), /*keepdim=*/true);
   }
 
- private:
-  /// All that are normalised over.
+  /// All dimensions that are normalised over.
   [[nodiscard]] std::vector<std::int64_t> dims() const {
     std::vector<std::int64_t> all = alike;
     all.insert(all.end(), varying.begin(), varying.end());
@@ -162,12 +161,18 @@ inline std::array<at::Tensor, 5> norm_moments(const NormProblem& p, const at::Te
   return {sum_v, sum_vx, sum_dy, sum_dyx, sum(v * p.dy)};
 }
 
+/// Such sums as one tensor of float64, about the mean itself: `off` is by how much the saved one was rounded, all there
+/// is of an error where x is large against its standard deviation.
+inline at::Tensor centred_moments(const std::array<at::Tensor, 5>& moments, const at::Tensor& off) {
+  const at::Tensor four = at::stack({moments[0], moments[1], moments[2], moments[3]}).to(at::kDouble);
+  four.slice(0, 1, 4, 2).addcmul_(four.slice(0, 0, 3, 2), off, -1);
+  return at::cat({four, moments[4].to(at::kDouble).unsqueeze(0)});
+}
+
 /// The row of few sums, many kinds at a time: a device waits for each small operation longer than it works.
-inline NormRow<at::Tensor> norm_row_together(const NormProblem& p, const std::array<at::Tensor, 5>& moments,
-                                             const at::Tensor& weight, const at::Tensor& a, const at::Tensor& r) {
-  const at::Tensor four = at::stack({moments[0], moments[1], moments[2], moments[3]});
-  const at::Tensor five = at::cat({four.to(at::kDouble), moments[4].to(at::kDouble).unsqueeze(0)});
-  at::Tensor all = at::cat({five.narrow(0, 0, 2), five.narrow(0, 2, 3) * weight, five.narrow(0, 2, 2) * a});
+inline NormRow<at::Tensor> norm_row_together(const NormProblem& p, const at::Tensor& moments, const at::Tensor& weight,
+                                             const at::Tensor& a, const at::Tensor& r) {
+  at::Tensor all = at::cat({moments.narrow(0, 0, 2), moments.narrow(0, 2, 3) * weight, moments.narrow(0, 2, 2) * a});
   if (!p.varying.empty()) {
     std::vector<std::int64_t> dims;
     for (const std::int64_t dim : p.varying) {
@@ -206,11 +211,20 @@ inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, Output
   const at::Tensor v = p.v.defined() ? p.v : at::zeros_like(p.x);
   const at::Tensor x_c = p.x - p.mean;
   const at::Tensor r = p.rstd.to(at::kDouble);
-  const auto moments = norm_moments(p, v, x_c);
+  std::array<at::Tensor, 5> moments = norm_moments(p, v, x_c);
+  const bool together = !graph && !p.alike.empty();
+  at::Tensor off, sums;
+  if (together) {
+    off = x_c.sum(p.dims(), /*keepdim=*/true, at::kDouble).div_(p.count());
+    sums = centred_moments(moments, off);
+    for (std::size_t i = 0; i < moments.size(); ++i) {
+      moments[i] = sums.select(0, static_cast<std::int64_t>(i));
+    }
+  }
   const auto& [sum_v, sum_vx, sum_dy, sum_dyx, sum_vdy] = moments;
   const auto row = [&]() -> NormRow<at::Tensor> {
-    if (!graph && !p.alike.empty()) {
-      return norm_row_together(p, moments, weight, a, r);
+    if (together) {
+      return norm_row_together(p, sums, weight, a, r);
     }
     const auto all = [&](const at::Tensor& z) {
       return p.varying.empty() ? z.to(at::kDouble) : z.sum(p.varying, /*keepdim=*/true, at::kDouble);
@@ -222,8 +236,12 @@ inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, Output
   const auto rounded = [&](const at::Tensor& t) { return t.to(p.x.scalar_type()); };
   // Coefficients are of float64, unless they are as large as x.
   const auto fine = [&](const at::Tensor& t) { return t.to(p.alike.empty() ? p.x.scalar_type() : at::kDouble); };
-  const NormRow<at::Tensor> of_row{fine(row.r), fine(row.v0), fine(row.v1), fine(row.c), fine(row.d), fine(row.e)};
-  const NormAffine<at::Tensor> affine(of_row, fine(weight), fine(a), fine(b));
+  NormRow<at::Tensor> of_row{fine(row.r), fine(row.v0), fine(row.v1), fine(row.c), fine(row.d), fine(row.e)};
+  NormAffine<at::Tensor> affine(of_row, fine(weight), fine(a), fine(b));
+  if (together) {  // x_c is about the rounded mean
+    affine.constant = plus_product(affine.constant, affine.b, off, -1);
+    of_row.e = plus_product(of_row.e, of_row.d, off, -1);
+  }
   std::vector<at::Tensor> k{affine.a, affine.b, affine.constant, of_row.c, of_row.d, of_row.e};
   if (p.varying.empty()) {  // all of one shape: together
     k = rounded(at::stack(k)).unbind();

@@ -58,6 +58,10 @@ inline constexpr KinkedOperation kinked_rrelu = {
     "rrelu_with_noise", "Tensor self, Tensor noise, Scalar lower, Scalar upper, bool training, Generator? generator",
     sign_if_kept, nullptr, replay_rrelu};
 
+/// LibTorch's sixth, whatever the type: in the gradient of hardsigmoid, and on CUDA in its value and that of hardswish.
+/// A difference of gradients must not see another.
+inline constexpr double rounded_sixth = double{1.0F / 6.0F};
+
 inline constexpr KinkedOperation activations[] = {
     {"relu", "Tensor self", nullptr,
      [](const Arguments&, const std::vector<c10::IValue>& results) {
@@ -97,29 +101,34 @@ inline constexpr KinkedOperation activations[] = {
        const at::Tensor sign = gates[0].to(in.tensor(0).scalar_type());
        return Tensors{in.tensor(0).sub(sign, in.scalar(1)).masked_fill(gates[0].eq(0), 0)};
      }},
-    // A difference of gradients must not see another sixth than LibTorch's: a float32 one in the gradient, and on CUDA
-    // in the value too.
     {"hardsigmoid", "Tensor self", values, nullptr,
      [](const Arguments& in, const GateTensors& gates) {
-       const double sixth = double{1.0F / 6.0F};
-       const at::Tensor result = at::hardtanh_backward(in.tensor(0) * sixth, gates[0], -3, 3);
+       const at::Tensor result = at::hardtanh_backward(in.tensor(0) * rounded_sixth, gates[0], -3, 3);
        const bool rounded = in.tensor(0).is_cuda();
        const at::Tensor sum = in.tensor(0).detach().add(3);
-       const at::Tensor middle = rounded ? sum * sixth : sum / 6;
-       replace_values(result,
-                      at::hardtanh_backward(middle, gates[0], -3, 3).add_(gates[0].ge(3), rounded ? 6 * sixth : 1.0));
+       const at::Tensor middle = rounded ? sum * rounded_sixth : sum / 6;
+       replace_values(
+           result,
+           at::hardtanh_backward(middle, gates[0], -3, 3).add_(gates[0].ge(3), rounded ? 6 * rounded_sixth : 1.0));
        return Tensors{result};
      }},
     {"hardswish", "Tensor self", values, nullptr,
      [](const Arguments& in, const GateTensors& gates) {
        const at::Tensor self = in.in_place() ? in.tensor(0).clone() : in.tensor(0);  // its gradient needs it
-       const at::Tensor square = self * (self / 6).add_(0.5);
-       if constexpr (hardswish_kinks_vary) {
-         const at::Tensor slope = at::hardswish_backward(at::ones_like(gates[0]), gates[0]);
-         const at::Tensor none = gates[0].le(-3).logical_and_(slope.eq(0));
-         return Tensors{at::where(gates[0].ge(3).logical_and_(slope.eq(1)), self, square.masked_fill(none, 0))};
+       const auto chosen = [&](const at::Tensor& middle, const at::Tensor& above) {
+         if constexpr (hardswish_kinks_vary) {
+           const at::Tensor slope = at::hardswish_backward(at::ones_like(gates[0]), gates[0]);
+           const at::Tensor none = gates[0].le(-3).logical_and_(slope.eq(0));
+           return at::where(gates[0].ge(3).logical_and_(slope.eq(1)), above, middle.masked_fill(none, 0));
+         }
+         return at::where(gates[0].ge(3), above, at::hardtanh_backward(middle, gates[0], -3, 3));
+       };
+       const at::Tensor result = chosen(self * (self / 6).add_(0.5), self);
+       if (self.is_cuda()) {
+         const at::Tensor x = self.detach();
+         replace_values(result, chosen(x * x.add(3).mul_(rounded_sixth), x * (6 * rounded_sixth)));
        }
-       return Tensors{at::where(gates[0].ge(3), self, at::hardtanh_backward(square, gates[0], -3, 3))};
+       return Tensors{result};
      }},
     {"elu", "Tensor self, Scalar alpha, Scalar scale, Scalar input_scale", sign_of, nullptr,
      [](const Arguments& in, const GateTensors& gates) {

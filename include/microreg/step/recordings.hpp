@@ -13,6 +13,7 @@
 #include <microreg/error.hpp>
 #include <microreg/step/call_watch.hpp>
 #include <microreg/step/exact.hpp>
+#include <microreg/step/fresh_accumulators.hpp>
 #include <microreg/step/gradients.hpp>
 #include <microreg/step/mini_batch.hpp>
 #include <microreg/step/own_draws.hpp>
@@ -322,6 +323,7 @@ class Recordings : public Replay {
       generators.push_back(*traits.generator);
     }
     const NoCastsKept fresh;
+    const FreshAccumulators apart(task.parameters.tensors);
     const LastOperation last;
     try {
       made->recording = record([&work = *made] { work(); }, generators);
