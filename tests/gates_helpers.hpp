@@ -90,7 +90,9 @@ inline void check_gates(const GateCase& test, double bound = 2) {
   CHECK(tape.entries()[0].operation == test.name);
   CHECK(same_bits(recorded.value, stock.value));
   for (std::size_t i = 0; i < stock.gradients.size(); ++i) {
-    CHECK(same_bits(recorded.gradients[i], stock.gradients[i]));
+    // CUDA's backward passes of pooling add in an order of chance.
+    CHECK((same_bits(recorded.gradients[i], stock.gradients[i]) ||
+           (!test_device().is_cpu() && places(recorded.gradients[i], stock.gradients[i]) <= bound)));
   }
 
   const auto replayed = [&](const Tensors& at, microreg::Keep keep) {

@@ -2,6 +2,7 @@
 /// Where the tests run: on the CPU, or on the device that the environment variable MICROREG_TEST_DEVICE names.
 #pragma once
 
+#include <ATen/Context.h>
 #include <torch/types.h>
 
 #include <cstdint>
@@ -31,6 +32,19 @@ class NoWaiting {
   NoWaiting(const NoWaiting&) = delete;
   NoWaiting& operator=(const NoWaiting&) = delete;
   ~NoWaiting();
+};
+
+/// While it lives, cuDNN is not used: its recurrent networks have no second derivative, and are refused with this as
+/// the remedy.
+class WithoutCudnn {
+ public:
+  WithoutCudnn() : before_(at::globalContext().userEnabledCuDNN()) { at::globalContext().setUserEnabledCuDNN(false); }
+  WithoutCudnn(const WithoutCudnn&) = delete;
+  WithoutCudnn& operator=(const WithoutCudnn&) = delete;
+  ~WithoutCudnn() { at::globalContext().setUserEnabledCuDNN(before_); }
+
+ private:
+  bool before_;
 };
 
 /// torch::tensor() on it. That one writes its values from the host, wherever it made room for them.

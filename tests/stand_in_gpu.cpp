@@ -273,8 +273,12 @@ class Generator final : public c10::GeneratorImpl {
   std::uint64_t get_offset() const override { return numbers_.get_offset(); }
   std::uint64_t current_seed() const override { return numbers_.current_seed() ^ other_numbers; }
   std::uint64_t seed() override { return numbers_.seed() ^ other_numbers; }
-  void set_state(const c10::TensorImpl& state) override { numbers_.unsafeGetGeneratorImpl()->set_state(state); }
+  void set_state(const c10::TensorImpl& state) override {
+    TORCH_CHECK(recorded_stream == 0, "a generator's state is set during a recording");
+    numbers_.unsafeGetGeneratorImpl()->set_state(state);
+  }
   c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    TORCH_CHECK(recorded_stream == 0, "a generator's state is read during a recording");
     return numbers_.unsafeGetGeneratorImpl()->get_state();
   }
 

@@ -589,14 +589,17 @@ TEST_CASE("differences: normalisation over few elements is right on every micro-
     const auto penalty_in = [&](torch::ScalarType type, const microreg::Estimator& estimator) {
       torch::manual_seed(seed);
       const auto weight = [&](torch::IntArrayRef sizes) {
-        return (torch::randn(sizes) / std::sqrt(static_cast<double>(sizes[1]))).to(type).requires_grad_();
+        return (torch::randn(sizes, torch::kCPU) / std::sqrt(static_cast<double>(sizes[1])))
+            .to(test_device(), type)
+            .requires_grad_();
       };
       const Tensor a = weight({12, 6}), b = weight({12, 12}), c = weight({4, 12});
-      Tensor x = torch::randn({12, 6});
+      Tensor x = torch::randn({12, 6}, torch::kCPU);
       for (std::int64_t i = 3; i < 12; i += 2) {
-        x[i].copy_(x[i - 1] + 0.1 * torch::randn({6}));
+        x[i].copy_(x[i - 1] + 0.1 * torch::randn({6}, torch::kCPU));
       }
-      const Tensor y = torch::randint(4, {12});
+      x = x.to(test_device());
+      const Tensor y = torch::randint(4, {12}, torch::TensorOptions(torch::kCPU).dtype(torch::kLong)).to(test_device());
       const Model model{[=, &normalisation](const Tensor& input) {
                           const Tensor h = torch::tanh(torch::linear(input, a));
                           return torch::linear(torch::tanh(normalisation.rows(torch::linear(h, b))), c);
@@ -644,8 +647,9 @@ TEST_CASE("differences: a change that is lost in rounding, where an operation ha
   };
   for (const bool once : {false, true}) {
     offset = 0;
-    microreg::Regularizer regularizer(network(once), loss, microreg::GradientNorm{},
-                                      options_of(ForwardDifference{.own_functions = smooth}));
+    auto options = options_of(ForwardDifference{.own_functions = smooth});
+    options.check_finite = microreg::CheckFinite::always;  // else a device is not waited for
+    microreg::Regularizer regularizer(network(once), loss, microreg::GradientNorm{}, options);
     (void)regularizer.backward(s.x, s.y);  // the proof
     offset = 1e5;
     clear_grad(s.weights());

@@ -86,6 +86,7 @@ TEST_CASE("displaced copies: networks of every kind are right, and no parameter 
               model_of<nn::Sequential>(convolution, [](auto& m, const Tensor& x) { return m->forward(x); }), images,
               labels);
   {
+    const WithoutCudnn composed;
     nn::LSTM lstm(nn::LSTMOptions(3, 5).batch_first(true).num_layers(2));
     check_right("LSTM, whose weights go in a list",
                 model_of<nn::LSTM>(lstm,

@@ -275,8 +275,9 @@ TEST_CASE("What goes wrong on one rank goes wrong on all, and nothing has change
         }
         return cross_entropy(o, y) * (throwing && wrong == Wrong::nan ? std::nan("") : 1.0);
       };
-      microreg::Regularizer<> regularizer(model, loss, microreg::GradientNorm{},
-                                          {.micro_batch_size = 4, .communicator = ranks});
+      microreg::Regularizer<> regularizer(
+          model, loss, microreg::GradientNorm{},
+          {.micro_batch_size = 4, .check_finite = microreg::CheckFinite::always, .communicator = ranks});
       const Samples mine = cut.of(all, ranks);
       regularizer.backward(mine.x, mine.y);
       const torch::Tensor before = helpers::flat_grad(model->parameters());

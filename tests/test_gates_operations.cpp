@@ -1,6 +1,7 @@
 // Activations, clamps and extrema: recording is LibTorch's, replaying is a formula written by hand.
 #include "gates_helpers.hpp"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <microreg/detail/finite.hpp>
 #include <microreg/detail/libtorch.hpp>
 
@@ -15,8 +16,9 @@ namespace {
 
 /// Multiples of a quarter: values at the kinks, ties, and exact arithmetic.
 torch::Tensor quarters(const std::vector<std::int64_t>& shape, std::uint64_t seed, torch::Dtype type, double scale) {
-  auto draw = generator(seed);
-  return (torch::randn(shape, draw, torch::kFloat64) * (4 * scale)).round().div(4).to(type);
+  const auto numbers = torch::randn(shape, at::make_generator<at::CPUGeneratorImpl>(seed),
+                                    torch::TensorOptions(torch::kCPU).dtype(torch::kFloat64));
+  return (numbers * (4 * scale)).round().div(4).to(test_device(), type);
 }
 
 /// Two points, one or more operands each, of the given shapes.

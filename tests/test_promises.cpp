@@ -387,7 +387,8 @@ TEST_CASE("large buffers are not copied where they do not change", "[promises]")
     (void)r.backward(x, y);
   }
   CHECK(allocated->bytes > 0);
-  CHECK(allocated->bytes < static_cast<std::int64_t>(model->queue.nbytes()) / 4);
+  // On a device they are: to find out whether they have changed would wait for it.
+  CHECK((!test_device().is_cpu() || allocated->bytes < static_cast<std::int64_t>(model->queue.nbytes()) / 4));
   // And still it is put back.
   const Tensor before = model->queue.clone();
   fail = true;

@@ -98,7 +98,8 @@ TEST_CASE("thousands of steps leave memory flat", "[repeated]") {
     });
   }
   SECTION("steps that throw") {
-    microreg::Regularizer regularizer(model, cross_entropy, penalties, {.micro_batch_size = 40});
+    microreg::Regularizer regularizer(model, cross_entropy, penalties,
+                                      {.micro_batch_size = 40, .check_finite = microreg::CheckFinite::always});
     torch::Tensor bad = x.clone();
     bad[50] = std::numeric_limits<float>::quiet_NaN();
     stays_flat([&] { CHECK_THROWS_AS(regularizer.backward(bad, y), microreg::NonFiniteError); });

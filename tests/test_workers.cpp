@@ -354,7 +354,7 @@ TEST_CASE("any number of workers leaves the same bits behind as one, and as none
     check(mean, {.strength = 0.1, .micro_batch_size = 5, .autocast = torch::kHalf, .loss_scale = 16});
   }
   SECTION("a generator for what penalties draw") {
-    const at::Generator generator = at::detail::createCPUGenerator(5);
+    const at::Generator generator = helpers::generator(5);
     const auto step = [&](std::int64_t workers) {
       at::Generator(generator).set_current_seed(5);
       auto result = two_steps<NoisyNet>(
@@ -476,6 +476,9 @@ TEST_CASE("a difference in mixed precision gives the same bits with any number o
 }
 
 TEST_CASE("differences run side by side where nothing is displaced that others read", "[workers]") {
+  if (skipped_off_the_cpu("workers are for the CPU")) {
+    return;
+  }
   torch::manual_seed(1);
   const torch::Tensor images = torch::randn({16, 2, 9, 9});
   const auto overlaps = [&](auto model, const torch::Tensor& input, const auto& penalty,
@@ -530,6 +533,9 @@ TEST_CASE("an error in a further pass of a difference stops the others, and noth
 }
 
 TEST_CASE("workers see the mixed precision and the gradient mode around the step", "[workers]") {
+  if (skipped_off_the_cpu("workers are for the CPU")) {
+    return;
+  }
   torch::manual_seed(1);
   const torch::Tensor input = torch::randn({12, 2, 9, 9});
   const torch::Tensor target = torch::randint(networks::classes, {12});
@@ -547,6 +553,9 @@ TEST_CASE("workers see the mixed precision and the gradient mode around the step
 }
 
 TEST_CASE("workers see the rest of LibTorch's state of a thread", "[workers]") {
+  if (skipped_off_the_cpu("workers are for the CPU")) {
+    return;
+  }
   torch::manual_seed(1);
   const torch::Tensor input = torch::randn({24, 6});
   const torch::Tensor target = torch::zeros({24, 6});
@@ -606,6 +615,9 @@ TEST_CASE("workers see the rest of LibTorch's state of a thread", "[workers]") {
 }
 
 TEST_CASE("a step within a worker is nested, and may not displace what others read", "[workers]") {
+  if (skipped_off_the_cpu("workers are for the CPU")) {
+    return;
+  }
   torch::manual_seed(1);
   TwiceNet model;
   const torch::Tensor input = torch::randn({24, 6});
@@ -723,6 +735,9 @@ TEST_CASE("a micro-batch is differentiated beside the next one, unless the two w
 }
 
 TEST_CASE("what operations do not tell of keeps its turn", "[workers]") {
+  if (skipped_off_the_cpu("workers are for the CPU")) {
+    return;
+  }
   torch::manual_seed(1);
   const torch::Tensor vectors = torch::randn({24, 6});
   const torch::Tensor target = torch::randint(networks::classes, {24});
@@ -801,6 +816,9 @@ TEST_CASE("what operations do not tell of keeps its turn", "[workers]") {
 }
 
 TEST_CASE("what a penalty reads is found on each micro-batch that is penalised", "[workers]") {
+  if (skipped_off_the_cpu("workers are for the CPU")) {
+    return;
+  }
   torch::manual_seed(1);
   NoisyNet model;
   Overlap* watching = nullptr;
@@ -968,6 +986,9 @@ TEST_CASE("what is no std::exception comes out of a worker too", "[workers]") {
 }
 
 TEST_CASE("a forward pass that writes to a parameter or buffer later than the first one is refused", "[workers]") {
+  if (skipped_off_the_cpu("workers are for the CPU")) {
+    return;
+  }
   torch::manual_seed(1);
   torch::nn::Linear model(6, networks::classes);
   const torch::Tensor scale = model->register_buffer("scale", torch::ones({networks::classes}));
@@ -1004,6 +1025,9 @@ TEST_CASE("a forward pass that writes to a parameter or buffer later than the fi
 }
 
 TEST_CASE("a step with workers leaves the number of threads alone", "[workers]") {
+  if (skipped_off_the_cpu("workers are for the CPU")) {
+    return;
+  }
   const int before = 3;
   const ThreadsInside threads(before);
   NoisyNet model;

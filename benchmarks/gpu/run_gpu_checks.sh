@@ -3,13 +3,14 @@
 #
 #     benchmarks/gpu/run_gpu_checks.sh OUTPUT_FOLDER [STAGE...]
 #
-# Stages, all by default, in this order: machine programs tests ceilings benchmark training. Each has a time limit of its
-# own, together 480 s, and leaves its results in the folder when it ends; benchmarks/gpu/report.py makes docs/gpu.md of
-# them. Where programs do not load, they are built first (build_there.sh), which may take 220 s more.
+# Stages, all by default, in this order: machine programs cuda device ceilings bfloat16 float32 tf32 training. "processor"
+# is one more, the tests on the CPU of that machine. Each has a time limit of its own, together 480 s, and leaves its
+# results in the folder when it ends; benchmarks/gpu/report.py makes docs/gpu.md of them. Where programs do not load, they
+# are built first (build_there.sh), which may take 220 s more.
 set -uo pipefail
 case "${1:---help}" in
   -h | --help)
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
     exit
     ;;
 esac
@@ -20,7 +21,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 carry="$root/build/gpu/carry"
 bin="$carry/bin"
 stages=("$@")
-[ "${#stages[@]}" -gt 0 ] || stages=(machine programs tests ceilings benchmark training)
+[ "${#stages[@]}" -gt 0 ] || stages=(machine programs cuda device ceilings bfloat16 float32 tf32 training)
 
 libraries="$(python3 -c 'import torch, os; print(os.path.join(torch.__path__[0], "lib"))')" ||
   { echo "error: python3 cannot import torch" >&2; exit 1; }
@@ -29,22 +30,33 @@ export MICROREG_TESTS_DIR="$root/tests"
 # One test program for each of these processors at most.
 cores="$(nproc)"
 
-# One file of test cases after another, several at a time: "files PREFIX [VARIABLE=VALUE]... " writes PREFIX-NAME.txt.
-files() {
-  local prefix="$1"
-  shift
-  (cd "$root/tests" && ls test_*.cpp) | sed 's/\.cpp$//' | grep -Ev '^test_cuda(_numbers)?$' |
-    xargs -P "$((cores / 2))" -I NAME sh -c '
-      env OMP_NUM_THREADS=1 TORCH_SHOW_CPP_STACKTRACES=0 '"$*"' timeout 150 \
-        '"$bin"'/microreg_tests "-#" "[#NAME]" >'"$out/$prefix"'-NAME.txt 2>&1
-      echo "exit status $?" >>'"$out/$prefix"'-NAME.txt'
-  tar -C "$out" -czf "$out/$prefix.tar.gz" --remove-files $(cd "$out" && ls "$prefix"-*.txt)
-  for name in $(tar -tzf "$out/$prefix.tar.gz"); do
-    tar -xzOf "$out/$prefix.tar.gz" "$name" | awk -v name="${name%.txt}" '
-      /^All tests passed|^test cases:|^assertions:|^No tests ran|^exit status/ { text = text " | " $0 }
-      END { print name text }'
-  done >"$out/$prefix.txt"
+# Tests what its input names, one name a line, in a process for each, so that none ends with another, and several at a
+# time: "each FOLDER BEFORE AFTER [VARIABLE=VALUE]..." runs BEFOREnameAFTER and keeps all output in that folder.
+each() {
+  local folder="$out/$1" before="$2" after="$3"
+  shift 3
+  mkdir -p "$folder"
+  sed 's/,/\\,/g' | xargs -d '\n' -P "$((cores * 3 / 4))" -I NAME \
+    env OMP_NUM_THREADS=1 TORCH_SHOW_CPP_STACKTRACES=0 "$@" bash -c '
+      text="$2/${1//[^A-Za-z0-9_]/-}"
+      timeout 150 "$3" "$4$1$5" -# >"$text" 2>&1
+      echo "exit status $?" >>"$text"' _ NAME "$folder" "$bin/microreg_tests" "$before" "$after"
 }
+
+# Of the outputs in such a folder makes FOLDER.txt, with a line for each, and FOLDER.tar.gz.
+collect() {
+  local text
+  [ -d "$out/$1" ] || return 0
+  for text in "$out/$1"/*; do
+    awk -v name="${text##*/}" '
+      /^All tests passed|^test cases:|^assertions:|^No tests ran|^exit status/ { text = text " | " $0 }
+      END { print name text }' "$text"
+  done >"$out/$1.txt"
+  tar -C "$out" -czf "$out/$1.tar.gz" --remove-files "$1"
+  grep -v 'exit status 0$' "$out/$1.txt"
+  echo "$(grep -c 'exit status 0$' "$out/$1.txt") of $(wc -l <"$out/$1.txt") pass"
+}
+files() { (cd "$root/tests" && ls test_*.cpp) | sed 's/\.cpp$//' | grep -Ev '^test_cuda(_numbers)?$'; }
 
 # The machine, and what its torch is.
 stage_machine() {
@@ -68,35 +80,35 @@ stage_programs() {
   fi
 }
 
-# The tests that need a device; then all others, on the CPU of this machine and with their tensors on the device.
-stage_tests() {
-  timeout 100 "$bin/microreg_tests" "[cuda]" >"$out/cuda.txt" 2>&1
-  tail -n 3 "$out/cuda.txt"
-  files on-device MICROREG_TEST_DEVICE=cuda &
-  files on-cpu
-  wait
-  grep -c 'All tests passed' "$out/on-cpu.txt" "$out/on-device.txt"
-}
+# The tests that need a device, one case at a time; all others with their tensors there; and on the CPU of this machine.
+stage_cuda() { "$bin/microreg_tests" --list-test-names-only "[cuda]" | each cuda '' ''; }
+stage_device() { files | each device '[#' ']' MICROREG_TEST_DEVICE=cuda; }
+stage_processor() { files | each processor '[#' ']'; }
 
 # What the card can do: bytes copied, products multiplied.
 stage_ceilings() { python3 "$root/benchmarks/gpu/ceilings.py"; }
 
-# The overhead of a penalty, with and without CUDA graphs, and the authors' formula in Python, on one network; then where
-# the time goes. Differences only in full float32: in coarser types they are refused.
-stage_benchmark() {
-  local -A options=([float32]="--estimator forward-frozen --estimator exact-graph --estimator exact"
-    [tf32]="--estimator exact-graph --estimator exact --tf32"
-    [bfloat16]="--estimator exact-graph --estimator exact --tf32 --autocast bfloat16")
-  local overhead=("$bin/penalty_overhead" --device cuda --micro-batch 128 --penalty gradient_norm --no-sweep --seconds 1)
-  local precision
-  for precision in float32 tf32 bfloat16; do
-    timeout 60 "${overhead[@]}" --model resnet18_w64 ${options[$precision]} --json "$out/overhead-$precision.json"
-    timeout 30 "${overhead[@]}" --model resnet18_w64 ${options[$precision]} --layout channels_last --kernels \
-      >"$out/kernels-$precision.txt"
-    [ "$precision" = bfloat16 ] ||
-      timeout 30 python3 "$root/benchmarks/gpu/authors.py" ${options[$precision]##*exact} --json "$out/authors-$precision.json"
-  done
-  timeout 30 "${overhead[@]}" --model vit ${options[tf32]} --json "$out/overhead-vit-tf32.json"
+# The overhead of a penalty in one precision: "overhead NAME [OPTION]..."; apart from that, with CUDA graphs; and where
+# the time goes.
+overhead() {
+  local precision="$1" run
+  shift
+  run=("$bin/penalty_overhead" --device cuda --micro-batch 128 --penalty gradient_norm --no-sweep --seconds 1 "$@")
+  "${run[@]}" --model resnet18_w64 --estimator exact --json "$out/overhead-$precision.json"
+  "${run[@]}" --model resnet18_w64 --estimator exact-graph --json "$out/overhead-graph-$precision.json"
+  "${run[@]}" --model vit --model mlp --estimator exact --no-memory --json "$out/overhead-others-$precision.json"
+  "${run[@]}" --model vit --model mlp --estimator exact-graph --no-memory --json "$out/overhead-others-graph-$precision.json"
+  "${run[@]}" --model resnet18_w64 --estimator exact --layout channels_last --kernels >"$out/kernels-$precision.txt"
+}
+stage_bfloat16() { overhead bfloat16 --tf32 --autocast bfloat16; }
+# Differences in full float32 alone: in coarser types they are refused. And the authors' formula in Python.
+stage_float32() {
+  overhead float32 --estimator forward-frozen
+  python3 "$root/benchmarks/gpu/authors.py" --seconds 3 --json "$out/authors-float32.json"
+}
+stage_tf32() {
+  overhead tf32 --tf32
+  python3 "$root/benchmarks/gpu/authors.py" --seconds 3 --tf32 --json "$out/authors-tf32.json"
 }
 
 # The trainer, at the paper's size of network and batch, for as many steps as there is time.
@@ -104,14 +116,15 @@ stage_training() {
   local data=synthetic method
   [ ! -e "$carry/cifar10" ] || data="$carry/cifar10"
   for method in large-batch gradient-norm; do
-    timeout 40 "$bin/microreg_cifar" --data "$data" --device cuda --model resnet18 --method "$method" \
+    timeout 30 "$bin/microreg_cifar" --data "$data" --device cuda --model resnet18 --method "$method" \
       --batch-size 1280 --micro-batch-size 128 --steps 60 --log-every 20 --seed 1 --output "$out/training-$method" \
       --checkpoint-every 0 --overwrite 2>&1 | tail -n 8
     rm -f "$out/training-$method"/*checkpoint*
   done
 }
 
-declare -A limit=([machine]=20 [programs]=220 [tests]=200 [ceilings]=30 [benchmark]=150 [training]=80)
+declare -A limit=([machine]=20 [programs]=220 [cuda]=100 [device]=110 [processor]=200 [ceilings]=20
+  [bfloat16]=60 [float32]=60 [tf32]=60 [training]=50)
 for stage in "${stages[@]}"; do
   echo "== $stage"
   start="$(date +%s)"
@@ -125,5 +138,6 @@ for stage in "${stages[@]}"; do
   wait "$worker"
   kill -TERM -- "-$watch" 2>/dev/null
   cat "$out/$stage.txt"
+  collect "$stage"
   echo "== $stage took $(($(date +%s) - start)) s"
 done
