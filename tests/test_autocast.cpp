@@ -35,7 +35,8 @@ TEST_CASE("Autocast takes its state back, also nested and after an error", "[aut
 
 TEST_CASE("a step under Autocast: by the option, around forward and loss, around all", "[autocast]") {
   torch::manual_seed(4);
-  networks::Cnn model(networks::Norm::batch, networks::Activation::kinked);
+  // Smooth: which side of a kink an element lies on changes with the last digits, and with it the gradient, by up to 17 %.
+  networks::Cnn model(networks::Norm::batch, networks::Activation::smooth);
   const torch::Tensor x = torch::randn({8, 2, 6, 6});
   const torch::Tensor y = torch::randint(networks::classes, {8});
   const auto penalty = microreg::GradientNorm{} + 0.5 * microreg::AverageJacobian{};
@@ -50,7 +51,7 @@ TEST_CASE("a step under Autocast: by the option, around forward and loss, around
   microreg::RegularizerOptions half = options;
   half.autocast = torch::kBFloat16;
   const torch::Tensor by_option = grad_after(*model, [&] { with(half); });
-  CHECK(relative_error(by_option, full) < 0.03);
+  CHECK(relative_error(by_option, full) < 0.01);
   CHECK(relative_error(by_option, full) > 1e-5);  // it did something
   CHECK(report.penalties[0].value.scalar_type() == torch::kFloat32);
 
