@@ -14,7 +14,7 @@
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// While it lives, graphs of these leaves end in nodes of their own (AccumulateGrad), not in those of graphs that are
-/// still held somewhere, an output or a loss of an earlier pass.
+/// held somewhere, or of this step, which guards `.grad` by them.
 ///
 /// Such a node belongs to the stream on which it was made, and the engine makes that stream wait for whatever ends in
 /// it: on another one than what is being recorded as a CUDA graph, that ends the recording with an error.

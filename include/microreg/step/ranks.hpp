@@ -497,29 +497,42 @@ class Ranks {
     return result;
   }
 
-  /// The sum of a few values of each parameter and buffer on the CPU, and that of their magnitudes.
+  /// The sum of a few values of each parameter and buffer, and that of their magnitudes. Waits for a device.
   static std::pair<double, double> checksum(const Task& task) {
+    const at::NoGradGuard no_grad;
     double sum = 0, magnitude = 0;
-    const auto add = [&](const auto* data, std::int64_t count) {
-      const std::int64_t stride = std::max<std::int64_t>(1, count / 16);
+    const auto add = [&](const auto* data, std::int64_t count, std::int64_t stride) {
       for (std::int64_t i = 0; i < count; i += stride) {
         sum += static_cast<double>(data[i]);
         magnitude += std::abs(static_cast<double>(data[i]));
       }
     };
+    std::vector<std::vector<at::Tensor>> elsewhere;  // by device and type, to be looked at together
     for (const at::Tensor& tensor : state_of(task)) {
-      if (!tensor.is_cpu() || tensor.layout() != at::kStrided || !tensor.is_non_overlapping_and_dense()) {
+      if (tensor.is_meta() || !tensor.is_floating_point() || tensor.layout() != at::kStrided ||
+          !tensor.is_non_overlapping_and_dense()) {
         continue;
       }
-      if (tensor.scalar_type() == at::kFloat) {
-        add(values_of<float>(tensor), tensor.numel());
+      const std::int64_t count = tensor.numel(), stride = std::max<std::int64_t>(1, count / 16);
+      if (!tensor.is_cpu()) {
+        const auto like = std::find_if(elsewhere.begin(), elsewhere.end(), [&](const auto& group) {
+          return group.front().device() == tensor.device() && group.front().scalar_type() == tensor.scalar_type();
+        });
+        auto& group = like == elsewhere.end() ? elsewhere.emplace_back() : *like;
+        group.push_back(tensor.detach().as_strided({(count + stride - 1) / stride}, {stride}));
+      } else if (tensor.scalar_type() == at::kFloat) {
+        add(values_of<float>(tensor), count, stride);
       } else if (tensor.scalar_type() == at::kDouble) {
-        add(values_of<double>(tensor), tensor.numel());
+        add(values_of<double>(tensor), count, stride);
       } else if (tensor.scalar_type() == at::kBFloat16) {
-        add(values_of<at::BFloat16>(tensor), tensor.numel());
+        add(values_of<at::BFloat16>(tensor), count, stride);
       } else if (tensor.scalar_type() == at::kHalf) {
-        add(values_of<at::Half>(tensor), tensor.numel());
+        add(values_of<at::Half>(tensor), count, stride);
       }
+    }
+    for (const std::vector<at::Tensor>& group : elsewhere) {
+      const at::Tensor values = at::cat(group).to(at::kCPU, at::kDouble);
+      add(values_of<double>(values), values.numel(), 1);
     }
     return {sum, magnitude};
   }
