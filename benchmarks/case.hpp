@@ -15,8 +15,8 @@ inline constexpr std::array<std::string_view, 4> penalty_names{"gradient_norm", 
 
 inline constexpr std::array<std::string_view, 3> autocast_names{"float32", "bfloat16", "float16"};
 
-/// How the penalty is differentiated. make_penalised_step() gives each name its meaning. exact-graph: by CUDA graphs,
-/// only where it is asked for.
+/// How the penalty is differentiated. make_penalised_step() gives each name its meaning. -graph: by CUDA graphs, only
+/// where it is asked for; plain-graph is the step without a penalty.
 struct Estimator {
   std::string_view name;
   bool fused_differs;  ///< whether it has a double backward at all, so that fused and stock are two rows
@@ -24,6 +24,7 @@ struct Estimator {
 inline constexpr std::array estimators{
     Estimator{"exact", true},           Estimator{"forward-frozen", false}, Estimator{"forward-free", false},
     Estimator{"central-frozen", false}, Estimator{"central-free", false},   Estimator{"exact-graph", true},
+    Estimator{"plain-graph", false},
 };
 
 /// One step: a network, its data, and a penalty on it.

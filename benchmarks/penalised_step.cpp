@@ -32,7 +32,7 @@ microreg::AnyPenalty<> penalty_called(const std::string& name) {
 
 microreg::Estimator estimator_called(const std::string& name) {
   using microreg::Gates;
-  if (name.starts_with("exact")) {
+  if (name.starts_with("exact") || name == "plain-graph") {
     return microreg::Exact{};
   }
   const Gates gates = name.ends_with("-frozen") ? Gates::frozen : Gates::free;
@@ -46,16 +46,17 @@ microreg::Estimator estimator_called(const std::string& name) {
 }
 
 microreg::RegularizerOptions options_of(const Case& which) {
-  microreg::RegularizerOptions options{.strength = 1.0, .micro_batch_size = which.micro_batch};
+  microreg::RegularizerOptions options{.strength = which.estimator == "plain-graph" ? 0.0 : 1.0,
+                                       .micro_batch_size = which.micro_batch};
   options.fused = which.fused;
   options.estimator = estimator_called(which.estimator);
   options.sampling.share = which.micro_batch_share;
   options.workers = which.workers;
-  if (which.estimator == "exact-graph") {
+  if (which.estimator.ends_with("-graph")) {
 #if defined(MICROREG_WITH_CUDA)
     options.cuda_graph = std::make_shared<microreg::CudaGraph>();
 #else
-    throw std::invalid_argument("exact-graph needs a build against a LibTorch for CUDA");
+    throw std::invalid_argument(which.estimator + " needs a build against a LibTorch for CUDA");
 #endif
   }
   return options;

@@ -16,7 +16,8 @@ bool allows(const std::vector<T>& filter, const U& value) {
 Group make_group(const Options& options, const Case& common) {
   Group group;
   for (const Estimator& estimator : estimators) {
-    const bool left_out = estimator.name == "exact-graph" || (options.quick && estimator.name.starts_with("central"));
+    const bool left_out =
+        estimator.name.ends_with("-graph") || (options.quick && estimator.name.starts_with("central"));
     if (options.estimators.empty() ? left_out : !allows(options.estimators, estimator.name)) {
       continue;
     }

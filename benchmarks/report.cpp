@@ -60,9 +60,10 @@ void print_header() {
 
 void print_row(const Row& row) {
   const Case& c = row.which;
-  print_line(fmt::format("{:<13} {:<14} {:>4}  {:<17} {:<14} {:<6} {:>9.1f} {:>7.2f} {:>7} {:>9.1e} {:>7}", c.model,
-                         c.layout, c.micro_batch, c.penalty, c.estimator, c.fused ? "yes" : "no", row.plain_ms,
-                         row.ratio, number_or_dash(row.peak_memory_ratio, 2), row.relative_error, row.rounds));
+  print_line(fmt::format(
+      "{:<13} {:<14} {:>4}  {:<17} {:<14} {:<6} {:>9.1f} {:>7.2f} {:>7} {:>9} {:>7}", c.model, c.layout, c.micro_batch,
+      c.penalty, c.estimator, c.fused ? "yes" : "no", row.plain_ms, row.ratio, number_or_dash(row.peak_memory_ratio, 2),
+      row.relative_error.has_value() ? fmt::format("{:.1e}", *row.relative_error) : "-", row.rounds));
 }
 
 void print_sweep_header(const std::string& title) {
@@ -82,7 +83,7 @@ void write_json(const std::string& file, const std::vector<Row>& rows, int threa
                 {"plain_ms", row.plain_ms},
                 {"ratio", row.ratio},
                 {"peak_memory_ratio", number_or_null(row.peak_memory_ratio)},
-                {"relative_error", row.relative_error}};
+                {"relative_error", number_or_null(row.relative_error)}};
   });
 }
 

@@ -16,7 +16,7 @@ struct Row {
   double plain_ms = 0;
   double ratio = 0;
   std::optional<double> peak_memory_ratio;
-  double relative_error = 0;
+  std::optional<double> relative_error;  ///< none without a penalty
   std::size_t rounds = 0;
 };
 

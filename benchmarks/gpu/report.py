@@ -54,9 +54,10 @@ def overhead(folder):
     for file in sorted(folder.glob("overhead*.json")):
         precision = precision_of(file)
         for row in json.loads(file.read_text()):
-            how = row["estimator"] + ("" if row["estimator"] != "exact" else ", fused" if row["fused"] else ", stock")
+            exact = row["estimator"].startswith("exact")
+            how = row["estimator"] + (", fused" if exact and row["fused"] else ", stock" if exact else "")
             lines.append(f"| {row['model']} | {precision} | {row['layout']} | {how} | {number(row['plain_ms'])} | "
-                         f"{number(row['ratio'])} | {number(row['peak_memory_ratio'])} | {row['relative_error']:.1e} |")
+                         f"{number(row['ratio'])} | {number(row['peak_memory_ratio'])} | {'-' if row['relative_error'] is None else format(row['relative_error'], '.1e')} |")
     lines += ["", "The authors' formula in Python, on ResNet-18 of width 64:", "",
               "| precision | layout | plain ms | authors ms | ratio |", "| --- | --- | --- | --- | --- |"]
     for file in sorted(folder.glob("authors*.json")):

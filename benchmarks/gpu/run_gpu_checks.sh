@@ -92,13 +92,12 @@ stage_ceilings() { python3 "$root/benchmarks/gpu/ceilings.py"; }
 # The overhead of a penalty in one precision: "overhead NAME [OPTION]..."; apart from that, with CUDA graphs; and where
 # the time goes.
 overhead() {
-  local precision="$1" run
+  local precision="$1" run graphs="--estimator exact-graph --estimator plain-graph --fused on --no-memory"
   shift
   run=("$bin/penalty_overhead" --device cuda --micro-batch 128 --penalty gradient_norm --no-sweep --seconds 1 "$@")
   "${run[@]}" --model resnet18_w64 --estimator exact --json "$out/overhead-$precision.json"
-  "${run[@]}" --model resnet18_w64 --estimator exact-graph --json "$out/overhead-graph-$precision.json"
-  "${run[@]}" --model vit --model mlp --estimator exact --no-memory --json "$out/overhead-others-$precision.json"
-  "${run[@]}" --model vit --model mlp --estimator exact-graph --no-memory --json "$out/overhead-others-graph-$precision.json"
+  "${run[@]}" --model resnet18_w64 $graphs --json "$out/overhead-graph-$precision.json"
+  "${run[@]}" --model vit --model mlp --estimator exact $graphs --json "$out/overhead-others-$precision.json"
   "${run[@]}" --model resnet18_w64 --estimator exact --layout channels_last --kernels >"$out/kernels-$precision.txt"
 }
 stage_bfloat16() { overhead bfloat16 --tf32 --autocast bfloat16; }
@@ -124,8 +123,8 @@ stage_training() {
   done
 }
 
-declare -A limit=([machine]=20 [programs]=220 [cuda]=100 [device]=110 [processor]=200 [ceilings]=20
-  [bfloat16]=60 [float32]=60 [tf32]=60 [training]=50)
+declare -A limit=([machine]=20 [programs]=220 [cuda]=60 [device]=80 [processor]=200 [ceilings]=20
+  [bfloat16]=85 [float32]=85 [tf32]=85 [training]=50)
 for stage in "${stages[@]}"; do
   echo "== $stage"
   start="$(date +%s)"
