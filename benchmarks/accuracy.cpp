@@ -30,7 +30,7 @@ torch::Tensor Accuracy::penalty_part(const PenalisedStep& step) const {
 
 double Accuracy::relative_error(const PenalisedStep& step, int steps) const {
   for (int i = 1; i < steps; ++i) {
-    penalty_part(step);
+    (void)penalty_part(step);
   }
   return ((penalty_part(step) - reference_).norm() / reference_.norm()).item<double>();
 }

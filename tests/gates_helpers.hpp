@@ -92,7 +92,8 @@ inline void check_gates(const GateCase& test, double bound = 2) {
   for (std::size_t i = 0; i < stock.gradients.size(); ++i) {
     // CUDA's backward passes of pooling add in an order of chance.
     CHECK((same_bits(recorded.gradients[i], stock.gradients[i]) ||
-           (!test_device().is_cpu() && places(recorded.gradients[i], stock.gradients[i]) <= bound)));
+           (!test_device().is_cpu() && !has_stand_in_gpu() &&
+            places(recorded.gradients[i], stock.gradients[i]) <= bound)));
   }
 
   const auto replayed = [&](const Tensors& at, microreg::Keep keep) {

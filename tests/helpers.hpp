@@ -75,9 +75,9 @@ inline torch::Tensor flattened(const std::vector<torch::Tensor>& gradients,
   return torch::cat(parts);
 }
 
-/// What backward passes on `device` make with a graph comes behind this thread's nodes. LibTorch's engine numbers nodes
-/// by thread, and goes by the numbers: of a GPU's, double backward by LibTorch alone fails on views that were written
-/// to.
+/// What backward passes on `device` make with a graph comes behind this thread's nodes. LibTorch numbers nodes by
+/// thread, and its engine runs those of higher numbers first: on a GPU its own double backward otherwise fails on views
+/// that were written to. That the library's does not is a test of test_cuda.cpp.
 inline void number_nodes_behind_these(const at::Device& device) {
   const torch::Tensor one = torch::zeros({}, torch::TensorOptions(device)).requires_grad_() * 1;
   one.register_hook([number = at::sequence_number::peek()](const torch::Tensor& /*gradient*/) {

@@ -27,11 +27,23 @@ class Again : public microreg::detail::Recordings {
   explicit Again(Settings settings = {.shapes = 4, .check_every = 1000, .tolerance = 0}, Disturb disturb = nullptr)
       : Recordings(settings), disturb_(std::move(disturb)) {}
 
+  /// The nodes in which graphs of these tensors end, null where there is none; and what they were when it recorded.
+  static std::vector<const void*> ends_of(const std::vector<torch::Tensor>& tensors) {
+    std::vector<const void*> result;
+    for (const torch::Tensor& tensor : tensors) {
+      result.push_back(torch::autograd::impl::try_get_grad_accumulator(tensor).get());
+    }
+    return result;
+  }
+  std::vector<torch::Tensor> watched;
+  std::vector<const void*> at_record;
+
  protected:
   void require_device(c10::Device /*device*/) const override {}
   std::unique_ptr<microreg::detail::Recording> record(const Work& work,
                                                       const std::vector<at::Generator>& /*generators*/) override {
     const RecordedOnStandIn scope;
+    at_record = ends_of(watched);
     for (int i = 0; i < 3; ++i) {  // as the warm-ups of a device
       work();
     }
@@ -492,19 +504,15 @@ TEST_CASE("No recording is made of a micro-batch that is not finite") {
 TEST_CASE("Recordings are apart from graphs that are held elsewhere") {
   Net model = net();
   const torch::Tensor held = model->forward(samples().input);  // as a loss of the step before is
-  const auto ends_of = [&] {
-    std::vector<const void*> result;
-    for (const torch::Tensor& parameter : model->parameters()) {
-      result.push_back(torch::autograd::impl::try_get_grad_accumulator(parameter).get());
-    }
-    return result;
-  };
-  const std::vector<const void*> before = ends_of();
+  const std::vector<const void*> before = Again::ends_of(model->parameters());
   CHECK(before.front() != nullptr);
+  const auto graph = std::make_shared<Again>();
+  graph->watched = model->parameters();
   microreg::Regularizer regularizer(model, cross_entropy, microreg::GradientNorm{},
-                                    {.micro_batch_size = 7, .cuda_graph = std::make_shared<Again>()});
+                                    {.micro_batch_size = 7, .cuda_graph = graph});
   (void)regularizer.backward(samples().input, samples().target);
   CHECK(regularizer.backward(samples().input, samples().target).replayed == 1);
-  CHECK(ends_of() == before);
+  CHECK(graph->at_record == std::vector<const void*>(before.size(), nullptr));
+  CHECK(Again::ends_of(model->parameters()) == before);
   CHECK_NOTHROW(held.sum().backward());
 }

@@ -4,6 +4,7 @@
 #include "networks.hpp"
 #include "own_functions.hpp"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <microreg/microreg.hpp>
 
 #include <algorithm>
@@ -136,9 +137,12 @@ TEST_CASE("differences: noise of one's own, and state outside of buffers, are re
     Tensor state = torch::zeros({5}, type);
     std::vector<Forward> kinds = {
         [&](const Tensor& x) { return torch::tanh(x.matmul(s.a)).matmul(s.b) * (1 + 0.1 * own_noise()); },
-        [&, own = generator(4)](const Tensor& x) {
+        [&, own = at::detail::createCPUGenerator(4)](const Tensor& x) {
           Tensor h = torch::tanh(x.matmul(s.a));
-          std::thread([&] { h = h + 0.1 * torch::randn(h.sizes(), own, h.options()); }).join();
+          std::thread([&] {
+            const Tensor noise = torch::randn(h.sizes(), own, h.options().device(torch::kCPU));
+            h = h + 0.1 * noise.to(h.device());
+          }).join();
           return h.matmul(s.b);
         },
         [&](const Tensor& x) {  // a moving centre in a captured tensor

@@ -7,6 +7,7 @@
 #error "microreg/cuda_graph.hpp needs cuda_runtime_api.h: add the include folder of a CUDA toolkit to the include path"
 #endif
 
+#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/core/Generator.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <c10/core/Device.h>
@@ -61,7 +62,8 @@ struct CudaGraphOptions {
 ///
 /// Throws OptionError with a model on another device, estimators other than Exact, float16 and loss scales; ModelError
 /// where an operation cannot be recorded, for a CountedLoss, inputs with a graph and batches with more than tensors.
-/// Memory: that of one micro-batch for each recording, kept. Not for two threads at a time: they take turns.
+/// Memory: that of one micro-batch for each recording, kept. Not for two threads at a time: they take turns. While one
+/// records, no other thread may use the parameters.
 ///
 /// Source: CUDA Graphs, Nvidia, CUDA C++ Programming Guide; torch.cuda.CUDAGraph.
 class CudaGraph final : public detail::Recordings {
@@ -114,27 +116,43 @@ class CudaGraph final : public detail::Recordings {
 
   static void capture(at::cuda::CUDAGraph& graph, const std::function<void()>& work,
                       const std::vector<at::Generator>& generators) {
-    const auto pool = at::cuda::graph_pool_handle();
-    for (const at::Generator& generator : generators) {
-      detail::draws_from(generator, graph);
-    }
-    graph.capture_begin(pool);
+    const auto pool = at::cuda::graph_pool_handle();  // named, so that it can be given back after a failure
+    bool whole = false;
     try {
+      for (const at::Generator& generator : generators) {
+        detail::draws_from(generator, graph);
+      }
+      graph.capture_begin(pool);
       work();
+      whole = true;
       graph.capture_end();
     } catch (...) {
-      quietly([&] { graph.capture_end(); });  // a stream stays in capture until that is ended
+      quietly([&] {  // a stream stays in capture until that is ended
+        graph.capture_end();
+        whole = true;
+      });
       if constexpr (detail::failed_captures_stay) {
-        quietly([&] {
-          const c10::DeviceIndex device = c10::cuda::current_device();
-          c10::cuda::CUDACachingAllocator::endAllocateToPool(device,
-                                                             pool);  // throws where the capture's end has done it
-          c10::cuda::CUDACachingAllocator::releasePool(device, pool);
-        });
+        give_back(pool, !whole);
         quietly([&] { capture_nothing(generators); });
       }
       throw;
     }
+  }
+
+  /// Takes the allocators out of a capture that has failed. A graph whose capture has ended releases its pool itself.
+  template <class Pool>
+  static void give_back(const Pool& pool, bool release) noexcept {
+    const c10::DeviceIndex device = c10::cuda::current_device();
+    quietly([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool); });
+    if (release) {
+      quietly([&] { c10::cuda::CUDACachingAllocator::releasePool(device, pool); });
+    }
+#if MICROREG_LIBTORCH >= 211  // which has pools of pinned memory
+    quietly([&] { at::getHostAllocator(at::kCUDA)->end_allocate_to_pool(pool); });
+    if (release) {
+      quietly([&] { at::getHostAllocator(at::kCUDA)->release_pool(pool); });
+    }
+#endif
   }
 
   template <class Call>

@@ -161,8 +161,8 @@ inline std::array<at::Tensor, 5> norm_moments(const NormProblem& p, const at::Te
   return {sum_v, sum_vx, sum_dy, sum_dyx, sum(v * p.dy)};
 }
 
-/// Such sums as one tensor of float64, about the mean itself: `off` is by how much the saved one was rounded, all there
-/// is of an error where x is large against its standard deviation.
+/// Such sums as one tensor of float64, about the mean itself. `off`: that minus the saved one, which was rounded; all
+/// there is of an error where x is large against its standard deviation.
 inline at::Tensor centred_moments(const std::array<at::Tensor, 5>& moments, const at::Tensor& off) {
   const at::Tensor four = at::stack({moments[0], moments[1], moments[2], moments[3]}).to(at::kDouble);
   four.slice(0, 1, 4, 2).addcmul_(four.slice(0, 0, 3, 2), off, -1);

@@ -88,8 +88,8 @@ inline bool may_hold_decisions(const torch::autograd::Node& node, std::string_vi
                                        [](const torch::autograd::Edge& edge) { return !edge.is_valid(); }));
 }
 
-/// Tells nodes that a thread of the user's made from those of this thread, and from those that a backward pass of its
-/// made with a graph, which on a GPU are another thread's too, one of LibTorch's own.
+/// Tells nodes that another thread made from those of this thread, and from those of a backward pass with a graph,
+/// which on a GPU are another thread's too: one of LibTorch's own, for whatever thread has asked for the pass.
 class OwnThreads {
  public:
   explicit OwnThreads(c10::Device device) : device_(device) {}

@@ -21,6 +21,7 @@ namespace microreg::inline MICROREG_ABI::detail {
 class FreshAccumulators {
  public:
   explicit FreshAccumulators(std::vector<at::Tensor> leaves) : leaves_(std::move(leaves)) {
+    before_.reserve(leaves_.size());  // nothing throws half-way
     for (const at::Tensor& leaf : leaves_) {
       before_.push_back(torch::autograd::impl::try_get_grad_accumulator(leaf));
       torch::autograd::impl::set_grad_accumulator(leaf, WeakNodePointer(NodePointer()));

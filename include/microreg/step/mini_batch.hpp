@@ -27,7 +27,7 @@ enum class Reduction;
 
 namespace detail {
 
-struct SnapshotMemory;  // not its header either: the user's own files need no snapshots
+struct SnapshotMemory;  // declared only: the user's own files need no snapshots
 
 /// One forward pass and loss of a micro-batch, with its graph.
 class Evaluation {

@@ -509,8 +509,9 @@ class Ranks {
     };
     std::vector<std::vector<at::Tensor>> elsewhere;  // by device and type, to be looked at together
     for (const at::Tensor& tensor : state_of(task)) {
-      if (tensor.is_meta() || !tensor.is_floating_point() || tensor.layout() != at::kStrided ||
-          !tensor.is_non_overlapping_and_dense()) {
+      const auto types = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
+      if (tensor.is_meta() || std::find(types.begin(), types.end(), tensor.scalar_type()) == types.end() ||
+          tensor.layout() != at::kStrided || !tensor.is_non_overlapping_and_dense()) {
         continue;
       }
       const std::int64_t count = tensor.numel(), stride = std::max<std::int64_t>(1, count / 16);
@@ -526,7 +527,7 @@ class Ranks {
         add(values_of<double>(tensor), count, stride);
       } else if (tensor.scalar_type() == at::kBFloat16) {
         add(values_of<at::BFloat16>(tensor), count, stride);
-      } else if (tensor.scalar_type() == at::kHalf) {
+      } else {
         add(values_of<at::Half>(tensor), count, stride);
       }
     }
