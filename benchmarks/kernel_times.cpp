@@ -39,8 +39,9 @@ std::map<std::string, Time> kernels_of(const std::function<void()>& step) {
   torch::autograd::profiler::prepareProfiler(config, activities);
   torch::autograd::profiler::enableProfiler(config, activities);
   step();
+  const auto profiled = torch::autograd::profiler::disableProfiler();  // which the events belong to
   std::map<std::string, Time> result;
-  for (const auto& event : torch::autograd::profiler::disableProfiler()->events()) {
+  for (const auto& event : profiled->events()) {
     if (event.deviceType() == c10::DeviceType::CUDA) {
       Time& time = result[short_name(event.name())];
       time.milliseconds += static_cast<double>(event.durationNs()) / 1e6;
