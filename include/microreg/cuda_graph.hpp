@@ -116,6 +116,7 @@ class CudaGraph final : public detail::Recordings {
 
   static void capture(at::cuda::CUDAGraph& graph, const std::function<void()>& work,
                       const std::vector<at::Generator>& generators) {
+    const c10::DeviceIndex device = c10::cuda::current_device();
     const auto pool = at::cuda::graph_pool_handle();  // named, so that it can be given back after a failure
     bool whole = false;
     try {
@@ -132,7 +133,7 @@ class CudaGraph final : public detail::Recordings {
         whole = true;
       });
       if constexpr (detail::failed_captures_stay) {
-        give_back(pool, !whole);
+        give_back(device, pool, !whole);
         quietly([&] { capture_nothing(generators); });
       }
       throw;
@@ -141,8 +142,7 @@ class CudaGraph final : public detail::Recordings {
 
   /// Takes the allocators out of a capture that has failed. A graph whose capture has ended releases its pool itself.
   template <class Pool>
-  static void give_back(const Pool& pool, bool release) noexcept {
-    const c10::DeviceIndex device = c10::cuda::current_device();
+  static void give_back(c10::DeviceIndex device, const Pool& pool, bool release) noexcept {
     quietly([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device, pool); });
     if (release) {
       quietly([&] { c10::cuda::CUDACachingAllocator::releasePool(device, pool); });
