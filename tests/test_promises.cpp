@@ -129,7 +129,7 @@ TEST_CASE("a batch that refers to the user's tensors", "[promises]") {
     CHECK(untouched());
     (void)microreg::measure(model, ce, microreg::InputJacobian{}, std::tie(x, z), y, {.micro_batch_size = 4});
     CHECK(untouched());
-    Regularizer j(model, ce, microreg::InputJacobian{}, {.estimator = ForwardDifference{.step = 0.5}});
+    Regularizer j(model, ce, microreg::InputJacobian{}, {.estimator = ForwardDifference{.step = 0.05}});
     j.backward(std::tie(x, z), y);
     CHECK(untouched());
     for (auto [part, inputs, labels] : microreg::micro_batches(4, std::tie(x, z), y)) {
