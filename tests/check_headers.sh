@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compiles every header under include/ alone, with all warnings as errors, header-only and with MICROREG_COMPILED: a user
-# may include them in any order.
+# Compiles every header under include/ alone, with all warnings as errors, with MICROREG_COMPILED, and the public ones
+# header-only too: a user may include them in any order.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/bootstrap.sh"
 
