@@ -39,7 +39,7 @@ each() {
   sed 's/,/\\,/g' | tee "$folder.names" | xargs -d '\n' -P "$((cores * 3 / 4))" -I NAME \
     env OMP_NUM_THREADS=1 TORCH_SHOW_CPP_STACKTRACES=0 "$@" bash -c '
       text="$2/${1//[^A-Za-z0-9_]/-}"
-      timeout 45 "$3" "$4$1$5" -# >"$text" 2>&1
+      timeout 50 "$3" "$4$1$5" -# >"$text" 2>&1
       echo "exit status $?" >>"$text"' _ NAME "$folder" "$bin/microreg_tests" "$before" "$after"
 }
 
@@ -127,8 +127,8 @@ stage_training() {
   done
 }
 
-declare -A limit=([machine]=20 [programs]=220 [cuda]=60 [device]=80 [processor]=200 [ceilings]=20
-  [bfloat16]=78 [float32]=78 [tf32]=78 [training]=65)
+declare -A limit=([machine]=15 [programs]=220 [cuda]=40 [device]=60 [processor]=200 [ceilings]=15
+  [bfloat16]=85 [float32]=95 [tf32]=100 [training]=65)
 for stage in "${stages[@]}"; do
   echo "== $stage"
   start="$(date +%s)"
