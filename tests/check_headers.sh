@@ -5,5 +5,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/bootstrap.sh"
 
 microreg_bootstrap
-microreg_build microreg_check_headers
+microreg_build microreg_check_headers microreg_check_headers_only
 echo "$(find "$microreg_root/include" -name '*.hpp' | wc -l) headers are self-contained"
