@@ -28,10 +28,7 @@ torch::Tensor Accuracy::penalty_part(const PenalisedStep& step) const {
   return gradient_of(workload_) - loss_gradient_;
 }
 
-double Accuracy::relative_error(const PenalisedStep& step, int steps) const {
-  for (int i = 1; i < steps; ++i) {
-    (void)penalty_part(step);
-  }
+double Accuracy::relative_error(const PenalisedStep& step) const {
   return ((penalty_part(step) - reference_).norm() / reference_.norm()).item<double>();
 }
 

@@ -13,9 +13,8 @@ class Accuracy {
   /// `reference` is the exact step without any fused kernel.
   Accuracy(const Workload& workload, const PenalisedStep& reference);
 
-  /// || part - reference || / || reference ||, over all parameters jointly, with the same labels and directions drawn;
-  /// of the last of so many steps.
-  [[nodiscard]] double relative_error(const PenalisedStep& step, int steps = 1) const;
+  /// || part - reference || / || reference ||, over all parameters jointly, with the same labels and directions drawn.
+  [[nodiscard]] double relative_error(const PenalisedStep& step) const;
 
  private:
   [[nodiscard]] torch::Tensor penalty_part(const PenalisedStep& step) const;

@@ -83,7 +83,8 @@ struct Setting {
 /// The numbers of one operation, drawn once, rounded to `type`, and kept in float64 for the reference.
 class DoubleBackward {
  public:
-  DoubleBackward(const FusedOperation& of, torch::Dtype type, double offset = 0) : of_(of), type_(type) {
+  DoubleBackward(const FusedOperation& of, torch::Dtype type, double offset = 0)
+      : of_(of), type_(type), offset_(offset) {
     torch::manual_seed(5);
     const auto draw = [&](const std::vector<std::int64_t>& shape, double middle = 0) {
       return (torch::randn(shape, torch::kFloat64) + middle).to(type).to(torch::kFloat64);
@@ -127,11 +128,19 @@ class DoubleBackward {
     return torch::cat(parts);
   }
 
-  [[nodiscard]] torch::Tensor exact() const { return (*this)({.device = at::kCPU}, false); }
+  /// By LibTorch in float64. What is normalised does not depend on the offset, whose mean float64 rounds as well.
+  [[nodiscard]] torch::Tensor exact() const {
+    DoubleBackward centred = *this;
+    if (of_.normalises) {
+      centred.inputs_[0] = inputs_[0] - offset_;
+    }
+    return centred({.device = at::kCPU}, false);
+  }
 
  private:
   const FusedOperation& of_;
   torch::Dtype type_;
+  double offset_;
   std::vector<torch::Tensor> inputs_, seeds_;
   torch::Tensor dy_;
 };

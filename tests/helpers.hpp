@@ -10,6 +10,7 @@
 #include <ATen/SequenceNumber.h>
 #include <torch/torch.h>
 #include <microreg/detail/libtorch.hpp>
+#include <microreg/step/seeded_roots.hpp>
 
 #include <cmath>
 #include <cstdint>
@@ -81,9 +82,7 @@ inline torch::Tensor flattened(const std::vector<torch::Tensor>& gradients,
 inline void number_nodes_behind_these(const at::Device& device) {
   const torch::Tensor one = torch::zeros({}, torch::TensorOptions(device)).requires_grad_() * 1;
   one.register_hook([number = at::sequence_number::peek()](const torch::Tensor& /*gradient*/) {
-    while (at::sequence_number::peek() < number) {
-      at::sequence_number::get_and_increment();
-    }
+    microreg::detail::number_nodes_from(number);
   });
   one.backward();
 }

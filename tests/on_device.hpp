@@ -53,6 +53,12 @@ class WithoutCudnn {
   return torch::tensor(values, options.device(at::kCPU)).to(test_device());
 }
 
+/// torch::randn() on it, of the CPU's numbers: the same on every device, where what rounding leaves depends on them.
+[[nodiscard]] inline at::Tensor randn_of_the_cpu(at::IntArrayRef sizes, at::ScalarType type = at::kFloat,
+                                                 const std::optional<at::Generator>& generator = std::nullopt) {
+  return torch::randn(sizes, generator, torch::TensorOptions(at::kCPU).dtype(type)).to(test_device());
+}
+
 /// A generator of that device.
 [[nodiscard]] at::Generator generator(std::uint64_t seed);
 

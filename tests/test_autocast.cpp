@@ -35,8 +35,8 @@ TEST_CASE("Autocast takes its state back, also nested and after an error", "[aut
 
 TEST_CASE("a step under Autocast: by the option, around forward and loss, around all", "[autocast]") {
   torch::manual_seed(4);
-  // Smooth: which side of a kink an element lies on changes with the last digits, and with it the gradient, by up to 17
-  // %.
+  // Smooth: which side of a kink an element lies on changes with the last digits, and the gradient with it, by per
+  // cents.
   networks::Cnn model(networks::Norm::batch, networks::Activation::smooth);
   const torch::Tensor x = torch::randn({8, 2, 6, 6});
   const torch::Tensor y = torch::randint(networks::classes, {8});

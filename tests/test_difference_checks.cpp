@@ -39,14 +39,10 @@ Tensor entropy(const Tensor& output, const Tensor& y) { return torch::cross_entr
 struct Setting {
   Tensor a, b, x, y;
   explicit Setting(torch::ScalarType type = torch::kFloat64, std::int64_t samples = 12) {
-    // The same numbers on every device: what rounding leaves depends on them.
     torch::manual_seed(3);
-    const auto drawn = [&](at::IntArrayRef sizes) {
-      return torch::randn(sizes, torch::TensorOptions(torch::kCPU).dtype(torch::kFloat64)).to(test_device());
-    };
-    a = (drawn({6, 16}) * 0.5).to(type).requires_grad_();
-    b = (drawn({16, 5}) * 0.5).to(type).requires_grad_();
-    x = drawn({samples, 6}).to(type);
+    a = (randn_of_the_cpu({6, 16}, torch::kFloat64) * 0.5).to(type).requires_grad_();
+    b = (randn_of_the_cpu({16, 5}, torch::kFloat64) * 0.5).to(type).requires_grad_();
+    x = randn_of_the_cpu({samples, 6}, torch::kFloat64).to(type);
     y = torch::randint(5, {samples}, torch::TensorOptions(torch::kCPU).dtype(torch::kLong)).to(test_device());
   }
   [[nodiscard]] std::vector<Tensor> weights() const { return {a, b}; }
@@ -139,10 +135,7 @@ TEST_CASE("differences: noise of one's own, and state outside of buffers, are re
         [&](const Tensor& x) { return torch::tanh(x.matmul(s.a)).matmul(s.b) * (1 + 0.1 * own_noise()); },
         [&, own = at::detail::createCPUGenerator(4)](const Tensor& x) {
           Tensor h = torch::tanh(x.matmul(s.a));
-          std::thread([&] {
-            const Tensor noise = torch::randn(h.sizes(), own, h.options().device(torch::kCPU));
-            h = h + 0.1 * noise.to(h.device());
-          }).join();
+          std::thread([&] { h = h + 0.1 * randn_of_the_cpu(h.sizes(), h.scalar_type(), own); }).join();
           return h.matmul(s.b);
         },
         [&](const Tensor& x) {  // a moving centre in a captured tensor
@@ -597,16 +590,13 @@ TEST_CASE("differences: normalisation over few elements is right on every micro-
     const auto penalty_in = [&](torch::ScalarType type, const microreg::Estimator& estimator) {
       torch::manual_seed(seed);
       const auto weight = [&](torch::IntArrayRef sizes) {
-        return (torch::randn(sizes, torch::kCPU) / std::sqrt(static_cast<double>(sizes[1])))
-            .to(test_device(), type)
-            .requires_grad_();
+        return (randn_of_the_cpu(sizes) / std::sqrt(static_cast<double>(sizes[1]))).to(type).requires_grad_();
       };
       const Tensor a = weight({12, 6}), b = weight({12, 12}), c = weight({4, 12});
-      Tensor x = torch::randn({12, 6}, torch::kCPU);
+      Tensor x = randn_of_the_cpu({12, 6});
       for (std::int64_t i = 3; i < 12; i += 2) {
-        x[i].copy_(x[i - 1] + 0.1 * torch::randn({6}, torch::kCPU));
+        x[i].copy_(x[i - 1] + 0.1 * randn_of_the_cpu({6}));
       }
-      x = x.to(test_device());
       const Tensor y = torch::randint(4, {12}, torch::TensorOptions(torch::kCPU).dtype(torch::kLong)).to(test_device());
       const Model model{[=, &normalisation](const Tensor& input) {
                           const Tensor h = torch::tanh(torch::linear(input, a));

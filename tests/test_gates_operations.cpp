@@ -16,9 +16,8 @@ namespace {
 
 /// Multiples of a quarter: values at the kinks, ties, and exact arithmetic.
 torch::Tensor quarters(const std::vector<std::int64_t>& shape, std::uint64_t seed, torch::Dtype type, double scale) {
-  const auto numbers = torch::randn(shape, at::make_generator<at::CPUGeneratorImpl>(seed),
-                                    torch::TensorOptions(torch::kCPU).dtype(torch::kFloat64));
-  return (numbers * (4 * scale)).round().div(4).to(test_device(), type);
+  const torch::Tensor numbers = randn_of_the_cpu(shape, torch::kFloat64, at::detail::createCPUGenerator(seed));
+  return (numbers * (4 * scale)).round().div(4).to(type);
 }
 
 /// Two points, one or more operands each, of the given shapes.
