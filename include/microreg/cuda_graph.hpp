@@ -120,10 +120,7 @@ class CudaGraph final : public detail::Recordings {
     const auto pool = at::cuda::graph_pool_handle();  // named, so that it can be given back after a failure
     bool whole = false;
     try {
-      for (const at::Generator& generator : generators) {
-        detail::draws_from(generator, graph);
-      }
-      graph.capture_begin(pool);
+      begin(graph, pool, generators);
       work();
       whole = true;
       graph.capture_end();
@@ -138,6 +135,14 @@ class CudaGraph final : public detail::Recordings {
       }
       throw;
     }
+  }
+
+  template <class Pool>
+  static void begin(at::cuda::CUDAGraph& graph, const Pool& pool, const std::vector<at::Generator>& generators) {
+    for (const at::Generator& generator : generators) {
+      detail::draws_from(generator, graph);
+    }
+    graph.capture_begin(pool);
   }
 
   /// Takes the allocators out of a capture that has failed. A graph whose capture has ended releases its pool itself.
@@ -169,10 +174,7 @@ class CudaGraph final : public detail::Recordings {
     const at::Tensor scalar = at::zeros({}, at::TensorOptions(at::kCUDA));
     c10::cuda::device_synchronize();
     at::cuda::CUDAGraph graph;
-    for (const at::Generator& generator : generators) {
-      detail::draws_from(generator, graph);
-    }
-    graph.capture_begin();
+    begin(graph, at::cuda::graph_pool_handle(), generators);
     scalar.zero_();
     graph.capture_end();
   }
