@@ -68,11 +68,12 @@ std::vector<Row> measure_group(const Group& group, const Budget& budget, MemoryM
     const PenalisedStep step = make_penalised_step(workload, which);
     Row row;
     row.which = which;
-    // A graph is recorded in the second step, and repeated from the third one on.
-    const bool repeats = which.estimator.ends_with("-graph");
-    const double error = accuracy.relative_error(step, repeats ? 3 : 1);  // warms the step up too
+    if (which.estimator.ends_with("-graph")) {  // recorded in the second step, and repeated from the third one on
+      step();
+      step();
+    }
     if (which.estimator != "plain-graph") {
-      row.relative_error = error;
+      row.relative_error = accuracy.relative_error(step);  // warms the step up too
     }
     rows.push_back(row);
     steps.push_back(plain(workload));
