@@ -60,6 +60,7 @@ collect() {
   grep -v 'exit status 0$' "$out/$1.txt"
   echo "$(grep -c 'exit status 0$' "$out/$1.txt") of $(wc -l <"$out/$1.txt") pass"
 }
+
 # All but those of a device, and the thousands of steps that take minutes.
 files() { (cd "$root/tests" && ls test_*.cpp) | sed 's/\.cpp$//' | grep -Ev "^test_(cuda|cuda_numbers|repeated_steps)\$"; }
 
