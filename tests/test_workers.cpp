@@ -212,8 +212,8 @@ class HeldBack {
   at::CallbackHandle handle_{};
 };
 
-/// Waits, in the first backward pass on any thread or on the first one that begins(), until something happens on another
-/// one, but not for longer than `patience`.
+/// Waits, in the first backward pass on any thread or on the first one that begins(), until something happens on
+/// another one, but not for longer than `patience`.
 class Overlap {
  public:
   explicit Overlap(bool on_any = true, std::chrono::seconds patience = std::chrono::seconds(2))
