@@ -7,9 +7,11 @@
 #include <torch/csrc/autograd/profiler_kineto.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <map>
-#include <stdexcept>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -28,20 +30,11 @@ std::string short_name(const std::string& name) {
   return name.size() <= longest ? name : name.substr(0, longest / 2) + " ... " + name.substr(name.size() - longest / 2);
 }
 
-/// The kernels of one step, after three to warm up.
-std::map<std::string, Time> kernels_of(const std::function<void()>& step) {
-  for (int i = 0; i < 3; ++i) {
-    step();
-  }
-  using torch::profiler::impl::ActivityType;
-  const torch::profiler::impl::ProfilerConfig config(torch::profiler::impl::ProfilerState::KINETO);
-  const std::set<ActivityType> activities{ActivityType::CPU, ActivityType::CUDA};
-  torch::autograd::profiler::prepareProfiler(config, activities);
-  torch::autograd::profiler::enableProfiler(config, activities);
-  step();
-  const auto profiled = torch::autograd::profiler::disableProfiler();  // which the events belong to
+using Events = std::vector<torch::autograd::profiler::KinetoEvent>;
+
+std::map<std::string, Time> kernels_among(const Events& events) {
   std::map<std::string, Time> result;
-  for (const auto& event : profiled->events()) {
+  for (const auto& event : events) {
     if (event.deviceType() == c10::DeviceType::CUDA) {
       Time& time = result[short_name(event.name())];
       time.milliseconds += static_cast<double>(event.durationNs()) / 1e6;
@@ -51,7 +44,54 @@ std::map<std::string, Time> kernels_of(const std::function<void()>& step) {
   return result;
 }
 
-void print(const char* what, const std::map<std::string, Time>& kernels) {
+/// The CPU's operators, each with its own time: without that of the operators that it calls.
+std::map<std::string, Time> operators_among(const Events& events) {
+  std::map<std::uint64_t, std::vector<const torch::autograd::profiler::KinetoEvent*>> threads;
+  for (const auto& event : events) {
+    threads[event.startThreadId()].push_back(&event);
+  }
+  std::map<std::string, Time> result;
+  for (auto& [thread, calls] : threads) {
+    std::stable_sort(calls.begin(), calls.end(), [](const auto* a, const auto* b) {
+      return a->startNs() != b->startNs() ? a->startNs() < b->startNs() : a->endNs() > b->endNs();
+    });
+    std::vector<const torch::autograd::profiler::KinetoEvent*> open;
+    for (const auto* call : calls) {
+      while (!open.empty() && open.back()->endNs() <= call->startNs()) {
+        open.pop_back();
+      }
+      const double milliseconds = static_cast<double>(call->durationNs()) / 1e6;
+      if (!open.empty()) {
+        result[short_name(open.back()->name())].milliseconds -= milliseconds;
+      }
+      Time& time = result[short_name(call->name())];
+      time.milliseconds += milliseconds;
+      ++time.calls;
+      open.push_back(call);
+    }
+  }
+  return result;
+}
+
+/// The kernels of one step on a device, or its operators on the CPU, after three steps to warm up.
+std::map<std::string, Time> kernels_of(bool cuda, const std::function<void()>& step) {
+  for (int i = 0; i < 3; ++i) {
+    step();
+  }
+  using torch::profiler::impl::ActivityType;
+  const torch::profiler::impl::ProfilerConfig config(torch::profiler::impl::ProfilerState::KINETO);
+  std::set<ActivityType> activities{ActivityType::CPU};
+  if (cuda) {
+    activities.insert(ActivityType::CUDA);
+  }
+  torch::autograd::profiler::prepareProfiler(config, activities);
+  torch::autograd::profiler::enableProfiler(config, activities);
+  step();
+  const auto profiled = torch::autograd::profiler::disableProfiler();  // which the events belong to
+  return cuda ? kernels_among(profiled->events()) : operators_among(profiled->events());
+}
+
+void print(const char* what, const char* unit, const std::map<std::string, Time>& kernels) {
   std::vector<std::pair<std::string, Time>> sorted(kernels.begin(), kernels.end());
   std::sort(sorted.begin(), sorted.end(),
             [](const auto& a, const auto& b) { return a.second.milliseconds > b.second.milliseconds; });
@@ -60,7 +100,7 @@ void print(const char* what, const std::map<std::string, Time>& kernels) {
     all.milliseconds += time.milliseconds;
     all.calls += time.calls;
   }
-  fmt::print("{}: {:.2f} ms in {} kernels\n", what, all.milliseconds, all.calls);
+  fmt::print("{}: {:.2f} ms in {} {}\n", what, all.milliseconds, all.calls, unit);
   constexpr std::size_t rows = 30;
   for (std::size_t i = 0; i < std::min(rows, sorted.size()); ++i) {
     fmt::print("{:9.3f} ms {:5} x  {}\n", sorted[i].second.milliseconds, sorted[i].second.calls, sorted[i].first);
@@ -71,15 +111,14 @@ void print(const char* what, const std::map<std::string, Time>& kernels) {
 
 void print_kernel_times(const Case& which) {
   const Workload workload = make_workload(which);
-  if (!workload.images.is_cuda()) {
-    throw std::invalid_argument("--kernels needs --device cuda: it lists the kernels of a device");
-  }
+  const bool cuda = workload.images.is_cuda();
+  const char* unit = cuda ? "kernels" : "operators";
   const PenalisedStep penalised = make_penalised_step(workload, which);
-  print("plain step", kernels_of([&] {
+  print("plain step", unit, kernels_of(cuda, [&] {
           plain_step(workload);
           synchronise(workload);
         }));
-  print("penalised step", kernels_of([&] {
+  print("penalised step", unit, kernels_of(cuda, [&] {
           penalised();
           synchronise(workload);
         }));

@@ -1,5 +1,5 @@
 /// @file
-/// Where a step on a CUDA device spends its time.
+/// Where a step spends its time.
 #pragma once
 
 #include "case.hpp"
@@ -7,7 +7,7 @@
 namespace overhead {
 
 /// Prints, for the plain and for the penalised step of a case, how long the device worked in all and in each kind of
-/// kernel, the longest first. Throws std::invalid_argument where the case is not on CUDA.
+/// kernel, the longest first. On the CPU it is the operators, each without those that it calls.
 void print_kernel_times(const Case& which);
 
 }  // namespace overhead

@@ -121,7 +121,8 @@ std::optional<Options> parse_command_line(int argc, const char* const* argv, int
       ->type_name("S");
   how->add_flag("!--no-memory", options.memory, "Skip the peak memory, which takes processes of its own");
 
-  how->add_flag("--kernels", options.kernels, "On CUDA: only list the kernels of a plain and of a penalised step");
+  how->add_flag("--kernels", options.kernels,
+                "Only list what a plain and a penalised step take: kernels on CUDA, else operators");
 
   auto* records = app.add_option_group("Records");
   records->add_option("--json", options.json, "Write the rows as an array of objects")->type_name("FILE");

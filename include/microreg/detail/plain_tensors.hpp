@@ -9,11 +9,14 @@
 #include <microreg/version.hpp>
 
 #include <algorithm>
+#include <initializer_list>
 
 namespace microreg::inline MICROREG_ABI::detail {
 
 /// The element types that our kernels are for. Decided here alone: with_type() is the one way to them.
-inline bool has_kernels(at::ScalarType type) { return type == at::kFloat || type == at::kDouble; }
+inline bool has_kernels(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16;
+}
 
 inline bool is_half(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16; }
 
@@ -29,12 +32,25 @@ inline at::Tensor widened(at::Tensor tensor) {
 enum class HalfTypes {
   as_they_are,  ///< it selects and multiplies, or is made of LibTorch's operations, which do it in their own way
   widened,      ///< it sums, or cancels: in float32, also where float32 tensors stand beside (weights under autocast)
+  widened_by_formula,  ///< the same, by widen_unless_read()
 };
+
+/// What kernels are to read together, each undefined or of one type: in bfloat16 as it lies, which they widen in their
+/// registers; all else of half types, and all that is for other operations, in float32.
+inline void widen_unless_read(bool by_kernels, std::initializer_list<at::Tensor*> tensors) {
+  if (!by_kernels || !std::all_of(tensors.begin(), tensors.end(), [](const at::Tensor* tensor) {
+        return !tensor->defined() || tensor->scalar_type() == at::kBFloat16;
+      })) {
+    for (at::Tensor* const tensor : tensors) {
+      *tensor = widened(*tensor);
+    }
+  }
+}
 
 /// body(T{}) for the C++ type T of `type`, one of those above.
 template <class Body>
 void with_type(at::ScalarType type, const Body& body) {
-  type == at::kDouble ? body(double{}) : body(float{});
+  type == at::kDouble ? body(double{}) : type == at::kFloat ? body(float{}) : body(at::BFloat16{});
 }
 
 /// Whether a tensor is one that our formulas were written for: dense, real, on the CPU or on CUDA, no subclass, no
@@ -47,7 +63,7 @@ inline bool is_plain(const at::Tensor& tensor) {
   static const c10::DispatchKeySet special(
       {DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::Conjugate, DispatchKey::Negative});
   return (tensor.is_cpu() || tensor.is_cuda()) && tensor.layout() == at::kStrided &&
-         (has_kernels(tensor.scalar_type()) || is_half(tensor.scalar_type())) && !tensor.key_set().has_any(special) &&
+         has_kernels(wide_type(tensor.scalar_type())) && !tensor.key_set().has_any(special) &&
          !tensor._fw_grad(0).defined();
 }
 
@@ -68,7 +84,8 @@ inline bool are_plain(at::TensorList tensors, HalfTypes halves) {
     if (!is_plain(tensor)) {
       return false;
     }
-    const at::ScalarType own = halves == HalfTypes::widened ? wide_type(tensor.scalar_type()) : tensor.scalar_type();
+    const at::ScalarType own =
+        halves == HalfTypes::as_they_are ? tensor.scalar_type() : wide_type(tensor.scalar_type());
     if (type != at::ScalarType::Undefined && own != type) {
       return false;
     }

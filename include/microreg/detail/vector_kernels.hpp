@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
 #define MICROREG_MULTIVERSION 1
@@ -25,19 +26,45 @@ namespace microreg::inline MICROREG_ABI::detail {
 /// 64 bytes of T: one register with AVX-512, several with less.
 template <class T>
 struct Lanes {
+  using Number = T;
   static constexpr std::int64_t count = 64 / static_cast<std::int64_t>(sizeof(T));
   typedef T type __attribute__((vector_size(64)));  // NOLINT(modernize-use-using): the attribute needs a typedef
 };
 
-/// How many lanes fit; loads and stores need no alignment. By reference: a vector argument by value would depend on the
-/// instruction set that the caller was compiled for.
+/// bfloat16 is the upper half of float32, which is what it is calculated in.
+template <>
+struct Lanes<at::BFloat16> : Lanes<float> {
+  typedef std::uint32_t Bits __attribute__((vector_size(64)));   // NOLINT(modernize-use-using)
+  typedef std::uint16_t Upper __attribute__((vector_size(32)));  // NOLINT(modernize-use-using)
+};
+
+/// As many values as there are lanes; loads and stores need no alignment. By reference: a vector argument by value
+/// would depend on the instruction set that the caller was compiled for.
 template <class T>
 MICROREG_ALWAYS_INLINE void load(typename Lanes<T>::type& lanes, const T* from) {
-  std::memcpy(&lanes, from, sizeof(lanes));
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    typename Lanes<T>::Upper upper;
+    std::memcpy(&upper, from, sizeof(upper));
+    const auto bits = __builtin_convertvector(upper, typename Lanes<T>::Bits) << 16;
+    std::memcpy(&lanes, &bits, sizeof(lanes));
+  } else {
+    std::memcpy(&lanes, from, sizeof(lanes));
+  }
 }
+
+/// Rounds to nearest, ties to even, where T is narrower than the lanes; a NaN stays one.
 template <class T>
 MICROREG_ALWAYS_INLINE void store(T* to, const typename Lanes<T>::type& lanes) {
-  std::memcpy(to, &lanes, sizeof(lanes));
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    typename Lanes<T>::Bits bits;
+    std::memcpy(&bits, &lanes, sizeof(bits));
+    const auto is_nan = (bits & 0x7fffffffU) > 0x7f800000U;  // by its bits, which -ffast-math leaves alone
+    const auto rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
+    const auto upper = __builtin_convertvector(is_nan ? (bits >> 16) | 0x40U : rounded, typename Lanes<T>::Upper);
+    std::memcpy(to, &upper, sizeof(upper));
+  } else {
+    std::memcpy(to, &lanes, sizeof(lanes));
+  }
 }
 
 /// Zero in the first `skip` lanes.

@@ -93,7 +93,7 @@ inline constexpr Rule native_batch_norm_backward_rule{
           return call.arguments[7].toBool() && batch_norm_fits(call.tensor(1), call.tensor(5), call.tensor(6));
         },
     .repaired = [](const Call& call) { return call.with(0, laid_out_as_input(call.tensor(1), call.tensor(0))); },
-    .halves = HalfTypes::widened};
+    .halves = HalfTypes::widened_by_formula};
 
 /// cuDNN keeps 1/sqrt(var + eps) under the name of save_var.
 inline constexpr Rule cudnn_batch_norm_backward_rule{
@@ -109,6 +109,6 @@ inline constexpr Rule cudnn_batch_norm_backward_rule{
                                                             upstream, needs);
         },
     .fits = [](const Call& call) { return batch_norm_fits(call.tensor(0), call.tensor(5), call.tensor(6)); },
-    .halves = HalfTypes::widened};
+    .halves = HalfTypes::widened_by_formula};
 
 }  // namespace microreg::inline MICROREG_ABI::detail

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <numbers>
+#include <type_traits>
 
 namespace microreg::inline MICROREG_ABI::detail {
 
@@ -24,7 +25,7 @@ MICROREG_ALWAYS_INLINE void gelu_second(const Values& v, const Values& dy, const
   out = v * dy * (power * inverse_root_two_pi) * (Scalar{2} - square);
 }
 
-/// The same of float32, in vectors.
+/// The same in float32, in vectors.
 struct GeluSecondDerivative {
   using V = Lanes<float>::type;
   typedef std::int32_t I __attribute__((vector_size(64)));  // NOLINT(modernize-use-using)
@@ -52,8 +53,9 @@ struct GeluSecondDerivative {
     z = p * power;
   }
 
-  static MICROREG_ALWAYS_INLINE void run(const float* x, const float* dy, const float* v, float* out,
-                                         std::int64_t begin, std::int64_t end) {
+  template <class T>
+  static MICROREG_ALWAYS_INLINE void run(const T* x, const T* dy, const T* v, T* out, std::int64_t begin,
+                                         std::int64_t end) {
     std::int64_t i = begin;
     for (; i + width <= end; i += width) {
       V xs, dys, vs;
@@ -67,8 +69,11 @@ struct GeluSecondDerivative {
       store(out + i, phi);
     }
     for (; i < end; ++i) {
-      const float square = x[i] * x[i];
-      gelu_second<float>(v[i], dy[i], square, std::exp(-0.5F * square), out[i]);
+      const auto number = static_cast<float>(x[i]);
+      const float square = number * number;
+      float result;
+      gelu_second<float>(static_cast<float>(v[i]), static_cast<float>(dy[i]), square, std::exp(-0.5F * square), result);
+      out[i] = static_cast<T>(result);
     }
   }
 };
@@ -82,14 +87,19 @@ inline at::Tensor gelu_second_derivative_aten(const at::Tensor& x, const at::Ten
 }
 
 inline at::Tensor gelu_second_derivative(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& v) {
-  if (!runs_kernels(x) || x.scalar_type() != at::kFloat) {
+  if (!runs_kernels(x) || x.scalar_type() == at::kDouble) {
     return gelu_second_derivative_aten(x, dy, v);
   }
   const at::Tensor xs = x.contiguous(), dys = dy.contiguous(), vs = v.contiguous();
   at::Tensor out = at::empty_like(xs);
-  float* const to = out.mutable_data_ptr<float>();
-  parallel_for(0, xs.numel(), 16384, [&](std::int64_t begin, std::int64_t end) {
-    run_widest<GeluSecondDerivative>(values_of<float>(xs), values_of<float>(dys), values_of<float>(vs), to, begin, end);
+  with_type(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (!std::is_same_v<T, double>) {
+      T* const to = out.mutable_data_ptr<T>();
+      parallel_for(0, xs.numel(), 16384, [&](std::int64_t begin, std::int64_t end) {
+        run_widest<GeluSecondDerivative>(values_of<T>(xs), values_of<T>(dys), values_of<T>(vs), to, begin, end);
+      });
+    }
   });
   return out;
 }
@@ -100,11 +110,12 @@ inline constexpr Rule gelu_backward_rule{
     .inputs = {0, 1},
     .saved = {0, 1},
     .derivative = [](const Call& call, const Tensors& upstream, OutputMask needs) -> Tensors {
-      const at::Tensor& v = upstream[0];
-      return {needs[0] ? call.with(0, v).run()[0] : at::Tensor(),
-              needs[1] ? gelu_second_derivative(call.tensor(1), call.tensor(0), v) : at::Tensor()};
+      at::Tensor dy = call.tensor(0), x = call.tensor(1), v = upstream[0];
+      widen_unless_read(runs_kernels(x), {&dy, &x, &v});
+      return {needs[0] ? call.with(0, v).with(1, x).run()[0] : at::Tensor(),
+              needs[1] ? gelu_second_derivative(x, dy, v) : at::Tensor()};
     },
     .fits = [](const Call& call) { return call.arguments[2].toStringView() == "none"; },
-    .halves = HalfTypes::widened};
+    .halves = HalfTypes::widened_by_formula};
 
 }  // namespace microreg::inline MICROREG_ABI::detail

@@ -50,6 +50,6 @@ inline constexpr Rule native_layer_norm_backward_rule{
           return x.numel() > 0 && wide_type(call.tensor(3).scalar_type()) == type &&
                  wide_type(call.tensor(4).scalar_type()) == type;
         },
-    .halves = HalfTypes::widened};
+    .halves = HalfTypes::widened_by_formula};
 
 }  // namespace microreg::inline MICROREG_ABI::detail

@@ -227,11 +227,11 @@ class ElementNorm {
 };
 
 /// The moments of the columns of rows [begin, end), of `width` elements each, added to `sums`: five rows of `width`.
-template <class T>
+template <class T, class Stored>
 struct ColumnSums {
   using V = typename Lanes<T>::type;
 
-  static MICROREG_ALWAYS_INLINE void run(const Streams<T>& streams, const T* mean, std::int64_t width,
+  static MICROREG_ALWAYS_INLINE void run(const Streams<Stored>& streams, const T* mean, std::int64_t width,
                                          std::int64_t begin, std::int64_t end, double* sums) {
     V centre, x, dy, v;
     for (std::int64_t row = begin; row < end; row += Sums<T, 5>::flush_after) {
@@ -260,11 +260,11 @@ struct ColumnSums {
 };
 
 /// The results of rows [begin, end); `k` holds a row of `width` values for each coefficient.
-template <class T>
+template <class T, class Stored>
 struct ColumnSweep {
   using V = typename Lanes<T>::type;
 
-  static MICROREG_ALWAYS_INLINE void run(const Streams<T>& streams, const T* mean, std::int64_t width,
+  static MICROREG_ALWAYS_INLINE void run(const Streams<Stored>& streams, const T* mean, std::int64_t width,
                                          std::int64_t begin, std::int64_t end, const T* k) {
     V centre, x, dy, v, d_dy, d_x;
     NormResults<V, V> results;
@@ -328,32 +328,33 @@ at::Tensor sum_of_rows(const std::vector<double>& matrix, std::int64_t width, co
 }
 
 /// Where x lies in runs of layout.length elements of a channel. The results are those of norm_double_backward_aten().
-template <class T>
+template <class Stored>
 std::array<at::Tensor, 3> channel_norm(NormProblem p, RowLayout layout, std::int64_t channels) {
+  using T = typename Lanes<Stored>::Number;
   const auto runs = [&](const at::Tensor& t) { return t.defined() ? t.reshape({-1, layout.length}) : t; };
-  RowTensors<T> tensors(runs(p.x), runs(p.dy), runs(p.v));
+  RowTensors<Stored> tensors(runs(p.x), runs(p.dy), runs(p.v));
   layout.length = tensors.length();
   const NormPointers<T> pointers = pointers_of<T>(p);
   std::vector<double> d_weight(static_cast<std::size_t>(layout.rows * layout.parts));
   parallel_for(0, layout.rows, row_grain(layout.parts * layout.runs * layout.length),
                [&](std::int64_t begin, std::int64_t end) {
                  ChannelNorm<T> norm(pointers, layout.parts, channels, d_weight.data());
-                 run_widest<RowKernel<ChannelNorm<T>>, ChannelNorm<T>&, const Streams<T>&, const RowLayout&>(
-                     norm, tensors.streams(), layout, begin, end);
+                 run_rows(norm, tensors.streams(), layout, begin, end);
                });
-  return {tensors.d_dy().view_as(p.x), tensors.d_x().view_as(p.x), sum_of_rows<T>(d_weight, channels, p.x)};
+  return {tensors.d_dy().view_as(p.x), tensors.d_x().view_as(p.x), sum_of_rows<T>(d_weight, channels, p.mean)};
 }
 
 /// Where x is a matrix whose rows are normalised, and weight, a, b are vectors along them.
-template <class T>
+template <class Stored>
 std::array<at::Tensor, 3> element_norm(NormProblem p) {
+  using T = typename Lanes<Stored>::Number;
   const auto vector = [&](const at::Tensor& t, double value) {
-    return RowTensors<T>::padded(t.defined() ? t : at::full({p.x.size(1)}, value, p.x.options()));
+    return RowTensors<T>::padded(t.defined() ? t : at::full({p.x.size(1)}, value, p.mean.options()));
   };
   p.weight = vector(p.weight, 1);
   p.a = vector(p.a, 0);
   p.b = vector(p.b, 0);
-  RowTensors<T> tensors(p.x, p.dy, p.v);
+  RowTensors<Stored> tensors(p.x, p.dy, p.v);
   const NormPointers<T> pointers = pointers_of<T>(p);
   const std::int64_t rows = tensors.rows(), length = tensors.length();
   const std::int64_t parts = parts_of(rows, length);
@@ -361,33 +362,33 @@ std::array<at::Tensor, 3> element_norm(NormProblem p) {
   std::vector<double> d_weight(static_cast<std::size_t>(parts * length));
   for_parts(rows, parts, [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
     ElementNorm<T> norm(pointers, length, d_weight.data() + part * length);
-    run_widest<RowKernel<ElementNorm<T>>, ElementNorm<T>&, const Streams<T>&, const RowLayout&>(norm, tensors.streams(),
-                                                                                                layout, begin, end);
+    run_rows(norm, tensors.streams(), layout, begin, end);
     norm.flush();
   });
-  return {tensors.d_dy(), tensors.d_x(), tensors.unpadded(sum_of_rows<T>(d_weight, length, p.x))};
+  return {tensors.d_dy(), tensors.d_x(), tensors.unpadded(sum_of_rows<T>(d_weight, length, p.mean))};
 }
 
 /// Where x is best read as a matrix with a column for each channel: in the channels-last layout it is one.
-template <class T>
+template <class Stored>
 std::array<at::Tensor, 3> column_norm(NormProblem p) {
+  using T = typename Lanes<Stored>::Number;
   const std::int64_t channels = p.x.size(1);
   const auto last = [&](const at::Tensor& t) { return t.defined() ? t.movedim(1, -1) : t; };
   const auto matrix = [&](const at::Tensor& t) { return t.defined() ? last(t).reshape({-1, channels}) : t; };
-  RowTensors<T> tensors(matrix(p.x), matrix(p.dy), matrix(p.v));
+  RowTensors<Stored> tensors(matrix(p.x), matrix(p.dy), matrix(p.v));
   const std::int64_t rows = tensors.rows(), width = tensors.length();
   const std::int64_t parts = parts_of(rows, width);
   const at::Tensor mean = RowTensors<T>::padded(p.mean.flatten());
   const NormPointers<T> pointers = pointers_of<T>(p);
-  const at::Tensor sums = at::zeros({parts, 5, width}, p.x.options().dtype(at::kDouble));
+  const at::Tensor sums = at::zeros({parts, 5, width}, p.mean.options().dtype(at::kDouble));
   for_parts(rows, parts, [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
-    run_widest<ColumnSums<T>, const Streams<T>&>(tensors.streams(), values_of<T>(mean), width, begin, end,
-                                                 sums.mutable_data_ptr<double>() + part * 5 * width);
+    run_widest<ColumnSums<T, Stored>, const Streams<Stored>&>(tensors.streams(), values_of<T>(mean), width, begin, end,
+                                                              sums.mutable_data_ptr<double>() + part * 5 * width);
   });
   const at::Tensor total = sums.sum(0);
   const double* const of = values_of<double>(total);
-  const at::Tensor coefficients = at::zeros({norm_coefficients, width}, p.x.options());
-  at::Tensor d_weight = at::empty({channels}, p.x.options());
+  const at::Tensor coefficients = at::zeros({norm_coefficients, width}, p.mean.options());
+  at::Tensor d_weight = at::empty({channels}, p.mean.options());
   for (std::int64_t c = 0; c < channels; ++c) {
     const Moments moments{of[c], of[width + c], of[2 * width + c], of[3 * width + c], of[4 * width + c]};
     NormSums<double> all{};
@@ -401,8 +402,8 @@ std::array<at::Tensor, 3> column_norm(NormProblem p) {
     d_weight.mutable_data_ptr<T>()[c] = static_cast<T>(weight_gradient(row, moments));
   }
   parallel_for(0, rows, row_grain(width), [&](std::int64_t begin, std::int64_t end) {
-    run_widest<ColumnSweep<T>, const Streams<T>&>(tensors.streams(), values_of<T>(mean), width, begin, end,
-                                                  values_of<T>(coefficients));
+    run_widest<ColumnSweep<T, Stored>, const Streams<Stored>&>(tensors.streams(), values_of<T>(mean), width, begin, end,
+                                                               values_of<T>(coefficients));
   });
   const auto back = [&](const at::Tensor& t) { return t.view(last(p.x).sizes()).movedim(-1, 1); };
   const auto format = p.x.suggest_memory_format();

@@ -84,7 +84,7 @@ Number norm_weight_gradient(const NormRow<Number>& row, const Number& dy, const 
 /// without their mean and their part along x (of two, a share of eps / (var + eps)): a difference of nearly equal
 /// numbers.
 inline bool is_coarse_over(const at::Tensor& x, const at::Tensor& rstd) {
-  return x.scalar_type() == at::kFloat && x.numel() > rstd.numel() && x.numel() <= 16 * rstd.numel();
+  return wide_type(x.scalar_type()) == at::kFloat && x.numel() > rstd.numel() && x.numel() <= 16 * rstd.numel();
 }
 
 /// The results of a formula in the type of the call.
@@ -106,6 +106,14 @@ struct NormProblem {
   /// Whether the CPU's kernels are to be run.
   [[nodiscard]] bool runs_on_kernels() const { return count() > 1 && runs_kernels(x); }
   [[nodiscard]] bool is_coarse() const { return is_coarse_over(x, rstd); }
+
+  /// Without half types, but for bfloat16 that the kernels read as it lies.
+  [[nodiscard]] NormProblem widened() const {
+    NormProblem wide = *this;
+    widen_unless_read(false, {&wide.weight, &wide.mean, &wide.rstd, &wide.a, &wide.b});
+    widen_unless_read(runs_on_kernels() && !is_coarse(), {&wide.dy, &wide.x, &wide.v});
+    return wide;
+  }
 
   /// The same in float64, whose mean is that of x to the last digit. rstd stays the one that the backward pass read.
   [[nodiscard]] NormProblem in_float64() const {
@@ -264,7 +272,8 @@ inline std::array<at::Tensor, 3> norm_double_backward_aten(NormProblem p, Output
 
 /// The same by `kernels(p, zero of p's type)` where they are to be run.
 template <class Kernels>
-std::array<at::Tensor, 3> norm_double_backward(const NormProblem& p, OutputMask needs, const Kernels& kernels) {
+std::array<at::Tensor, 3> norm_double_backward(const NormProblem& given, OutputMask needs, const Kernels& kernels) {
+  const NormProblem p = given.widened();
   if (p.is_coarse()) {
     return rounded_to(p.x.scalar_type(), norm_double_backward(p.in_float64(), needs, kernels));
   }

@@ -68,22 +68,24 @@ struct Sums {
 ///     sweep(row, part)       what makes the results of a block, and what x is centred by
 ///     end_row()
 ///
-/// Parts and sweeps are values: the compiler would read what a formula holds anew after each store.
-template <class Formula>
+/// Parts and sweeps are values: the compiler would read what a formula holds anew after each store. `Stored` is what
+/// lies in memory.
+template <class Formula, class Stored = typename Formula::Number>
 struct RowKernel {
   using T = typename Formula::Number;
   using V = typename Lanes<T>::type;
 
-  static MICROREG_ALWAYS_INLINE void read(const Streams<T>& streams, std::int64_t at, T centre, V& x, V& dy, V& v) {
+  static MICROREG_ALWAYS_INLINE void read(const Streams<Stored>& streams, std::int64_t at, T centre, V& x, V& dy,
+                                          V& v) {
     load(x, streams.x + at);
     load(dy, streams.dy + at);
     load(v, streams.v + at);
     x -= centre;
   }
 
-  static MICROREG_ALWAYS_INLINE void run(Formula& formula, const Streams<T>& to, const RowLayout& layout,
+  static MICROREG_ALWAYS_INLINE void run(Formula& formula, const Streams<Stored>& to, const RowLayout& layout,
                                          std::int64_t begin, std::int64_t end) {
-    const Streams<T> streams = to;
+    const Streams<Stored> streams = to;
     const std::int64_t length = layout.length, runs = layout.runs, last = length - Lanes<T>::count;
     V x, dy, v, d_dy, d_x;
     for (std::int64_t row = begin; row < end; ++row) {
@@ -160,6 +162,14 @@ class RowTensors {
   std::int64_t length_;
   at::Tensor x_, dy_, v_, d_dy_, d_x_;
 };
+
+/// Runs `formula` over rows [begin, end) of such tensors.
+template <class T, class Formula>
+void run_rows(Formula& formula, const Streams<T>& streams, const RowLayout& layout, std::int64_t begin,
+              std::int64_t end) {
+  run_widest<RowKernel<Formula, T>, Formula&, const Streams<T>&, const RowLayout&>(formula, streams, layout, begin,
+                                                                                   end);
+}
 
 /// How many rows of `elements` are worth another thread.
 inline std::int64_t row_grain(std::int64_t elements) { return std::max<std::int64_t>(1, 16384 / elements); }

@@ -69,7 +69,8 @@ inline constexpr Rule softmax_backward_rule{
     .inputs = {0, 1},
     .saved = {0, 1},
     .derivative = [](const Call& call, const Tensors& upstream, OutputMask /*needs*/) -> Tensors {
-      const at::Tensor dy = call.tensor(0), y = call.tensor(1), v = upstream[0];
+      at::Tensor dy = call.tensor(0), y = call.tensor(1), v = upstream[0];
+      widen_unless_read(runs_kernels(y), {&dy, &y, &v});
       if (!runs_kernels(y)) {
         Tensors results(2);
         softmax_derivatives(y, dy, v, (dy * y).sum(-1, true), (v * y).sum(-1, true), results[0], results[1]);
@@ -77,14 +78,13 @@ inline constexpr Rule softmax_backward_rule{
       }
       Tensors out;
       with_type(y.scalar_type(), [&](auto zero) {
-        using T = decltype(zero);
-        RowTensors<T> tensors(y, dy, v);
+        using Stored = decltype(zero);
+        RowTensors<Stored> tensors(y, dy, v);
         const RowLayout layout{
             .rows = tensors.rows(), .parts = 1, .runs = 1, .length = tensors.length(), .row_step = 1};
         parallel_for(0, layout.rows, row_grain(layout.length), [&](std::int64_t begin, std::int64_t end) {
-          Softmax<T> softmax;
-          run_widest<RowKernel<Softmax<T>>, Softmax<T>&, const Streams<T>&, const RowLayout&>(
-              softmax, tensors.streams(), layout, begin, end);
+          Softmax<typename Lanes<Stored>::Number> softmax;
+          run_rows(softmax, tensors.streams(), layout, begin, end);
         });
         out = {tensors.d_dy(), tensors.d_x()};
       });
@@ -97,6 +97,6 @@ inline constexpr Rule softmax_backward_rule{
           return y.dim() > 0 && (dim == -1 || dim == y.dim() - 1) && y.is_cpu() && y.numel() > 0 &&
                  call.arguments[3].toScalarType() == y.scalar_type();
         },
-    .halves = HalfTypes::widened};
+    .halves = HalfTypes::widened_by_formula};
 
 }  // namespace microreg::inline MICROREG_ABI::detail
