@@ -2,6 +2,7 @@
 #include "fused_operations.hpp"
 #include "half_steps.hpp"
 
+#include <microreg/detail/interceptors.hpp>
 #include <microreg/fused/batch_norm.hpp>
 #include <microreg/fused/gelu.hpp>
 #include <microreg/fused/layer_norm.hpp>
