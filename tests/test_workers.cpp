@@ -248,6 +248,9 @@ class Overlap {
   void note(bool backward) {
     std::unique_lock lock(mutex_);
     const auto thread = std::this_thread::get_id();
+    if (on_.value_or(thread) != thread) {  // not past it: on a busy machine all might be done before it goes on
+      changed_.wait_for(lock, patience_, [&] { return waits_for_others_.has_value(); });
+    }
     if (waits_for_others_.has_value() && *waits_for_others_ != thread && inside_) {
       seen_ = true;
       changed_.notify_all();
@@ -255,6 +258,7 @@ class Overlap {
     if (backward && waits_ && !waits_for_others_.has_value() && on_.value_or(thread) == thread) {
       waits_for_others_ = thread;
       inside_ = true;
+      changed_.notify_all();
       changed_.wait_for(lock, patience_, [&] { return seen_; });
       inside_ = false;
     }
