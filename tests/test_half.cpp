@@ -10,10 +10,8 @@
 #include <microreg/fused/softmax.hpp>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <random>
 #include <vector>
 
 using namespace helpers;
@@ -75,8 +73,7 @@ TEST_CASE("lanes read and round bfloat16 as LibTorch does, NaN, infinities and s
   for (std::int64_t i = 0; i < count; ++i) {
     all[static_cast<std::size_t>(i)].x = static_cast<std::uint16_t>(i);
   }
-  using There = ThereAndBack;
-  by_every_instruction_set<There, const at::BFloat16*, float*, at::BFloat16*, std::int64_t>([&](auto run) {
+  by_every_instruction_set<ThereAndBack, const at::BFloat16*, float*, at::BFloat16*, std::int64_t>([&](auto run) {
     std::int64_t wrong = 0;
     run(all.data(), wide.data(), back.data(), count);
     for (std::size_t i = 0; i < all.size(); ++i) {

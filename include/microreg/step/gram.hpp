@@ -51,8 +51,8 @@ inline bool is_without_hooks(torch::autograd::Node& node) {
 inline std::optional<GramFactors> gram_factors(const at::Tensor& gradient) {
   // Below this size a product takes no longer than finding out.
   constexpr std::int64_t worthwhile = 1 << 14;
-  if (gradient.dim() != 2 || gradient.numel() < worthwhile || !has_kernels(gradient.scalar_type()) ||
-      is_half(gradient.scalar_type()) || !is_plain(gradient) || version_of(gradient) != 0 || is_transformed()) {
+  if (gradient.dim() != 2 || gradient.numel() < worthwhile || is_half(gradient.scalar_type()) || !is_plain(gradient) ||
+      version_of(gradient) != 0 || is_transformed()) {
     return std::nullopt;
   }
   torch::autograd::Node* node = gradient.grad_fn().get();
